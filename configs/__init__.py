@@ -1,0 +1,1 @@
+"""Recipes: one ml_collections file each, resolved by name."""

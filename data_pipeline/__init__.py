@@ -1,0 +1,1 @@
+"""Raw videos to curated training shards, and the synthetic talkers."""

@@ -1,0 +1,234 @@
+"""Validated, frozen descriptions of every part of the system.
+
+A part's `config.json`, a `configs/*.py` recipe and the constructors of `keysync_jax.models` all speak these dataclasses. They
+carry no arrays and import no JAX, so that `converters` can walk them to list parameter names and shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from typing import Any, TypeVar
+
+from keysync_jax.errors import KeySyncError
+
+T = TypeVar("T")
+
+# Scale between raw VAE latents and the latents the diffusion works on (SVD, ALGORITHM 1.1).
+SVD_LATENT_SCALE = 0.18215
+
+
+def _choice(config: Any, field: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(config, field)
+    if value not in allowed:
+        raise KeySyncError(f"{type(config).__name__}.{field} is {value!r}; choose one of {', '.join(allowed)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Latent video U-Net (SVD's `VideoUNet`). Defaults are the full-size keyframe network."""
+
+    in_channels: int = 8
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)  # downsampling factors that carry attention
+    num_head_channels: int = 64
+    transformer_depth: int = 1
+    context_dim: int = 1024
+    # How audio enters: "both_keyframes" (cross-attention and, per frame, time embedding; the released models), "to_time_emb" (time
+    # embedding only, separate context), "both" and "to_time_emb_image" (likewise, but all audio tokens of a sample side by side in one
+    # time embedding: image models, whose tokens are the additional frames), "none" (plain SVD).
+    audio_cond_method: str = "both_keyframes"
+    audio_dim: int = 1024
+    additional_audio_frames: int = 0
+    adm_in_channels: int = 0  # width of an extra conditioning vector placed before the audio in `label_emb`
+    num_frames: int = 14
+    merge_strategy: str = "learned_with_images"  # "learned" | "fixed" | "learned_with_images"
+    merge_factor: float = 0.5
+    extra_ff_mix_layer: bool = True  # kept for the record: the reference builds this layer whatever its config says
+    use_spatial_context: bool = True
+    video_kernel_size: tuple[int, ...] = (3, 1, 1)
+    max_time_embed_period: int = 10000
+    # diffusers' SVD normalises the residual blocks of its attention down blocks and of all up blocks with epsilon 1e-6, where the
+    # reference has 1e-5 everywhere; set to reproduce diffusers' numbers.
+    reference_diffusers_eps: bool = False
+
+    def __post_init__(self):
+        _choice(self, "audio_cond_method", ("both_keyframes", "both", "to_time_emb", "to_time_emb_image", "none"))
+        _choice(self, "merge_strategy", ("learned", "fixed", "learned_with_images"))
+
+    @property
+    def time_embed_dim(self) -> int:
+        return 4 * self.model_channels
+
+    @property
+    def label_dim(self) -> int:
+        """Width of the vector that `label_emb` reads; 0 means the network has no label path."""
+        if self.audio_cond_method == "none":
+            return self.adm_in_channels
+        return self.adm_in_channels + self.audio_dim * (2 * self.additional_audio_frames + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Autoencoder: 2-D encoder and temporal (`VideoDecoder`) or plain 2-D decoder."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    base_channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    latent_channels: int = 4
+    decoder: str = "temporal"  # "temporal" | "image"
+    video_kernel_size: tuple[int, ...] = (3, 1, 1)
+    quant_conv: bool = True
+    post_quant_conv: bool = False
+    latent_scale: float = SVD_LATENT_SCALE
+
+    def __post_init__(self):
+        _choice(self, "decoder", ("temporal", "image"))
+
+    @property
+    def downsample_factor(self) -> int:
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioEncoderConfig:
+    """Speech encoder that gives two tokens per 40 ms video frame.
+
+    `kind`: "hubert" and "wavlm" are transformer encoders with weights; "log_mel" computes a mel spectrogram and has none.
+    Defaults are HuBERT-base.
+    """
+
+    kind: str = "hubert"
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    conv_dim: tuple[int, ...] = (512,) * 7
+    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_bias: bool = False
+    conv_pos: int = 128
+    conv_pos_groups: int = 16
+    num_buckets: int = 320  # WavLM's relative position bias
+    max_distance: int = 800
+    normalize_waveform: bool = True  # zero mean, unit variance over the clip (HuBERT); WavLM-Base+ reads the raw waveform
+    layer_norm_eps: float = 1e-5
+    num_mels: int = 0  # log_mel only: mel bands, equal to hidden_size (0 stands for it)
+    # Variants of the transformer encoders; the defaults are the base models.
+    extractor_mode: str = "group"  # "group": one norm over time after the first convolution; "layer": a layer norm after each
+    layer_norm_first: bool = False  # pre-norm transformer layers with one norm at the end
+    feature_layer_norm: bool = True  # layer norm on the convolutional features
+    feature_projection: bool = True  # linear layer to hidden_size (Microsoft's WavLM has none where the widths are equal)
+    relative_position: bool = True  # WavLM: bucketed relative position bias, owned by the first layer
+    gated_relative_position: bool = True  # WavLM: each layer scales that bias by a gate of its input
+    mask_embedding: bool = True  # the checkpoint carries the pre-training mask vector; never used here, kept so that export is complete
+
+    def __post_init__(self):
+        _choice(self, "kind", ("hubert", "wavlm", "log_mel"))
+        _choice(self, "extractor_mode", ("group", "layer"))
+        for field in ("conv_dim", "conv_kernel", "conv_stride"):  # lists from JSON: a linen module's configuration must hash
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if self.kind == "log_mel":
+            if self.num_mels not in (0, self.hidden_size):
+                raise KeySyncError(f"AudioEncoderConfig.num_mels is {self.num_mels} but hidden_size is {self.hidden_size}; make them equal")
+            return
+        if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride) > 0:
+            raise KeySyncError("AudioEncoderConfig: conv_dim, conv_kernel and conv_stride must have one entry per convolution")
+        for field, divisor in (("num_heads", self.num_heads), ("conv_pos_groups", self.conv_pos_groups)):
+            if self.hidden_size % divisor:
+                raise KeySyncError(f"AudioEncoderConfig.hidden_size {self.hidden_size} is not a multiple of {field} {divisor}")
+        if not self.feature_projection and self.conv_dim[-1] != self.hidden_size:
+            raise KeySyncError(
+                f"AudioEncoderConfig: hidden_size {self.hidden_size} must equal conv_dim[-1] {self.conv_dim[-1]} without feature_projection"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskConfig:
+    """Which region is regenerated (ALGORITHM 6)."""
+
+    kind: str = "box"  # "box" | "full" | "mouth" | "heart" | "face"
+    nose_index: int = 28
+    box_expand: float = 0.0
+
+    def __post_init__(self):
+        _choice(self, "kind", ("box", "full", "mouth", "heart", "face"))
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One of the two diffusion stages together with everything it was trained for."""
+
+    stage: str = "keyframe"  # "keyframe" | "interpolation"
+    unet: UNetConfig = UNetConfig()
+    resolution: int = 512  # side of the face crop in pixels
+    latent_size: int = 64  # side of the latent
+    num_frames: int = 14
+    audio_encoder: str = "hubert"  # which encoder's tokens it was trained on
+    audio_feature_dim: int = 768
+    audio_merge: str = "mean"  # how the two tokens of a frame are merged: "mean" | "concat" | "add"
+    audio_linear: bool = True
+    mask: MaskConfig = MaskConfig()
+    latent_scale: float = SVD_LATENT_SCALE
+    filler: str = "zeros"  # interpolation: what stands between the endpoints ("zeros", "ones", "random" learnable; "fixed_*"; "none")
+    add_indicator: bool = True  # interpolation: binary channel that marks the endpoint frames
+    audio_scale: float = 5.0  # guidance scales recommended for this stage (paper Table 8)
+    identity_scale: float = 2.0
+    num_steps: int = 10
+
+    def __post_init__(self):
+        _choice(self, "stage", ("keyframe", "interpolation"))
+        _choice(self, "audio_merge", ("mean", "concat", "add"))
+        _choice(self, "filler", ("zeros", "ones", "random", "fixed_zeros", "fixed_ones", "none"))
+        _choice(self, "audio_encoder", ("hubert", "wavlm", "log_mel"))
+
+    @property
+    def has_learned_filler(self) -> bool:
+        return self.stage == "interpolation" and self.filler in ("zeros", "ones", "random")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dict (lists, not tuples) that `from_dict` reads back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
+    """Build a config dataclass, refusing unknown keys and wrong types by name.
+
+    Args:
+      cls: one of the dataclasses above.
+      values: field values; missing ones take the default.
+      where: what to call the source in error messages (a file path).
+
+    Raises:
+      KeySyncError: an unknown key or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise KeySyncError(f"{where}: unknown key {', '.join(unknown)} for {cls.__name__}; known: {', '.join(fields)}")
+    out = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise KeySyncError(f"{where}: {name} must be a mapping, not {value!r}")
+            out[name] = from_dict(hint, value, f"{where}: {name}")
+        elif typing.get_origin(hint) is tuple:
+            if not isinstance(value, (list, tuple)):
+                raise KeySyncError(f"{where}: {name} must be a list, not {value!r}")
+            out[name] = tuple(value)
+        elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            out[name] = float(value)
+        elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+            out[name] = value
+        else:
+            raise KeySyncError(f"{where}: {name} must be {hint.__name__}, not {value!r}")
+    return cls(**out)

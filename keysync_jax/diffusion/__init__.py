@@ -1,0 +1,1 @@
+"""EDM mathematics as pure functions on arrays: no weights, no files."""

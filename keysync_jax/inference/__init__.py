@@ -1,0 +1,1 @@
+"""Window plan, two-stage generation and a dubbing job."""

@@ -1,0 +1,75 @@
+"""Independent items through one compiled function, in fixed-size microbatches per device.
+
+XLA may pick other kernels for other batch sizes, so a result must not depend on how many items there are or how many devices
+share them: each device always sees exactly `size` rows, item `i` always sits in row `i % size`, and the last group is filled up
+by repeating its last item.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from keysync_jax.parallel.mesh import DATA_AXIS
+
+Pytree = Any
+
+
+class Microbatcher:
+    """`function(params, settings, items)` over a stream of items, sharded over the mesh's devices.
+
+    Args:
+      function: maps (params, settings, pytree with leading axis `size`) to a pytree with the same leading axis; rows independent.
+      params: replicated on every device once.
+      mesh: one-axis data mesh.
+      size: rows a device sees per call.
+    """
+
+    def __init__(self, function: Callable[[Pytree, Pytree, Pytree], Pytree], params: Pytree, mesh: Mesh, size: int = 1):
+        self._rows = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._params = jax.device_put(params, self._everywhere)
+        self._group = size * mesh.devices.size
+        # The per-device program is the same whatever the mesh, which is what makes results equal bit for bit.
+        self._call = jax.jit(
+            jax.shard_map(
+                function,
+                mesh=mesh,
+                in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(DATA_AXIS)),
+                out_specs=PartitionSpec(DATA_AXIS),
+                check_vma=False,
+            )
+        )
+
+    def __call__(self, items: Iterable[Pytree], settings: Pytree = ()) -> Iterator[Pytree]:
+        """One result (NumPy pytree without the batch axis) per item, in order; at most two groups are in memory.
+
+        Args:
+          items: pytrees of NumPy arrays of equal shapes.
+          settings: arrays shared by all rows (seed, scales); changing their values does not recompile.
+        """
+        settings = jax.device_put(settings, self._everywhere)
+        pending: deque[tuple[Pytree, int]] = deque()
+        items = iter(items)
+        while group := list(itertools.islice(items, self._group)):
+            count = len(group)
+            group += [group[-1]] * (self._group - count)
+            batch = jax.tree.map(lambda *rows: np.stack(rows), *group)
+            # Dispatch is asynchronous: the device works on this group while the host takes the previous one apart.
+            pending.append((self._call(self._params, settings, jax.device_put(batch, self._rows)), count))
+            if len(pending) > 1:
+                yield from _rows(*pending.popleft())
+        while pending:
+            yield from _rows(*pending.popleft())
+
+
+def _rows(result: Pytree, count: int) -> Iterator[Pytree]:
+    result = jax.device_get(result)
+    for row in range(count):
+        yield jax.tree.map(lambda x, row=row: x[row], result)

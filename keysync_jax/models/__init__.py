@@ -1,0 +1,1 @@
+"""Flax modules: shapes in, shapes out."""

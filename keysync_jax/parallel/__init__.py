@@ -1,0 +1,1 @@
+"""Mesh and placement over devices."""

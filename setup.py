@@ -1,0 +1,54 @@
+"""Installs `keysync_jax`, `configs`, `converters`, `data_pipeline` and the `keysync` command. Tests are not installed."""
+
+from setuptools import find_packages, setup
+
+# Floors are versions the tests were run on; jax 0.10.2 is the newest for Python 3.11.
+CORE = [
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "ml-collections>=1.1.0",
+    "absl-py>=2.3",
+    "etils[epath]>=1.13",
+    "numpy>=2.2",
+    "scipy>=1.15",
+    "safetensors>=0.6",
+    "huggingface-hub>=1.0",
+    "av>=16.0",
+    "pillow>=11.0",
+    "opencv-python-headless>=4.11.0.86",
+    "soundfile>=0.13",
+    "soxr>=1.0",
+    "rich>=14",
+    # What mediapipe 0.10.21 itself needs at run time; the package is installed with --no-deps (see README).
+    "protobuf<7",
+    "attrs",
+    "flatbuffers",
+    "matplotlib",
+]
+DATA = ["grain>=0.2.15", "array-record>=0.8.1", "tensorflow-datasets>=4.9.9", "importlib-resources", "apache-beam>=2.70"]
+EXTRAS = {
+    "cuda": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+    "data": DATA,
+    "torch": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.35", "numba", "scikit-image", "hydra-core", "iopath"],
+    "web": ["gradio>=6.0"],
+    "log": ["tensorboardX>=2.6"],
+    "dev": ["pytest>=8", "pytest-xdist", "ruff", "psutil"],
+}
+
+setup(
+    name="keysync-jax",
+    version="0.1.0",
+    description="KeySync lip-sync in JAX: two-stage latent video diffusion that dubs real files",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["keysync_jax*", "configs*", "converters*", "data_pipeline*"]),
+    package_data={"configs": ["*.py"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["keysync = keysync_jax.cli:main"]},
+)

@@ -1,0 +1,34 @@
+import pytest
+
+from keysync_jax import recipes
+from keysync_jax.config import StageConfig, from_dict
+from keysync_jax.errors import UsageError
+
+
+def test_shipped_stages_are_the_released_ones():
+    keyframe = from_dict(StageConfig, recipes.load("keyframe").stage.to_dict())
+    interpolation = from_dict(StageConfig, recipes.load("interpolation").stage.to_dict())
+    assert (keyframe.audio_encoder, keyframe.unet.in_channels) == ("hubert", 8)
+    assert (interpolation.audio_encoder, interpolation.unet.in_channels) == ("wavlm", 9)
+
+
+def test_overrides():
+    config = recipes.load("keyframe", ["--config.stage.unet.model_channels=64", "--config.stage.audio_encoder=log_mel"])
+    assert config.stage.unet.model_channels == 64
+    assert config.stage.audio_encoder == "log_mel"
+
+
+@pytest.mark.parametrize(
+    "override", ["--config.stage.unet.modl=64", "--config.stage.unet.model_channels=wide", "--config.stage.num_frames"]
+)
+def test_bad_overrides(override):
+    with pytest.raises(UsageError):
+        recipes.load("keyframe", [override])
+
+
+def test_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'a': {'b': 1}})\n")
+    assert recipes.load(str(path), ["--config.a.b=3"]).a.b == 3
+    with pytest.raises(UsageError, match="keyframe"):
+        recipes.load("no_such_recipe")
