@@ -1,0 +1,217 @@
+"""Region masks from 68-point landmarks: 1 = the pixel or latent cell is regenerated, 0 = it is kept.
+
+The default "box" is the mask of the KeySync paper: everything below landmark 28 (just under the eye line) between the leftmost and
+the rightmost landmark. The rasterisation rules (truncation toward zero, both border columns inside, floor-nearest sampling to the
+latent grid) are those of the KeySync reference at commit cfff7cf, because the released weights were trained on masks drawn so; they
+are written here as closed forms over row and column indices, which a polygon rasteriser reproduces pixel by pixel.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw
+
+from keysync_jax.config import MaskConfig
+from keysync_jax.errors import KeySyncError
+
+# Constants of the reference's mask kinds (KeySync reference at commit cfff7cf).
+MOUTH_MARGIN = 0.01  # "mouth": the box grows up and down by this fraction of the image width
+FACE_MARGIN = 0.05  # "face": the jaw polygon grows by this fraction of the image height
+HEART_TOP = 29  # "heart": landmark at the top edge
+NOSE_MARGIN = 0.10  # "heart": sideways growth of the nose rectangle, as a fraction of the distance from jaw to nose bridge
+
+# (top, bottom, left, right) of one rectangle per frame, all inclusive, int64 [F].
+Rect = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def scale_landmarks(
+    landmarks: np.ndarray, size: tuple[int, int], target: tuple[int, int], reference_double_scaling: bool = False
+) -> np.ndarray:
+    """Landmarks of an image of one size in the pixels of the same image resized, truncated toward zero.
+
+    Args:
+      landmarks: `[..., 2]` (x, y) in pixels of an image of `size`.
+      size: (height, width) of the image the landmarks were found on.
+      target: (height, width) after resizing.
+      reference_double_scaling: apply the factor twice, as the reference's raw-video path does by mistake (it detects on frames that
+        are already resized and scales the result again). Only for comparison.
+
+    Returns:
+      int64 array of the same shape.
+    """
+    factor = np.array([target[1] / size[1], target[0] / size[0]])
+    scaled = landmarks * factor
+    if reference_double_scaling:
+        scaled = scaled * factor
+    return scaled.astype(np.int64)
+
+
+def nearest_indices(length: int, target: int) -> np.ndarray:
+    """Source index of each of `target` samples under floor-nearest resizing of an axis of `length`, int64 `[target]`.
+
+    Computed in float32 as torch's `interpolate(mode="nearest")` does, so that the grids agree for every pair of sizes and not only
+    for those that divide.
+    """
+    scale = np.float32(length) / np.float32(target)
+    index = np.floor(np.arange(target, dtype=np.float32) * scale).astype(np.int64)
+    return np.minimum(index, length - 1)
+
+
+def downsample(mask: np.ndarray, target: tuple[int, int]) -> np.ndarray:
+    """`[F, H, W]` sampled floor-nearest to `[F, h, w]` (no averaging, no threshold), same dtype."""
+    rows = nearest_indices(mask.shape[1], target[0])
+    cols = nearest_indices(mask.shape[2], target[1])
+    return mask[:, rows[:, None], cols[None, :]]
+
+
+def remove_occluder(mask: np.ndarray, occluder: np.ndarray) -> np.ndarray:
+    """Mask without the cells an occluding object covers: `M and not M_object` (paper Eq. 7).
+
+    Args:
+      mask: `[F, h, w]` with 1 = regenerate.
+      occluder: `[F, h, w]`, non-zero where the object (hand, microphone) is.
+
+    Returns:
+      Array of `mask`'s dtype with values 0 and 1.
+    """
+    if mask.shape != occluder.shape:
+        raise KeySyncError(f"occluder mask has shape {occluder.shape} but the face mask has {mask.shape}; they must be the same")
+    return np.logical_and(mask, np.logical_not(occluder)).astype(mask.dtype)
+
+
+def make_mask(
+    landmarks: np.ndarray,
+    height: int,
+    width: int,
+    config: MaskConfig,
+    target: tuple[int, int] | None = None,
+    reference_heart: bool = False,
+) -> np.ndarray:
+    """Masks of `config.kind` for a run of frames.
+
+    Kinds (H, W: image size; "left" and "right": extreme x over all 68 points):
+      box:   rows from landmark `nose_index` (raised by `box_expand`) to the bottom, left to right.
+      full:  the same rows over the whole width; `box_expand` is added to the edge as the reference does, so it lowers it.
+      mouth: rows from landmark `nose_index` to the lowest landmark, one percent of the width more at both ends, left to right.
+      heart: box from landmark 29 down, without a rectangle over the nose.
+      face:  polygon of jaw points 2-14, grown from its centre by five percent of the height.
+    A `box_expand` in [0, 1) is a fraction (of the width for box, of the height for full), else pixels; the other kinds have their own
+    fixed margins and ignore it, as the reference does. Parts outside the image are clipped.
+
+    Args:
+      landmarks: `[F, 68, 2]` (x, y) in image pixels, float or int. Float and int inputs follow the same truncation rules.
+      height, width: image size in pixels.
+      config: kind, nose landmark and expansion.
+      target: (h, w) of the grid to sample to; None keeps the image's own grid.
+      reference_heart: draw "heart" with the reference's two slips: its box is a self-crossing contour (a few pixels are lost when it
+        leaves the image above and at the side) and uint8 wraps to 255 where the nose rectangle leaves the box. Only for comparison.
+
+    Returns:
+      float32 `[F, h, w]`, values 0 and 1 (and 255 under `reference_heart`).
+
+    Raises:
+      KeySyncError: landmarks of another shape, or not finite.
+    """
+    landmarks = np.asarray(landmarks)
+    if landmarks.ndim != 3 or landmarks.shape[1:] != (68, 2):
+        raise KeySyncError(f"mask needs landmarks of shape (F, 68, 2), not {landmarks.shape}")
+    if not np.isfinite(landmarks).all():
+        frames = np.flatnonzero(~np.isfinite(landmarks).all(axis=(1, 2)))
+        raise KeySyncError(f"landmarks of frame {frames[0]} are not finite ({frames.size} such frames); leave out frames without a face")
+    if not 0 <= config.nose_index < 68:
+        raise KeySyncError(f"mask nose_index is {config.nose_index}; it must name one of the 68 landmarks (0-67)")
+
+    if config.kind == "face":
+        mask = np.stack([_jaw_polygon(points, height, width) for points in landmarks]) if len(landmarks) else np.zeros((0, height, width))
+        return (mask if target is None else downsample(mask, target)).astype(np.float32)
+
+    # The other kinds are rectangles, so only the sampled rows and columns are ever evaluated.
+    rows = np.arange(height) if target is None else nearest_indices(height, target[0])
+    cols = np.arange(width) if target is None else nearest_indices(width, target[1])
+    if config.kind == "full":
+        inside = rows >= _full_edge(landmarks, height, config)[:, None]
+        return np.repeat(inside[:, :, None], len(cols), axis=2).astype(np.float32)
+    if config.kind == "heart":
+        box_rect = _below(landmarks, landmarks[:, HEART_TOP, 1], height)
+        nose = _inside(_nose_rect(landmarks), rows, cols)
+        if reference_heart:
+            box = _crossed_boxes(box_rect, height, width)[:, rows[:, None], cols[None, :]]
+            return (box - nose.astype(np.uint8)).astype(np.float32)
+        return (_inside(box_rect, rows, cols) & ~nose).astype(np.float32)
+    if config.kind == "mouth":
+        return _inside(_mouth_rect(landmarks, height, width, config), rows, cols).astype(np.float32)
+    expand = _pixels(config.box_expand, width)
+    rect = _below(landmarks, landmarks[:, config.nose_index, 1] - expand, height)
+    return _inside(rect, rows, cols).astype(np.float32)
+
+
+def _pixels(value: float, length: int) -> float:
+    return int(value * length) if 0 <= value < 1 else value
+
+
+def _truncate(values: np.ndarray) -> np.ndarray:
+    return np.trunc(values).astype(np.int64)
+
+
+def _below(landmarks: np.ndarray, top: np.ndarray, bottom: int | np.ndarray) -> Rect:
+    """Rectangle between the extreme landmarks from `top` to `bottom`."""
+    x = landmarks[:, :, 0]
+    return _truncate(top), _truncate(np.broadcast_to(bottom, len(landmarks))), _truncate(x.min(axis=1)), _truncate(x.max(axis=1))
+
+
+def _mouth_rect(landmarks: np.ndarray, height: int, width: int, config: MaskConfig) -> Rect:
+    margin = _pixels(MOUTH_MARGIN, width)
+    lowest = np.minimum(height, landmarks[:, :, 1].max(axis=1) + margin)
+    return _below(landmarks, landmarks[:, config.nose_index, 1] - margin, lowest)
+
+
+def _nose_rect(landmarks: np.ndarray) -> Rect:
+    # The arithmetic stays in the landmarks' own precision (float32 or, from integers, float64) before it is truncated.
+    side = np.abs(landmarks[:, 2, 0] - landmarks[:, HEART_TOP, 0]) * NOSE_MARGIN
+    return (
+        _truncate(landmarks[:, HEART_TOP, 1]),
+        _truncate(landmarks[:, 33, 1]),
+        _truncate(landmarks[:, 31, 0] - side),
+        _truncate(landmarks[:, 35, 0] + side),
+    )
+
+
+def _full_edge(landmarks: np.ndarray, height: int, config: MaskConfig) -> np.ndarray:
+    offset = config.box_expand
+    if 0 < abs(offset) < 1:
+        offset = int(offset * height)
+    # Clipped to the last row: the reference never gives an empty "full" mask.
+    return np.clip(landmarks[:, config.nose_index, 1] + offset, 0, height - 1)
+
+
+def _inside(rect: Rect, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """bool `[F, h, w]`: which of the given rows and columns lie in each frame's rectangle. Corners may come in either order."""
+    top, bottom, left, right = (edge[:, None] for edge in rect)
+    in_rows = (rows >= np.minimum(top, bottom)) & (rows <= np.maximum(top, bottom))
+    in_cols = (cols >= np.minimum(left, right)) & (cols <= np.maximum(left, right))
+    return in_rows[:, :, None] & in_cols[:, None, :]
+
+
+def _crossed_boxes(rect: Rect, height: int, width: int) -> np.ndarray:
+    """uint8 `[F, H, W]`: each rectangle filled through the eight-point contour, with both diagonals, of the reference's "heart"."""
+    boxes = np.zeros((len(rect[0]), height, width), np.uint8)
+    for box, top, bottom, left, right in zip(boxes, *rect, strict=True):
+        corners = [(left, top), (left, bottom), (right, top), (right, bottom)]
+        contour = np.array([corners[i] for i in (0, 1, 2, 3, 0, 2, 1, 3)], np.int32)
+        cv2.drawContours(box, [contour], -1, 1, cv2.FILLED)
+    return boxes
+
+
+def _jaw_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 `[H, W]`: filled polygon of jaw points 2-14 of one frame `[68, 2]`, each moved outward from their centroid."""
+    jaw = np.trunc(points[2:15]).astype(np.int64).astype(np.float64)
+    margin = int(FACE_MARGIN * height)
+    if margin:
+        arm = jaw - jaw.mean(axis=0)
+        length = np.sqrt((arm**2).sum(axis=1, keepdims=True))
+        moved = np.trunc(jaw + margin * (arm / np.where(length == 0, 1, length)))
+        jaw = np.where(length == 0, jaw, moved)
+    canvas = Image.new("L", (width, height), 0)
+    ImageDraw.Draw(canvas).polygon([(int(x), int(y)) for x, y in jaw], outline=1, fill=1)
+    return np.asarray(canvas)

@@ -1,0 +1,317 @@
+"""Face landmarks from mediapipe 0.10.21, whose wheel carries its models.
+
+Detection and landmarks are run as two separate graphs without memory inside: the full-range detector on a small copy of the frame,
+and the attention face mesh (478 points and the probability that a face is there) on a 192-pixel, upright square cut around a face.
+Which square to look at is decided here, from the previous frame's mesh where there is one, so results depend on the frames alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from keysync_jax.errors import KeySyncError
+from keysync_jax.media import landmarks as lm
+from keysync_jax.media.faces import Face, FaceBackend, box_iou, check_frame
+
+VERSION = "0.10.21"
+INSTALL = f"install it with: pip install --no-deps mediapipe=={VERSION}"
+
+MESH_SIZE = 192  # input side of the mesh network
+MESH_SCALE = 1.5  # side of the square the mesh network was trained on, over the long side of the face's mesh
+DETECTOR_SIZE = 192  # input side of the full-range detector
+DETECTION_SCALE = 1.7  # side of that square over the side of the detector's box, which spans brows to chin
+REFINE_SCALE = 2.5  # a candidate is detected again in a square this many boxes wide, because boxes of small faces are coarse
+MESH_PASSES = 3  # a new face's square is re-centred on its own mesh this many times
+CANDIDATE_SCORE = 0.4  # detector's threshold; low, because the mesh's presence score decides
+PRESENCE = 0.5  # mesh's threshold: mediapipe's own default
+DETECT_EVERY = 5  # frames between two searches for newcomers while a face is tracked, and between thorough ones while there is none
+SAME_FACE_IOU = 0.3  # two meshes that overlap more are one face
+FOLLOWED_IOU = 0.3  # a followed square must overlap the face found in it at least this much, else the face was lost
+EYE_CORNERS = (33, 263)  # mesh points of the outer eye corners (person's right, left): they tell which way is up
+
+# The mesh network with its presence score. mediapipe's own FaceMesh hides the score and keeps a state of its own.
+MESH_GRAPH = """
+input_stream: "image"
+output_stream: "mesh"
+output_stream: "presence"
+node { calculator: "ConstantSidePacketCalculator" output_side_packet: "PACKET:with_attention"
+  options { [mediapipe.ConstantSidePacketCalculatorOptions.ext] { packet { bool_value: true } } } }
+node { calculator: "FaceLandmarksModelLoader" input_side_packet: "WITH_ATTENTION:with_attention" output_side_packet: "MODEL:model" }
+node { calculator: "TfLiteCustomOpResolverCalculator" output_side_packet: "OP_RESOLVER:op_resolver" }
+node { calculator: "ImageToTensorCalculator" input_stream: "IMAGE:image" output_stream: "TENSORS:input"
+  options { [mediapipe.ImageToTensorCalculatorOptions.ext] {
+    output_tensor_width: 192 output_tensor_height: 192 output_tensor_float_range { min: 0.0 max: 1.0 } } } }
+node { calculator: "InferenceCalculator" input_stream: "TENSORS:input" output_stream: "TENSORS:output"
+  input_side_packet: "MODEL:model" input_side_packet: "OP_RESOLVER:op_resolver"
+  options { [mediapipe.InferenceCalculatorOptions.ext] { delegate { xnnpack { num_threads: 1 } } } } }
+node { calculator: "SplitTensorVectorCalculator" input_stream: "output" output_stream: "points" output_stream: "flag"
+  options { [mediapipe.SplitVectorCalculatorOptions.ext] { ranges { begin: 0 end: 6 } ranges { begin: 6 end: 7 } } } }
+node { calculator: "TensorsToFaceLandmarksWithAttention" input_stream: "TENSORS:points" output_stream: "LANDMARKS:mesh" }
+node { calculator: "TensorsToFloatsCalculator" input_stream: "TENSORS:flag" output_stream: "FLOAT:presence"
+  options { [mediapipe.TensorsToFloatsCalculatorOptions.ext] { activation: SIGMOID } } }
+"""
+
+
+class Region(NamedTuple):
+    """Square to look at: centre and side in pixels, and the clockwise angle in radians by which its content is turned."""
+
+    x: float
+    y: float
+    side: float
+    angle: float
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        half = self.side / 2
+        return self.x - half, self.y - half, self.x + half, self.y + half
+
+
+class MediaPipeBackend(FaceBackend):
+    """Full-range detection and attention face mesh of mediapipe 0.10.21, mapped to 68 points.
+
+    Args:
+      max_faces: only this many faces of a frame are looked at, largest first.
+      track: look for a face where it was in the previous frame (fast, steady) and search the frame every `DETECT_EVERY` frames or when
+        a face is lost. False searches every frame, for frames that do not follow each other.
+
+    Raises:
+      KeySyncError: mediapipe is missing, is another version, or does not start.
+    """
+
+    OPTIONS = ("max_faces", "track")
+    name = "mediapipe"
+
+    def __init__(self, max_faces: int = 8, track: bool = True):
+        self._max_faces = max_faces
+        self._track = track
+        self.reset()
+        with _captured_stderr():
+            self._detector, self._mesh = _open_graphs()
+            # The graphs' own threads load the models and log meanwhile; after one picture each they are quiet.
+            blank = np.zeros((MESH_SIZE, MESH_SIZE, 3), np.uint8)
+            self._call("detector", self._detector, blank)
+            self._call("mesh", self._mesh, blank)
+
+    def reset(self) -> None:
+        self._regions: list[Region] = []
+        self._frame = 0  # frames since the last reset
+        self._empty = 0  # of these, how many in a row had no face
+
+    def close(self) -> None:
+        graphs, self._detector, self._mesh = (self._detector, self._mesh), None, None
+        with _captured_stderr():
+            for graph in graphs:
+                if graph is not None:
+                    graph.close()
+
+    def detect(self, rgb: np.ndarray) -> list[Face]:
+        rgb = check_frame(rgb)
+        if self._mesh is None:
+            raise KeySyncError("this mediapipe backend is closed; open another one with open_backend")
+        found: list[tuple[np.ndarray, float]] = []
+        for region in self._regions:
+            mesh, presence = self._run_mesh(rgb, region)
+            if presence >= PRESENCE and box_iou(region_of(mesh).box, region.box) >= FOLLOWED_IOU:
+                _add(found, mesh, presence)
+        if not self._track or len(found) < max(1, len(self._regions)) or self._frame % DETECT_EVERY == 0:
+            thorough = not found and (not self._track or self._empty % DETECT_EVERY == 0)
+            for region in self._search(rgb, [region_of(mesh) for mesh, _ in found], thorough):
+                mesh, presence = self._settle(rgb, region)
+                if presence >= PRESENCE:
+                    _add(found, mesh, presence)
+        self._frame += 1
+        self._empty = 0 if found else self._empty + 1
+        found.sort(key=lambda item: -region_of(item[0]).side)
+        found = found[: self._max_faces]
+        self._regions = [region_of(mesh) for mesh, _ in found] if self._track else []
+        faces = [Face.from_landmarks(lm.from_mesh(mesh), presence) for mesh, presence in found]
+        return sorted(faces, key=lambda face: -face.area)
+
+    def _search(self, rgb: np.ndarray, known: list[Region], thorough: bool) -> list[Region]:
+        """Squares around the faces of the frame that are not `known`, largest first."""
+        height, width = rgb.shape[:2]
+        candidates = self._run_detector(rgb, (0, 0, width, height))
+        if not candidates and thorough:
+            # A face may be too small in the whole frame: look again in overlapping squares as wide as the frame's short side.
+            for tile in _tiles(width, height):
+                candidates += self._run_detector(rgb, tile)
+        candidates.sort(key=lambda region: -region.side)
+        fresh: list[Region] = []
+        for region in candidates:
+            if all(box_iou(region.box, other.box) < SAME_FACE_IOU for other in [*known, *fresh]):
+                fresh.append(region)
+        return [self._refine(rgb, region) for region in fresh[: self._max_faces]]
+
+    def _refine(self, rgb: np.ndarray, region: Region) -> Region:
+        half = region.side / DETECTION_SCALE * REFINE_SCALE / 2
+        square = (round(region.x - half), round(region.y - half), round(region.x + half), round(region.y + half))
+        again = self._run_detector(rgb, square)
+        near = [r for r in again if math.hypot(r.x - region.x, r.y - region.y) < region.side / 2]
+        return min(near, key=lambda r: math.hypot(r.x - region.x, r.y - region.y), default=region)
+
+    def _settle(self, rgb: np.ndarray, region: Region) -> tuple[np.ndarray, float]:
+        """Mesh and presence of a new face, its square re-centred on the mesh."""
+        mesh, presence = self._run_mesh(rgb, region)
+        for _ in range(MESH_PASSES - 1):
+            mesh, presence = self._run_mesh(rgb, region_of(mesh))
+        return mesh, presence
+
+    def _run_detector(self, rgb: np.ndarray, area: tuple[int, int, int, int]) -> list[Region]:
+        """Detections inside `area` (x0, y0, x1, y1), which may reach beyond the frame."""
+        image, scale = _shrunk(rgb, area, 2 * DETECTOR_SIZE)
+        detections = self._call("detector", self._detector, image).detections or []
+        regions = []
+        for detection in detections:
+            data = detection.location_data
+            box, eyes = data.relative_bounding_box, data.relative_keypoints[:2]
+            size = np.array([image.shape[1], image.shape[0]]) / scale
+            center = np.array([box.xmin + box.width / 2, box.ymin + box.height / 2]) * size + area[:2]
+            side = max(box.width * size[0], box.height * size[1])
+            if side <= 0:
+                continue
+            angle = math.atan2((eyes[1].y - eyes[0].y) * size[1], (eyes[1].x - eyes[0].x) * size[0])
+            regions.append(Region(float(center[0]), float(center[1]), DETECTION_SCALE * side, angle))
+        return regions
+
+    def _run_mesh(self, rgb: np.ndarray, region: Region) -> tuple[np.ndarray, float]:
+        """float64 `[478, 2]` mesh points in frame pixels of the face in `region`, and the probability that one is there."""
+        image, back = _upright_square(rgb, region)
+        output = self._call("mesh", self._mesh, image)
+        points = np.array([(p.x, p.y) for p in output.mesh.landmark]) * MESH_SIZE
+        return points @ back[:, :2].T + back[:, 2], float(output.presence)
+
+    def _call(self, which: str, graph, image: np.ndarray):
+        try:
+            return graph.process(image)
+        except (RuntimeError, ValueError) as error:
+            raise KeySyncError(f"mediapipe's face {which} failed: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[None]:
+    """Send file descriptor 2 to nowhere while mediapipe's native code starts or stops: it logs there whatever the Python logging says.
+
+    What it has to say as an error arrives as an exception, and those are reported.
+    """
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # no standard error at all: nothing to protect
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def region_of(mesh: np.ndarray) -> Region:
+    """Upright square around a mesh `[478, 2]`, as large as the mesh network wants it."""
+    eyes = mesh[EYE_CORNERS[1]] - mesh[EYE_CORNERS[0]]
+    angle = math.atan2(eyes[1], eyes[0])
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = np.array([[cos, sin], [-sin, cos]])
+    upright = mesh @ turn.T
+    low, high = upright.min(axis=0), upright.max(axis=0)
+    center = (low + high) / 2 @ turn
+    return Region(float(center[0]), float(center[1]), float(MESH_SCALE * max(1.0, (high - low).max())), angle)
+
+
+def _add(found: list[tuple[np.ndarray, float]], mesh: np.ndarray, presence: float) -> None:
+    box = region_of(mesh).box
+    if all(box_iou(box, region_of(other).box) < SAME_FACE_IOU for other, _ in found):
+        found.append((mesh, presence))
+
+
+def _tiles(width: int, height: int) -> list[tuple[int, int, int, int]]:
+    """Squares as wide as the short side, each overlapping the next by at least half; none where the frame is (nearly) square."""
+    short, long = min(width, height), max(width, height)
+    if long < 1.2 * short:
+        return []
+    starts = np.linspace(0, long - short, math.ceil((long - short) / (short / 2)) + 1).round().astype(int)
+    return [(s, 0, s + short, short) if width >= height else (0, s, short, s + short) for s in starts.tolist()]
+
+
+def _shrunk(rgb: np.ndarray, area: tuple[int, int, int, int], long_side: int) -> tuple[np.ndarray, float]:
+    """The part `area` of the frame (edges repeated outside), its long side at most `long_side`, and the factor applied."""
+    x0, y0, x1, y1 = area
+    height, width = rgb.shape[:2]
+    part = rgb[max(0, y0) : max(0, y1), max(0, x0) : max(0, x1)]
+    pad = (max(0, -y0), max(0, y1 - height), max(0, -x0), max(0, x1 - width))
+    if any(pad) and part.size:
+        part = cv2.copyMakeBorder(part, *pad, cv2.BORDER_REPLICATE)
+    scale = min(1.0, long_side / max(part.shape[:2]))
+    if scale < 1.0:
+        part = cv2.resize(part, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return np.ascontiguousarray(part), scale
+
+
+def _upright_square(rgb: np.ndarray, region: Region) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 `[192, 192, 3]` picture of a region, and the `[2, 3]` affine map from its pixels back to the frame's."""
+    scale = region.side / MESH_SIZE
+    cos, sin = math.cos(region.angle) * scale, math.sin(region.angle) * scale
+    half = MESH_SIZE / 2
+    back = np.array([[cos, -sin, region.x - cos * half + sin * half], [sin, cos, region.y - sin * half - cos * half]])
+    source, shift, shrink = rgb, np.zeros(2), 1.0
+    if scale > 2:
+        # Bilinear sampling would alias a large face: shrink its surroundings by area first.
+        reach = region.side * math.sqrt(0.5) + 2
+        x0, y0 = max(0, int(region.x - reach)), max(0, int(region.y - reach))
+        x1, y1 = min(rgb.shape[1], int(region.x + reach) + 1), min(rgb.shape[0], int(region.y + reach) + 1)
+        if x1 - x0 >= 2 and y1 - y0 >= 2:
+            shrink = 1.0 / scale
+            size = (max(1, round((x1 - x0) * shrink)), max(1, round((y1 - y0) * shrink)))
+            source, shift = cv2.resize(rgb[y0:y1, x0:x1], size, interpolation=cv2.INTER_AREA), np.array([x0, y0])
+            shrink = np.array([size[0] / (x1 - x0), size[1] / (y1 - y0)])
+    # Pixel i covers [i, i + 1): coordinates of centres differ by half a pixel between the grids.
+    to_source = np.concatenate([back[:, :2], (back[:, 2] - shift + back[:, :2] @ [0.5, 0.5])[:, None]], axis=1)
+    to_source = to_source * np.broadcast_to(shrink, 2)[:, None]
+    to_source[:, 2] -= 0.5
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    image = cv2.warpAffine(source, to_source, (MESH_SIZE, MESH_SIZE), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return image, back
+
+
+def _open_graphs():
+    """(detector, mesh) graphs. What starting them prints is the caller's to capture."""
+    try:
+        import mediapipe
+        from google.protobuf import text_format
+        from mediapipe.calculators.core import constant_side_packet_calculator_pb2, split_vector_calculator_pb2  # noqa: F401
+        from mediapipe.calculators.tensor import (  # noqa: F401
+            image_to_tensor_calculator_pb2,
+            inference_calculator_pb2,
+            tensors_to_floats_calculator_pb2,
+        )
+        from mediapipe.framework import calculator_pb2
+        from mediapipe.python.solution_base import PacketDataType, SolutionBase
+        from mediapipe.python.solutions.face_detection import FaceDetection
+    except ImportError as error:
+        raise KeySyncError(f"face landmarks need mediapipe {VERSION} ({_first_line(error)}); {INSTALL}") from error
+    version = getattr(mediapipe, "__version__", "unknown")
+    if version != VERSION:
+        raise KeySyncError(f"face landmarks need mediapipe {VERSION}, whose wheel holds the models; {version} is installed: {INSTALL}")
+    try:
+        detector = FaceDetection(min_detection_confidence=CANDIDATE_SCORE, model_selection=1)
+        hints = {"image": PacketDataType.IMAGE_FRAME, "mesh": PacketDataType.PROTO, "presence": PacketDataType.FLOAT}
+        config = text_format.Parse(MESH_GRAPH, calculator_pb2.CalculatorGraphConfig())
+        mesh = SolutionBase(graph_config=config, outputs=["mesh", "presence"], stream_type_hints=hints)
+    except (RuntimeError, ValueError, OSError, AttributeError, text_format.ParseError) as error:
+        raise KeySyncError(f"mediapipe {VERSION} does not start: {_first_line(error)}; {INSTALL}") from error
+    return detector, mesh
