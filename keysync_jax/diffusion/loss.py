@@ -1,0 +1,187 @@
+"""Training loss: weighted latent error of the denoiser, plus an error in pixels on a few decoded frames (paper Eqs. 4 to 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from keysync_jax.config import SVD_LATENT_SCALE
+from keysync_jax.diffusion import inpainting
+from keysync_jax.diffusion.inpainting import Conditions, Network
+from keysync_jax.diffusion.preconditioning import Scaling, Weighting, v_scaling_edm_noise, v_weighting
+from keysync_jax.errors import KeySyncError
+
+_ERRORS: dict[str, Callable[[jax.Array], jax.Array]] = {"l2": jnp.square, "l1": jnp.abs}
+
+# Unscaled latents [N, 1, h, w, 4] -> images [N, 1, H, W, 3] in [-1, 1]: every frame is decoded alone.
+Decoder = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is penalized and how much. Defaults are the latent term alone (the released interpolation stage)."""
+
+    latent_loss: str = "l2"  # "l2" | "l1"
+    upper_weight: float = 1.0  # factor on the upper half of the latent rows
+    lower_weight: float = 1.0  # factor on the lower half, where the mouth is
+    pixel_weight: float = 0.0  # 1 for the keyframe stage (paper Table 7, lambda_2)
+    pixel_losses: tuple[str, ...] = ("l2",)  # any of "l2", "l1"; their sum counts
+    mask_pixels: bool = False  # restrict the pixel term to the mask (the paper's Eq. 6; the released code does not)
+    latent_scale: float = SVD_LATENT_SCALE
+
+    def __post_init__(self):
+        for name in (self.latent_loss, *self.pixel_losses):
+            if name not in _ERRORS:
+                raise KeySyncError(f"loss {name!r} is not known; choose from {', '.join(_ERRORS)}")
+        if self.pixel_weight < 0:
+            raise KeySyncError(f"pixel_weight is {self.pixel_weight}; it must not be negative")
+
+
+class PixelTargets(NamedTuple):
+    """Frames to compare in pixels. The same frame numbers are taken from every video of the batch.
+
+    Attributes:
+      indices: which of the T frames `[n]`, integer.
+      frames: their pixels `[B, n, H, W, 3]` in [-1, 1].
+    """
+
+    indices: jax.Array
+    frames: jax.Array
+
+
+class Losses(NamedTuple):
+    """The total and its parts.
+
+    Attributes:
+      latent: latent term of each frame `[B, T]`.
+      pixels: weighted pixel term of each kind, scalars (empty without a pixel loss).
+      per_frame: `[B, T]`, the latent term plus all pixel terms; its mean is the training loss.
+      denoised: the prediction `[B, T, h, w, 4]`.
+    """
+
+    latent: jax.Array
+    pixels: dict[str, jax.Array]
+    per_frame: jax.Array
+    denoised: jax.Array
+
+    @property
+    def mean(self) -> jax.Array:
+        return jnp.mean(self.per_frame)
+
+
+def diffusion_loss(
+    network: Network,
+    latents: jax.Array,
+    noise: jax.Array,
+    sigma: jax.Array,
+    conditions: Conditions,
+    config: LossConfig = LossConfig(),
+    *,
+    decode: Decoder | None = None,
+    pixels: PixelTargets | None = None,
+    scaling: Scaling = v_scaling_edm_noise,
+    weighting: Weighting = v_weighting,
+) -> Losses:
+    """Loss of one batch: noises the latents, denoises them and compares.
+
+    Args:
+      network: F, see `inpainting.Network`; gradients flow through it.
+      latents: clean scaled latents `[B, T, h, w, 4]`.
+      noise: standard normal, same shape.
+      sigma: noise level of each video `[B]`.
+      conditions: after conditioning dropout; `conditions.gt` is usually `latents`.
+      config: terms and weights.
+      decode, pixels, weighting: see `prediction_loss`.
+      scaling: preconditioning of the denoiser.
+
+    Raises:
+      KeySyncError: the pixel term is on but `decode` or `pixels` is missing.
+    """
+    denoised = predict(network, latents, noise, sigma, conditions, scaling=scaling)
+    return prediction_loss(denoised, latents, sigma, conditions.masks, config, decode=decode, pixels=pixels, weighting=weighting)
+
+
+def predict(
+    network: Network,
+    latents: jax.Array,
+    noise: jax.Array,
+    sigma: jax.Array,
+    conditions: Conditions,
+    *,
+    scaling: Scaling = v_scaling_edm_noise,
+) -> jax.Array:
+    """The denoiser's answer `[B, T, h, w, 4]` to latents noised to `sigma` `[B]`; arguments as in `diffusion_loss`."""
+    return inpainting.denoise(network, latents + noise * _per_video(sigma, latents), sigma, conditions, scaling=scaling)
+
+
+def prediction_loss(
+    denoised: jax.Array,
+    latents: jax.Array,
+    sigma: jax.Array,
+    masks: jax.Array,
+    config: LossConfig = LossConfig(),
+    *,
+    decode: Decoder | None = None,
+    pixels: PixelTargets | None = None,
+    weighting: Weighting = v_weighting,
+) -> Losses:
+    """Compares a prediction with the clean latents and, if asked for, with pixels.
+
+    The mask enters through the prediction only: outside it the prediction equals the source, so the error there is zero, but the
+    means divide by all elements.
+
+    Args:
+      denoised: prediction `[B, T, h, w, 4]`, scaled latents.
+      latents: target, same shape.
+      sigma: noise level of each video `[B]`.
+      masks: `[B, T, h, w, 1]`, 1 = generated; read only with `config.mask_pixels`.
+      config: terms and weights.
+      decode: VAE decoder for the pixel term; its parameters may be frozen, gradients flow through it into the prediction. It is
+        recomputed in the backward pass.
+      pixels: frames for the pixel term; needed if `config.pixel_weight` is positive.
+      weighting: loss weight of a noise level.
+
+    Raises:
+      KeySyncError: the pixel term is on but `decode` or `pixels` is missing.
+    """
+    weight = weighting(sigma)  # [B]
+    rows = _row_weights(denoised.shape[2], config)
+    error = _ERRORS[config.latent_loss](denoised - latents) * rows[:, None, None]
+    latent = weight[:, None] * jnp.mean(error, axis=(2, 3, 4))
+    terms: dict[str, jax.Array] = {}
+    if config.pixel_weight > 0:
+        if decode is None or pixels is None:
+            raise KeySyncError("the pixel loss needs a VAE decoder and the source frames; set pixel_weight to 0 to train without it")
+        terms = _pixel_terms(denoised, weight, masks, config, decode, pixels)
+    return Losses(latent, terms, latent + sum(terms.values()), denoised)
+
+
+def _pixel_terms(
+    denoised: jax.Array, weight: jax.Array, masks: jax.Array, config: LossConfig, decode: Decoder, pixels: PixelTargets
+) -> dict[str, jax.Array]:
+    chosen = jnp.take(denoised, pixels.indices, axis=1)  # [B, n, h, w, 4]
+    single = chosen.reshape(-1, 1, *chosen.shape[2:]) / config.latent_scale
+    # The decoder's activations at full resolution would outweigh everything else kept for the backward pass.
+    images = jnp.clip(jax.checkpoint(decode)(single).astype(jnp.float32), -1.0, 1.0).reshape(pixels.frames.shape)
+    difference = images - pixels.frames
+    if config.mask_pixels:
+        mask = jnp.take(masks, pixels.indices, axis=1)
+        height, width = (images.shape[i] // mask.shape[i] for i in (2, 3))
+        difference = difference * jnp.repeat(jnp.repeat(mask, height, axis=2), width, axis=3)
+    return {
+        name: config.pixel_weight * jnp.mean(_per_video(weight, difference) * _ERRORS[name](difference)) for name in config.pixel_losses
+    }
+
+
+def _per_video(values: jax.Array, like: jax.Array) -> jax.Array:
+    """`[B]` shaped to broadcast over `[B, ...]`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _row_weights(height: int, config: LossConfig) -> jax.Array:
+    """Factor of each latent row `[h]`; the lower half starts at row h // 2."""
+    return jnp.where(jnp.arange(height) < height // 2, config.upper_weight, config.lower_weight)

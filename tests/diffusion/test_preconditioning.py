@@ -1,0 +1,93 @@
+"""Preconditioning, loss weights and noise levels against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from keysync_jax.diffusion import preconditioning, schedules, sigma_sampling
+from keysync_jax.errors import KeySyncError
+
+SIGMA = jnp.asarray(np.geomspace(2e-3, 700, 23), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "sigma_data", "weighting"),
+    [
+        (preconditioning.v_scaling_edm_noise, 1.0, preconditioning.v_weighting),
+        (preconditioning.v_scaling, 1.0, preconditioning.v_weighting),
+        (preconditioning.edm_scaling, 0.5, preconditioning.edm_weighting),
+    ],
+)
+def test_unit_variance_in_and_out(scaling, sigma_data, weighting):
+    """Input and training target of the network have unit variance (Karras et al. 2022, Appendix B.6), weight * c_out^2 = 1."""
+    c_skip, c_out, c_in, _ = scaling(SIGMA)
+    np.testing.assert_allclose(c_in**2 * (SIGMA**2 + sigma_data**2), 1, rtol=1e-5)
+    target_variance = ((1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * SIGMA**2) / c_out**2
+    # At small sigma 1 - c_skip is a difference of two numbers near one.
+    np.testing.assert_allclose(target_variance[SIGMA > 0.05], 1, rtol=1e-3)
+    np.testing.assert_allclose(weighting(SIGMA) * c_out**2, 1, rtol=1e-5)
+
+
+def test_noise_labels():
+    np.testing.assert_allclose(preconditioning.v_scaling_edm_noise(SIGMA).c_noise, np.log(SIGMA) / 4, rtol=1e-5)
+    np.testing.assert_allclose(preconditioning.edm_scaling(SIGMA).c_noise, np.log(SIGMA) / 4, rtol=1e-5)
+    np.testing.assert_array_equal(preconditioning.v_scaling(SIGMA).c_noise, SIGMA)
+    np.testing.assert_array_equal(preconditioning.eps_scaling(SIGMA).c_noise, SIGMA)
+
+
+def test_noise_prediction_recovers_the_clean_signal():
+    clean, noise = np.random.default_rng(0).normal(size=(2, *SIGMA.shape)).astype(np.float32)
+    c_skip, c_out, _, _ = preconditioning.eps_scaling(SIGMA)
+    recovered = c_skip * (clean + SIGMA * noise) + c_out * noise
+    np.testing.assert_allclose(recovered, clean, atol=1e-3)
+    np.testing.assert_allclose(preconditioning.eps_weighting(SIGMA) * SIGMA**2, 1, rtol=1e-5)
+    np.testing.assert_array_equal(preconditioning.unit_weighting(SIGMA), 1)
+
+
+def test_velocity_prediction_recovers_the_clean_signal():
+    """With alpha = 1/sqrt(1+s^2) the network output is v = alpha noise - alpha s clean, up to the sign that c_out carries."""
+    clean, noise = np.random.default_rng(1).normal(size=(2, *SIGMA.shape)).astype(np.float32)
+    alpha = 1 / np.sqrt(1 + np.asarray(SIGMA) ** 2)
+    velocity = alpha * noise - alpha * SIGMA * clean
+    c_skip, c_out, _, _ = preconditioning.v_scaling(SIGMA)
+    np.testing.assert_allclose(c_skip * (clean + SIGMA * noise) + c_out * velocity, clean, atol=2e-4)
+
+
+def test_ten_steps_are_eleven_evaluations():
+    sigmas = schedules.ays_sigmas(10)
+    assert sigmas.dtype == np.float64
+    assert len(sigmas) == 12
+    assert sigmas[0] == 700
+    assert sigmas[-2:].tolist() == [0.002, 0.0]
+    np.testing.assert_allclose(schedules.ays_sigmas(11), sigmas, rtol=1e-12)
+
+
+def test_more_steps_resample_log_linearly():
+    expected = [700, 113.0234, 32.1327, 14.3971, 8.8019, 5.565, 3.318, 1.789, 1.1647, 0.67, 0.3571, 0.1952, 0.0683, 0.0151, 0.002, 0]
+    np.testing.assert_allclose(schedules.ays_sigmas(15), expected, atol=5.1e-5, rtol=1e-6)
+    for n in range(11, 60):
+        sigmas = schedules.ays_sigmas(n)
+        assert len(sigmas) == n + 1
+        assert (np.diff(sigmas) < 0).all()
+
+
+@pytest.mark.parametrize(("strength", "length"), [(1.0, 12), (0.75, 9), (0.5, 6), (0.1, 1), (0.0, 1)])
+def test_strength_leaves_out_the_beginning(strength, length):
+    np.testing.assert_array_equal(schedules.ays_sigmas(10, strength), schedules.ays_sigmas(10)[12 - length :])
+
+
+def test_too_few_steps_are_refused_by_option_name():
+    with pytest.raises(KeySyncError, match="--steps 9"):
+        schedules.ays_sigmas(9)
+    with pytest.raises(KeySyncError, match="strength"):
+        schedules.ays_sigmas(10, 1.5)
+
+
+def test_sigmas_are_log_normal():
+    sigma = sigma_sampling.sample_sigmas(jax.random.key(3), (20000,))
+    assert sigma.dtype == jnp.float32
+    logs = np.log(sigma)
+    assert logs.mean() == pytest.approx(1.0, abs=0.03)
+    assert logs.std() == pytest.approx(1.2, abs=0.03)
+    np.testing.assert_array_equal(sigma, sigma_sampling.sample_sigmas(jax.random.key(3), (20000,)))

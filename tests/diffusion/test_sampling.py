@@ -1,0 +1,230 @@
+"""Denoiser, guidance and sampler on closed-form networks whose results are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from keysync_jax.diffusion import guidance, inpainting, sampler, schedules
+from keysync_jax.diffusion.inpainting import Conditions
+from keysync_jax.errors import KeySyncError
+
+B, T, H, W, D = 3, 4, 5, 6, 7
+
+
+def make_conditions(seed=0, batch=B):
+    rng = np.random.default_rng(seed)
+    return Conditions(
+        concat=rng.normal(size=(batch, H, W, 4)).astype(np.float32),
+        crossattn=rng.normal(size=(batch, T, D)).astype(np.float32),
+        gt=rng.normal(size=(batch, T, H, W, 4)).astype(np.float32),
+        masks=rng.integers(0, 2, size=(batch, T, H, W, 1)).astype(np.float32),
+    )
+
+
+def everything(conditions):
+    return conditions._replace(masks=np.ones_like(conditions.masks))
+
+
+def noise_like(conditions, seed=1):
+    return np.random.default_rng(seed).normal(size=conditions.gt.shape).astype(np.float32)
+
+
+def zero_network(x, c_noise, conditions):
+    return jnp.zeros_like(x)
+
+
+def network(x, c_noise, conditions):
+    """Depends on every input, per video."""
+    label = c_noise.reshape(c_noise.shape + (1,) * (x.ndim - c_noise.ndim))
+    audio = conditions.crossattn.mean(-1)[:, :, None, None, None]
+    return jnp.tanh(x) + 0.1 * conditions.concat[:, None] + 0.3 * audio + 0.05 * jnp.cos(label) * x
+
+
+def test_known_region_is_exactly_the_source():
+    conditions = make_conditions()
+    result = sampler.sample(network, noise_like(conditions), schedules.ays_sigmas(10), conditions, guidance.AudioIdentityGuidance())
+    known = np.broadcast_to(conditions.masks == 0, result.shape)
+    np.testing.assert_array_equal(np.asarray(result)[known], conditions.gt[known])
+    assert np.abs(np.asarray(result)[~known] - conditions.gt[~known]).min() > 0
+
+
+def test_network_sees_the_clean_known_region():
+    conditions = make_conditions()
+    seen = {}
+
+    def spy(x, c_noise, conditions):
+        seen["x"] = x
+        return jnp.zeros_like(x)
+
+    x = noise_like(conditions)
+    sigma = np.float32([0.1, 1, 10])
+    inpainting.denoise(spy, x, sigma, conditions)
+    c_in = (1 / np.sqrt(sigma**2 + 1))[:, None, None, None, None]
+    np.testing.assert_allclose(seen["x"], np.where(conditions.masks == 1, x, conditions.gt) * c_in, rtol=1e-6)
+    inpainting.denoise(spy, x, sigma, conditions, mask_input=False)
+    np.testing.assert_allclose(seen["x"], x * c_in, rtol=1e-6)
+
+
+def test_sigma_per_frame_equals_sigma_per_video():
+    conditions = make_conditions()
+    sigma = np.float32([0.1, 1, 10])
+    x = noise_like(conditions)
+    per_video = inpainting.denoise(network, x, sigma, conditions)
+    per_frame = inpainting.denoise(network, x, np.repeat(sigma[:, None], T, 1), conditions)
+    np.testing.assert_allclose(per_video, per_frame, rtol=1e-6, atol=1e-6)
+    assert np.abs(per_video - inpainting.denoise(network, x, sigma[::-1], conditions)).max() > 0.1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9])
+def test_chunked_network_calls_change_nothing(size):
+    conditions = make_conditions(batch=5)
+    sigma = np.geomspace(0.1, 10, 5).astype(np.float32)
+    sizes = []
+
+    def spy(x, c_noise, conditions):
+        sizes.append(x.shape[0])
+        assert x.shape[0] == c_noise.shape[0] == conditions.crossattn.shape[0] == conditions.masks.shape[0]
+        return network(x, c_noise, conditions)
+
+    x = noise_like(conditions)
+    chunked = inpainting.denoise(spy, x, sigma, conditions, videos_per_call=size)
+    assert max(sizes) == min(size, 5)
+    np.testing.assert_allclose(chunked, inpainting.denoise(network, x, sigma, conditions), rtol=1e-6, atol=1e-6)
+
+
+def test_low_precision_network_leaves_the_state_in_float32():
+    conditions = everything(make_conditions())
+    result, trajectory = sampler.sample(
+        lambda *inputs: network(*inputs).astype(jnp.bfloat16),
+        noise_like(conditions),
+        schedules.ays_sigmas(10),
+        conditions,
+        guidance.AudioIdentityGuidance(),
+        return_trajectory=True,
+    )
+    assert result.dtype == trajectory.x.dtype == trajectory.denoised.dtype == jnp.float32
+
+
+def test_standard_normal_data_is_reached_at_first_order():
+    """For unit normal data the optimal velocity network is zero and the flow ends at the noise it began with."""
+    conditions = everything(make_conditions())
+    noise = noise_like(conditions)
+    errors = []
+    for n in (200, 400, 800):
+        result = sampler.sample(zero_network, noise, schedules.ays_sigmas(n), conditions, guidance.NoGuidance())
+        errors.append(np.abs(np.asarray(result) - noise).max())
+    assert errors[0] < 0.1
+    assert errors[0] / errors[1] == pytest.approx(2, abs=0.2)
+    assert errors[1] / errors[2] == pytest.approx(2, abs=0.2)
+
+
+def test_constant_data_is_reached_exactly():
+    """A denoiser that always answers g ends at g after the last level, whatever the schedule."""
+    conditions = everything(make_conditions())
+
+    def answers_gt(x, c_noise, conditions):
+        sigma = jnp.exp(4 * c_noise).reshape(-1, 1, 1, 1, 1)
+        noisy = x * jnp.sqrt(sigma**2 + 1)
+        return (conditions.gt - noisy / (sigma**2 + 1)) * -jnp.sqrt(sigma**2 + 1) / sigma
+
+    for n in (10, 17):
+        result = sampler.sample(answers_gt, noise_like(conditions), schedules.ays_sigmas(n), conditions, guidance.NoGuidance())
+        np.testing.assert_allclose(result, conditions.gt, atol=2e-3)
+
+
+@pytest.mark.parametrize(("num_steps", "evaluations"), [(10, 11), (11, 11), (25, 25)])
+def test_trajectory_counts_every_evaluation(num_steps, evaluations):
+    conditions = make_conditions()
+    noise = noise_like(conditions)
+    run = jax.jit(
+        lambda noise, conditions: sampler.sample(
+            network, noise, schedules.ays_sigmas(num_steps), conditions, guidance.AudioIdentityGuidance(), True
+        )
+    )
+    result, trajectory = run(noise, conditions)
+    assert trajectory.x.shape == (evaluations + 1, *noise.shape)
+    assert trajectory.denoised.shape == (evaluations, *noise.shape)
+    np.testing.assert_array_equal(trajectory.x[-1], result)
+    np.testing.assert_allclose(trajectory.x[0], noise * np.sqrt(1 + 700.0**2), rtol=1e-6)
+    np.testing.assert_array_equal(trajectory.denoised[-1], result)  # the last step ends at the prediction itself
+    alone = sampler.sample(network, noise, schedules.ays_sigmas(num_steps), conditions, guidance.AudioIdentityGuidance())
+    np.testing.assert_allclose(alone, result, atol=1e-4)
+
+
+def test_guidance_branches_are_what_the_paper_names():
+    conditions = make_conditions()
+    seen = {}
+
+    def spy(x, c_noise, stacked):
+        seen["conditions"] = stacked
+        return network(x, c_noise, stacked)
+
+    rule = guidance.AudioIdentityGuidance()
+    x, sigma = noise_like(conditions), np.ones(B, np.float32)
+    inpainting.denoise(spy, *rule.prepare(x, sigma, conditions, guidance.unconditional(conditions)))
+    concat, audio = (np.asarray(a) for a in seen["conditions"][:2])
+    np.testing.assert_array_equal(concat, np.concatenate([np.zeros_like(conditions.concat), conditions.concat, conditions.concat]))
+    silent = np.zeros_like(conditions.crossattn)
+    np.testing.assert_array_equal(audio, np.concatenate([silent, silent, conditions.crossattn]))
+    np.testing.assert_array_equal(seen["conditions"].gt, np.concatenate([conditions.gt] * 3))
+
+
+def test_guidance_combinations():
+    neither, identity, both = np.random.default_rng(2).normal(size=(3, B, T, H, W, 4)).astype(np.float32)
+    stacked = jnp.concatenate([neither, identity, both])
+
+    def combine(rule, stacked=stacked):
+        return np.asarray(rule.combine(stacked, rule.initial_state(neither))[0])
+
+    # Paper Eq. 8, from the branch without conditions outwards.
+    expected = neither + 2 * (identity - neither) + 5 * (both - identity)
+    np.testing.assert_allclose(combine(guidance.AudioIdentityGuidance(5, 2)), expected, atol=1e-5)
+    np.testing.assert_allclose(combine(guidance.AudioIdentityGuidance(1, 1)), both, atol=1e-6)
+    np.testing.assert_allclose(combine(guidance.AudioIdentityGuidance(0, 1)), identity, atol=1e-6)
+    pair = jnp.concatenate([neither, both])
+    np.testing.assert_allclose(combine(guidance.ClassifierFreeGuidance(3), pair), neither + 3 * (both - neither), atol=1e-5)
+    np.testing.assert_array_equal(combine(guidance.NoGuidance(), both), both)
+
+
+def test_projected_guidance_without_its_changes_is_plain():
+    neither, identity, both = np.random.default_rng(3).normal(size=(3, B, T, H, W, 4)).astype(np.float32)
+    rule = guidance.AdaptiveProjectedGuidance(5, 2, momentum=0, eta=1, norm_threshold=0)
+    guided, _ = rule.combine(jnp.concatenate([neither, identity, both]), rule.initial_state(neither))
+    np.testing.assert_allclose(guided, neither + 4 * (both - neither) + (identity - neither), atol=1e-4)
+
+
+def test_projected_guidance_bounds_and_projects_each_frame():
+    neither, identity, both = 10 * np.random.default_rng(4).normal(size=(3, B, T, H, W, 4)).astype(np.float32)
+    rule = guidance.AdaptiveProjectedGuidance(2, 1, norm_threshold=2.5)  # identity scale 1: only the audio direction remains
+    update = np.asarray(rule.combine(jnp.concatenate([neither, identity, both]), rule.initial_state(neither))[0]) - neither
+    norms = np.sqrt((update**2).sum((-3, -2, -1)))
+    assert (norms <= 2.5 + 1e-4).all()
+    assert (norms > 1).all()
+    np.testing.assert_allclose((update * both).sum((-3, -2, -1)), 0, atol=0.05)
+
+
+def test_projected_guidance_carries_momentum_through_the_scan():
+    conditions = make_conditions()
+    runs = [
+        sampler.sample(
+            network, noise_like(conditions), schedules.ays_sigmas(10), conditions, guidance.AdaptiveProjectedGuidance(momentum=m)
+        )
+        for m in (-0.75, 0.0)
+    ]
+    assert np.abs(runs[0] - runs[1]).max() > 1e-3
+
+
+def test_videos_of_a_batch_do_not_mix():
+    conditions = make_conditions()
+    noise = noise_like(conditions)
+    arguments = schedules.ays_sigmas(10), guidance.AudioIdentityGuidance()
+    together = sampler.sample(network, noise, arguments[0], conditions, arguments[1])
+    alone = sampler.sample(network, noise[1:2], arguments[0], jax.tree.map(lambda a: a[1:2], conditions), arguments[1])
+    np.testing.assert_allclose(together[1:2], alone, atol=1e-5)
+
+
+def test_non_finite_values_stop_loudly():
+    sampler.require_finite(np.ones(3), "latents")
+    with pytest.raises(KeySyncError, match="latents of window 3: 2 of 4 values"):
+        sampler.require_finite(np.float32([1, np.nan, np.inf, 2]), "latents of window 3")
