@@ -1,7 +1,7 @@
 """One attention for every network, on every backend.
 
 Long sequences run a fused kernel that never writes the S x S matrix: cuDNN's flash attention on NVIDIA, splash attention on TPU.
-Short ones, other backends and float32 run plain XLA. Each kernel fails somewhere (driver, head size, shape), so the first use of a
+Short ones, float32 and other backends run plain XLA. Each kernel fails somewhere (driver, head size, shape), so the first use of a
 (backend, shape) compiles it once on its own and falls back to XLA, saying why, when that fails.
 
 `KEYSYNC_ATTENTION={auto,xla,cudnn,splash}` decides where the caller says "auto".
@@ -25,6 +25,7 @@ ENVIRONMENT_VARIABLE = "KEYSYNC_ATTENTION"
 
 # Below these numbers of keys the whole matrix of logits is small and XLA's fused softmax is as good.
 MIN_KEYS = {"cudnn": 256, "splash": 512}
+_KERNEL_TYPES = {"cudnn": (jnp.bfloat16, jnp.float16), "splash": (jnp.bfloat16,)}
 # Logits of the XLA path beyond this are computed for some queries at a time, so that a CPU or an old GPU needs no S x S matrix.
 MAX_LOGITS_BYTES = 256 * 2**20
 # Only long sequences are split: with few keys the logits are no larger than the queries themselves.
@@ -98,9 +99,9 @@ def _unsuitable(kernel: str, length: int, num_keys: int, head_dim: int, dtype: j
     """Why a kernel is not for this shape, "" if it is."""
     if num_keys < MIN_KEYS[kernel] or length < MIN_KEYS[kernel]:
         return "short sequence"
+    if dtype not in _KERNEL_TYPES[kernel]:
+        return f"not for {dtype.name}"  # float32 is asked for where precision matters, which these kernels do not promise
     if kernel == "cudnn":
-        if dtype not in (jnp.bfloat16, jnp.float16):
-            return f"needs bfloat16 or float16, not {dtype.name}"
         if head_dim > 128 or head_dim % 8:
             return "head size above 128 or not a multiple of 8"
     elif length % _LANES or num_keys % _LANES:
