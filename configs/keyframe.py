@@ -1,7 +1,7 @@
 """Keyframe stage at full size: 14 frames, 13 apart, 512-px crops (paper Table 7).
 
-    keysync inspect --config keyframe
-    keysync inspect --config keyframe --config.stage.unet.model_channels=64
+keysync inspect --config keyframe
+keysync inspect --config keyframe --config.stage.unet.model_channels=64
 """
 
 from ml_collections import ConfigDict

@@ -15,7 +15,7 @@ from keysync_jax.errors import KeySyncError
 
 T = TypeVar("T")
 
-# Scale between raw VAE latents and the latents the diffusion works on (SVD, ALGORITHM 1.1).
+# Scale between raw VAE latents and the latents the diffusion works on (Stable Video Diffusion).
 SVD_LATENT_SCALE = 0.18215
 
 
@@ -151,7 +151,7 @@ class AudioEncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MaskConfig:
-    """Which region is regenerated (ALGORITHM 6)."""
+    """Which region is regenerated; see `media.masks`."""
 
     kind: str = "box"  # "box" | "full" | "mouth" | "heart" | "face"
     nose_index: int = 28

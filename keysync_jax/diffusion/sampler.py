@@ -62,9 +62,7 @@ def sample(
         x, state = carry
         sigma, ratio = level
         inputs = guidance.prepare(x, jnp.full(x.shape[0], sigma), conditions, without)
-        branches = inpainting.denoise(
-            network, *inputs, scaling=scaling, mask_input=mask_input, videos_per_call=videos_per_call
-        )
+        branches = inpainting.denoise(network, *inputs, scaling=scaling, mask_input=mask_input, videos_per_call=videos_per_call)
         denoised, state = guidance.combine(branches, state)
         # Euler's x + (sigma' - sigma) (x - D) / sigma, written so that sigma' = 0 gives D itself without rounding.
         following = denoised + ratio * (x - denoised)

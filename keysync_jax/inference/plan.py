@@ -91,9 +91,7 @@ def make_plan(num_frames_in: int, window: int = _REFERENCE_FRAMES, *, reference:
     if num_frames_in < 1:
         raise KeySyncError("the clip has no frames; nothing can be generated")
     if reference and num_frames_in < window:
-        raise KeySyncError(
-            f"the clip has {num_frames_in} frames, the reference plan needs at least {window}; leave it off for short clips"
-        )
+        raise KeySyncError(f"the clip has {num_frames_in} frames, the reference plan needs at least {window}; leave it off for short clips")
     step = window - 1
     if reference:
         num_segments = (num_frames_in - 1) // step

@@ -332,4 +332,3 @@ def _stored_rect(info: VideoInfo, upright: Rect) -> Rect:
     if turn.flip_y:
         y0, y1 = info.display_height - y1, info.display_height - y0
     return Rect(y0, x0, y1, x1) if turn.transpose else Rect(x0, y0, x1, y1)
-

@@ -27,7 +27,6 @@ DETECTOR_WEIGHTS = "s3fd-619a316812.pth"
 DETECTION_SIZE = 640  # long side of the frame that the detector sees; it was made for pictures of about this size
 
 
-
 class FanBackend(FaceBackend):
     """2-D FAN with the S3FD detector. It keeps no state: every frame is searched on its own.
 

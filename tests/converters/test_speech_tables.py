@@ -13,7 +13,13 @@ from keysync_jax.errors import KeySyncError
 MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
 FULL = {"hubert": AudioEncoderConfig(), "wavlm": AudioEncoderConfig(kind="wavlm", normalize_waveform=False)}
 TINY = {
-    "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24, "conv_dim": (8,) * 7, "conv_pos": 16, "conv_pos_groups": 4
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "intermediate_size": 24,
+    "conv_dim": (8,) * 7,
+    "conv_pos": 16,
+    "conv_pos_groups": 4,
 }
 
 

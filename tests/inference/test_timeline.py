@@ -23,7 +23,9 @@ def test_error_stays_below_half_a_frame_for_ten_minutes(rate):
         row = run.row(t)
         assert abs(Fraction(run.first + row, MODEL_RATE) - t) <= Fraction(1, 2 * MODEL_RATE)
         # The picture that conditioned that model frame is this frame or a neighbour no further than half a source interval.
-        assert abs(ts[run.sources[row]] - Fraction(run.first + row, MODEL_RATE)) <= max(Fraction(1, 2 * MODEL_RATE), Fraction(1, 2) / rate), frame
+        assert abs(ts[run.sources[row]] - Fraction(run.first + row, MODEL_RATE)) <= max(
+            Fraction(1, 2 * MODEL_RATE), Fraction(1, 2) / rate
+        ), frame
 
 
 def test_variable_rate_and_offset_start():

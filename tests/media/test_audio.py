@@ -115,7 +115,7 @@ def test_resampling_is_band_limited(tmp_path):
 def test_sound_that_starts_late_keeps_its_place(tmp_path):
     clip = audio.load_audio(encode(tmp_path / "a.mp4", video=True, audio_delay=0.5))
     assert abs(click_at(clip) - 1.5 * 16000) <= MS  # MP4 rounds the delay to a millisecond
-    assert np.abs(clip.samples[: 7000]).max() < 1e-3
+    assert np.abs(clip.samples[:7000]).max() < 1e-3
 
 
 def test_pictures_that_start_late_do_not_move_the_sound(tmp_path):

@@ -1,0 +1,175 @@
+"""A stage's part from a KeySync checkpoint, or from Stable Video Diffusion for training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from converters import diffusers, sgm, shapes
+from converters.containers import Source
+from converters.differences import compare, some
+from converters.fresh import fresh, stage_constants
+from converters.lazy import BFLOAT16, Tensors
+from converters.parts import DECODER, ENCODER, KL_PREFIX, Part, first_stage_encoder_table, kl_table, part_table
+from keysync_jax.config import StageConfig, VAEConfig
+from keysync_jax.errors import KeySyncError
+
+# Submodules of the SVD release that no part of KeySync comes from: its own embedders.
+_SVD_EMBEDDERS = "conditioner.embedders."
+
+
+def has_unet(source: Source) -> bool:
+    return any(key.startswith(diffusers.UNET_PREFIX) for key in source.tensors)
+
+
+def filler_size(source: Source | None) -> int | None:
+    """Side of the latent that an interpolation checkpoint's learned filler was made for."""
+    if source is None:
+        return None
+    if source.own is not None:
+        return source.own.latent_size
+    return source.tensors.info(shapes.FILLER).shape[-1] if shapes.FILLER in source.tensors else None
+
+
+def optional_copies(tensors: Tensors, vae: VAEConfig | None) -> set[str]:
+    """Keys of the VAE copies that an engine may carry: its first stage's encoder, and interpolation's whole KL autoencoder."""
+    if vae is None:
+        return {key for key in tensors if key.startswith((ENCODER, f"{KL_PREFIX}."))}
+    return {e.torch_key for e in (*kl_table(vae), *first_stage_encoder_table(vae))}
+
+
+def from_checkpoint(
+    source: Source, name: str, vae: Part | None, settings: Mapping[str, Any], options: Any, notes: list[str], used: set[str]
+) -> Part:
+    """The part of a KeySync checkpoint: its U-Net, audio projection, learned filler and decoder, and nothing else.
+
+    Raises:
+      KeySyncError: tensors that are missing, unexpected or mis-shaped and not allowed, all of them named.
+    """
+    tensors = source.tensors
+    config = source.own or shapes.stage_config(tensors, name, options.head_channels, **settings)
+    if source.own is None:
+        notes.append(
+            f"{source.path} does not say what it was trained with; assumed: {config.audio_encoder} features, {config.mask.kind} mask, "
+            f"attention heads of {config.unet.num_head_channels}, {config.resolution} pixels"
+        )
+    table = sgm.stage_table(config)
+    expected = {e.torch_key: e.torch_shape for e in table}
+    own_decoder = any(key.startswith(DECODER) for key in tensors)
+    vae_config = vae.config if vae else None
+    if own_decoder:
+        vae_config = vae_config or shapes.vae_config(tensors, diffusers.VAE_PREFIX, quant_conv=False)
+        expected |= {e.torch_key: e.torch_shape for e in part_table(vae_config, ("decoder",))}
+    elif vae:
+        notes.append(f"{source.path} has no VAE decoder; its part gets the one of {vae.tensors.source}")
+    copies = optional_copies(tensors, vae_config) & set(tensors)
+    if copies:
+        notes.append(f"{source.path}: {len(copies)} optional VAE copies were recognised and left out")
+    found = compare(tensors.select(key for key in tensors if key not in copies), expected)
+    refuse(source.path, found.without(options.allow_missing, options.allow_unexpected))
+    used |= {*found.missing, *found.wrong, *found.unexpected}
+    drawn = [key for key in (*found.missing, *found.wrong) if not key.startswith(DECODER)]
+    decoder = [key for key in (*found.missing, *found.wrong) if key.startswith(DECODER)]
+    if decoder and vae is None:
+        raise KeySyncError(f"{source.path}: {some(decoder)} cannot be replaced without a VAE source; add Stable Video Diffusion")
+    merged = _filled(tensors, table, drawn, config, options.seed)
+    if vae and (decoder or not own_decoder):
+        keys = [e.torch_key for e in part_table(vae.config, ("decoder",))] if not own_decoder else decoder
+        merged = merged.updated({key: vae.tensors.info(key) for key in keys})
+    if drawn:
+        notes.append(f"{source.path}: drawn at random: {some(drawn)}")
+    complete = [*table, *(part_table(vae_config, ("decoder",)) if vae_config else ())]
+    return Part(name, config, merged.select(e.torch_key for e in complete), source.random, tuple(drawn))
+
+
+def refuse(path: str, differences: Any) -> None:
+    """Stops at tensors that do not fit.
+
+    Raises:
+      KeySyncError: naming all of them and how to go on.
+    """
+    if differences:
+        first = (*differences.missing, *differences.wrong, *differences.unexpected)[0]
+        option = "--allow-unexpected" if first in differences.unexpected else "--allow-missing"
+        raise KeySyncError(f"{path}: {differences} (allow them one by one, e.g. {option} {first})")
+
+
+def _filled(tensors: Tensors, table: list, keys: list[str], config: StageConfig, seed: int) -> Tensors:
+    drawn = fresh(table, seed, keys=keys, constants=stage_constants(config))
+    return tensors.updated(dict(drawn.lazy_items()))
+
+
+def svd_unet(source: Source, options: Any) -> Tensors:
+    """An SVD source's U-Net in sgm names."""
+    if source.kind == "svd":
+        return source.tensors
+    return diffusers.unet_to_sgm(source.tensors, _diffusers_config(source))
+
+
+def _diffusers_config(source: Source) -> Any:
+    if source.config is None:
+        raise KeySyncError(f"{source.path} needs the config.json that belongs beside it; keep the diffusers folder together")
+    return diffusers.unet_config_from_diffusers(source.config, source.path)
+
+
+def from_svd(
+    source: Source, name: str, vae: Part | None, settings: Mapping[str, Any], options: Any, notes: list[str], used: set[str]
+) -> Part:
+    """A stage to train: SVD's U-Net with a new audio path, and the new channels of interpolation.
+
+    Raises:
+      KeySyncError: SVD lacks a tensor that should come from it, or holds one that is unknown.
+    """
+    tensors = svd_unet(source, options)
+    plain = _diffusers_config(source) if source.kind != "svd" else shapes.unet_config(tensors, options.head_channels)
+    config = StageConfig(stage=name, unet=shapes.with_audio(plain, name), **settings)
+    table = sgm.stage_table(config)
+    expected = {e.torch_key: e.torch_shape for e in table}
+    found = compare(tensors.select(key for key in tensors if not _is_svd_extra(key)), expected)
+    # New in KeySync; everything else must come from SVD.
+    new = {e.torch_key for e in table if not e.torch_key.startswith(diffusers.UNET_PREFIX)}
+    new |= {f"{diffusers.UNET_PREFIX}label_emb.0.0.weight"} | (
+        {f"{diffusers.UNET_PREFIX}input_blocks.0.0.weight"} if name == "interpolation" else set()
+    )
+    refuse(source.path, found.without({*new, *options.allow_missing}, options.allow_unexpected))
+    used |= {*found.missing, *found.wrong, *found.unexpected} - new
+    drawn = [*found.wrong, *found.missing]
+    for key, (theirs, ours) in found.wrong.items():
+        notes.append(f"{name}: {key} is {theirs} in SVD and {ours} in KeySync; drawn at random")
+    notes.append(f"{name}: initialised from {source.path} for training, it cannot dub yet; drawn at random: {some(drawn)}")
+    merged = _filled(tensors, table, drawn, config, options.seed).select(e.torch_key for e in table)
+    if vae:
+        merged = merged.updated({e.torch_key: vae.tensors.info(e.torch_key) for e in part_table(vae.config, ("decoder",))})
+    return Part(name, config, merged, fresh=tuple(drawn))
+
+
+def _is_svd_extra(key: str) -> bool:
+    return key.startswith((_SVD_EMBEDDERS, ENCODER, DECODER, diffusers.VAE_PREFIX))
+
+
+def compare_frozen(part: Part, svd: Source) -> str:
+    """Whether a stage's temporal layers are SVD's, as they are if it was trained with the reference's freeze rule."""
+    reference = svd_unet(svd, None)
+    keys = [key for key in part.tensors if sgm.is_frozen(key)]
+    shared = [key for key in keys if key in reference and reference.info(key).shape == part.tensors.info(key).shape]
+    different, rounded = [], False
+    for key in shared:
+        ours, theirs = np.asarray(part.tensors[key]), np.asarray(reference[key])
+        if ours.dtype != theirs.dtype:
+            rounded = True
+            narrow = min(ours.dtype, theirs.dtype, key=_mantissa_bits)
+            ours, theirs = ours.astype(narrow), theirs.astype(narrow)
+        if ours.tobytes() != theirs.tobytes():
+            different.append(key)
+    how = "after rounding to the narrower type" if rounded else "bit for bit"
+    if len(shared) < len(keys):
+        return f"{part.name}: {len(keys) - len(shared)} of {len(keys)} temporal tensors have no counterpart in {svd.path}"
+    if not different:
+        return f"{part.name}: all {len(keys)} temporal tensors equal SVD's {how}"
+    return f"{part.name}: {len(different)} of {len(keys)} temporal tensors differ from SVD's, so they were trained: {some(different, 3)}"
+
+
+def _mantissa_bits(dtype: np.dtype) -> int:
+    return 8 if dtype == BFLOAT16 else np.finfo(dtype).nmant

@@ -1,0 +1,228 @@
+"""`keysync convert`: any mix of PyTorch weights to one model directory.
+
+Every tensor of every source is accounted for: it has a place in a table, or is a recognised optional copy, or is listed by name and
+stops the conversion unless it is allowed by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from converters import assemble_audio, assemble_stage, assemble_vae, model_directory
+from converters.containers import KINDS, Source, open_sources
+from converters.differences import some
+from converters.lazy import FLOAT_TYPES
+from converters.parts import STAGES, Part, audio_part_name
+from converters.progress import byte_progress
+from converters.shapes import RELEASED_ENCODERS
+from keysync_jax.config import MaskConfig, StageConfig, VAEConfig
+from keysync_jax.errors import KeySyncError, UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the weights do not say.
+
+    Attributes:
+      allow_missing: tensors that may be missing or mis-shaped (they are drawn at random), or parts that may be left out.
+      allow_unexpected: tensors that may be there and are ignored.
+      encoders: stage -> kind of the speech encoder that it was trained with.
+      mask: kind of the mask that the stages were trained with.
+      resolution: side of the face crop in pixels; None follows from the learned filler, or is 512.
+      head_channels: width of an attention head, for U-Nets that are not SVD's size.
+      dtype: "float32", "float16" or "bfloat16"; None keeps every tensor's own type.
+      seed: of tensors that are drawn at random.
+    """
+
+    allow_missing: tuple[str, ...] = ()
+    allow_unexpected: tuple[str, ...] = ()
+    encoders: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(RELEASED_ENCODERS))
+    mask: str = "box"
+    resolution: int | None = None
+    head_channels: int | None = None
+    dtype: str | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """The written directory and what was decided on the way."""
+
+    directory: model_directory.ModelDirectory
+    notes: tuple[str, ...]
+
+
+def convert(
+    sources: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    *,
+    force: bool = False,
+    console: Console | None = None,
+    **options: Any,
+) -> Conversion:
+    """Reads `sources`, checks every tensor, and writes a model directory.
+
+    With Stable Video Diffusion alone, both stages are initialised from it for training, as the reference does: what has another shape
+    there (`label_emb.0.0.weight`, interpolation's `input_blocks.0.0.weight`) or does not exist (audio projection, learned filler) is
+    drawn at random and reported by name.
+
+    Args:
+      sources: files and folders, recognised by what they hold; local or `hub:owner/name[/inside]`.
+      out: model directory to write, local or `gs://`.
+      allow_missing: see `Options`.
+      allow_unexpected: see `Options`.
+      force: replace an existing model directory.
+      console: where progress and the summary go; default stderr.
+      **options: further fields of `Options`.
+
+    Raises:
+      KeySyncError: a source that cannot be read or recognised, tensors that are missing, unexpected or mis-shaped, a part without a
+        source, or parts that do not belong together. Nothing is written then.
+      UsageError: two sources for one part, or an option with an impossible value.
+    """
+    console = console or Console(stderr=True)
+    settings = _settings(Options(tuple(allow_missing), tuple(allow_unexpected), **options))
+    opened = [source for path in sources for source in open_sources(os.fspath(path))]
+    by_role = _by_role(opened)
+    parts, notes, used = _assemble(by_role, settings)
+    used |= _refuse_incomplete(parts, _for_training(by_role), settings, notes)
+    unused = [key for key in (*settings.allow_missing, *settings.allow_unexpected) if key not in used]
+    if unused:
+        notes.append(f"allowed but not needed: {some(unused)}")
+    if settings.dtype:
+        parts = [dataclasses.replace(part, tensors=part.tensors.astype(FLOAT_TYPES[settings.dtype])) for part in parts]
+    with byte_progress(console, "hashing sources", sum(os.path.getsize(f) for s in opened for f in s.files)) as advance:
+        hashes = [_hash(Path(file), advance) for source in opened for file in source.files]
+    with byte_progress(console, "writing", sum(part.tensors.nbytes for part in parts)) as advance:
+        directory = model_directory.save(out, parts, sources=hashes, notes=notes, force=force, progress=advance)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+    for name, part in directory.parts.items():
+        size = f"{part.weights.tensors} tensors, {part.weights.parameters:,} parameters" if part.weights else "no weights"
+        console.print(f"{directory.path}/{name}: {size}", highlight=False, soft_wrap=True, markup=False)
+    return Conversion(directory, tuple(notes))
+
+
+def _settings(options: Options) -> Options:
+    if options.dtype not in (None, *FLOAT_TYPES):
+        raise UsageError(f"dtype {options.dtype!r}: choose one of {', '.join(FLOAT_TYPES)}")
+    unknown = set(options.encoders) - set(STAGES)
+    if unknown:
+        raise UsageError(f"encoders: {', '.join(sorted(unknown))} is no stage; there are {', '.join(STAGES)}")
+    return dataclasses.replace(options, encoders={**RELEASED_ENCODERS, **options.encoders})
+
+
+# Which role a kind of source plays; "svd" plays two.
+_ROLES = {
+    "keyframe": ("keyframe",),
+    "interpolation": ("interpolation",),
+    "svd": ("svd_unet", "svd_vae"),
+    "diffusers_unet": ("svd_unet",),
+    "diffusers_vae": ("svd_vae",),
+    "hubert": ("hubert",),
+    "wavlm": ("wavlm",),
+    "wavlm_microsoft": ("wavlm",),
+}
+
+
+def _by_role(opened: Sequence[Source]) -> dict[str, Source]:
+    by_role: dict[str, Source] = {}
+    for source in opened:
+        if source.kind == "unknown":
+            names = some(sorted(source.tensors), 3)
+            raise KeySyncError(f"{source.path} holds tensors of an unknown model ({names}); docs/convert.md lists what is read")
+        for role in _ROLES[source.kind]:
+            if role == "svd_unet" and source.kind == "svd" and not assemble_stage.has_unet(source):
+                continue
+            if role == "svd_vae" and source.kind == "svd" and not assemble_vae.has_vae(source):
+                continue
+            if role == "svd_vae" and role in by_role and assemble_vae.same_encoder(by_role[role], source):
+                continue
+            if role in by_role:
+                raise UsageError(f"{by_role[role].path} and {source.path} are both {KINDS[source.kind]}; give one of them")
+            by_role[role] = source
+    return by_role
+
+
+def _assemble(by_role: Mapping[str, Source], options: Options) -> tuple[list[Part], list[str], set[str]]:
+    """(parts, notes, keys whose allowance was used)."""
+    notes: list[str] = []
+    used: set[str] = set()
+    training = _for_training(by_role)
+    checkpoints = [by_role[stage] for stage in reversed(STAGES) if stage in by_role]
+    vae = assemble_vae.assemble(by_role.get("svd_vae"), checkpoints, options, notes, used)
+    config = vae.config if vae else None
+    settings = _stage_settings(by_role, config, options)
+    stages = []
+    for name in STAGES:
+        stage_settings = {**settings, "audio_encoder": options.encoders[name]}
+        if name in by_role:
+            stages.append(assemble_stage.from_checkpoint(by_role[name], name, vae, stage_settings, options, notes, used))
+        elif training:
+            stages.append(assemble_stage.from_svd(by_role["svd_unet"], name, vae, stage_settings, options, notes, used))
+    if "svd_unet" in by_role:
+        for part in stages:
+            if part.name in by_role:
+                notes.append(assemble_stage.compare_frozen(part, by_role["svd_unet"]))
+        unet_only = by_role["svd_unet"]
+        if not training and unet_only.kind == "diffusers_unet":
+            notes.append(f"{unet_only.path} is not part of the result: both stages come from KeySync checkpoints")
+    audio = [assemble_audio.assemble(by_role[kind], options, used) for kind in ("hubert", "wavlm") if kind in by_role]
+    audio += assemble_audio.without_weights(stages)
+    return [*stages, *([vae] if vae else []), *audio], notes, used
+
+
+def _stage_settings(by_role: Mapping[str, Source], vae: VAEConfig | None, options: Options) -> dict[str, Any]:
+    """Fields of `StageConfig` that both stages share and the weights of one may not show."""
+    factor = (vae or VAEConfig()).downsample_factor
+    latent = assemble_stage.filler_size(by_role.get("interpolation"))
+    if latent is None:
+        latent = (options.resolution or StageConfig.resolution) // factor
+    if options.resolution not in (None, latent * factor):
+        raise UsageError(f"resolution {options.resolution} does not fit the learned filler and the VAE, which make it {latent * factor}")
+    settings = {"latent_size": latent, "resolution": latent * factor, "mask": MaskConfig(options.mask)}
+    return settings | ({"latent_scale": vae.latent_scale} if vae else {})
+
+
+def _for_training(by_role: Mapping[str, Source]) -> bool:
+    """Whether there is Stable Video Diffusion but no KeySync checkpoint: the result is a start for training."""
+    return "svd_unet" in by_role and not any(stage in by_role for stage in STAGES)
+
+
+def _refuse_incomplete(parts: Sequence[Part], training: bool, options: Options, notes: list[str]) -> set[str]:
+    """A dub needs both stages, the VAE and each stage's encoder; whatever is left out must be allowed by name (those are returned)."""
+    names = {part.name for part in parts}
+    needed = {stage: "a KeySync checkpoint of that stage" for stage in STAGES}
+    needed["vae"] = "Stable Video Diffusion's VAE, as a diffusers folder or a single file"
+    for part in parts:
+        if part.name in STAGES:
+            encoder = part.config.audio_encoder
+            needed[audio_part_name(encoder)] = f"the {encoder} encoder that the {part.name} stage was trained with"
+    lacking = [name for name in needed if name not in names]
+    # A directory to start training from needs no speech encoders: features are computed beforehand.
+    fatal = [name for name in lacking if name not in options.allow_missing and not (training and name.startswith("audio/"))]
+    if not parts:
+        raise KeySyncError("no weights to convert were given")
+    if fatal:
+        lines = "; ".join(f"{name} ({needed[name]})" for name in fatal)
+        raise KeySyncError(f"no source for {lines}; add it, or allow each with --allow-missing {fatal[0]}")
+    notes.extend(f"the directory has no {name}, which a dub needs" for name in lacking)
+    return set(lacking)
+
+
+def _hash(path: Path, advance: Any) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+            advance(len(block))
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -1,0 +1,110 @@
+"""`keysync init`: a model directory with random weights, for trying the tools and for measuring the full-size model."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from rich.console import Console
+
+from converters import model_directory, speech
+from converters.fresh import NON_DEGENERATE, VAE_CONSTANTS, fresh, stage_constants
+from converters.lazy import Tensors, from_params
+from converters.model_directory import ModelDirectory
+from converters.parts import Part, audio_part_name, part_table
+from converters.progress import byte_progress
+from keysync_jax.config import AudioEncoderConfig, StageConfig, UNetConfig, VAEConfig
+from keysync_jax.errors import UsageError
+
+SIZES = ("tiny", "full")
+
+
+def configurations(size: str) -> tuple[dict[str, StageConfig], VAEConfig, list[AudioEncoderConfig]]:
+    """Stages, VAE and speech encoders of a size.
+
+    "full" is the released layout. "tiny" has a 128-pixel crop, 16x16 latents, a two-level U-Net with attention (on the lower level and
+    in the middle: on the upper one it would double the time), a VAE of width 32 and two-layer speech encoders.
+
+    Raises:
+      UsageError: no such size.
+    """
+    if size == "full":
+        stages = {
+            "keyframe": StageConfig(),
+            "interpolation": StageConfig(stage="interpolation", unet=UNetConfig(in_channels=9), audio_encoder="wavlm"),
+        }
+        return stages, VAEConfig(), [AudioEncoderConfig(), AudioEncoderConfig(kind="wavlm", normalize_waveform=False)]
+    if size != "tiny":
+        raise UsageError(f"size {size!r}: choose one of {', '.join(SIZES)}")
+    sizes = {
+        "model_channels": 32,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (2,),
+        "num_head_channels": 32,
+        "context_dim": 32,
+        "audio_dim": 32,
+    }
+    shared = {"resolution": 128, "latent_size": 16, "audio_feature_dim": 32}
+    stages = {
+        "keyframe": StageConfig(unet=UNetConfig(**sizes), **shared),
+        "interpolation": StageConfig(stage="interpolation", unet=UNetConfig(in_channels=9, **sizes), audio_encoder="wavlm", **shared),
+    }
+    encoder = {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "intermediate_size": 64,
+        "conv_dim": (16,) * 7,
+        "conv_pos": 16,
+        "conv_pos_groups": 4,
+    }
+    vae = VAEConfig(base_channels=32, channel_mult=(1, 1, 1, 1))
+    return stages, vae, [AudioEncoderConfig(**encoder), AudioEncoderConfig(kind="wavlm", normalize_waveform=False, **encoder)]
+
+
+def initialize(
+    size: str, output: str | os.PathLike, *, seed: int = 0, force: bool = False, console: Console | None = None
+) -> ModelDirectory:
+    """Writes random weights, marked as such in every config.json, tensor by tensor.
+
+    Args:
+      size: "tiny" (megabytes) or "full" (the released layout, about 13 GB).
+      output: model directory to write.
+      seed: each tensor has its own stream, so the same seed gives the same bytes.
+      force: replace an existing model directory.
+      console: where the warning goes; default stderr.
+
+    Raises:
+      UsageError: no such size.
+      KeySyncError: the folder is in use.
+    """
+    console = console or Console(stderr=True)
+    stages, vae_config, encoders = configurations(size)
+    vae = _random(part_table(vae_config), seed, VAE_CONSTANTS)
+    decoder = {e.torch_key: vae.info(e.torch_key) for e in part_table(vae_config, ("decoder",))}
+    parts = []
+    for name, config in stages.items():
+        # The stages must not be twins: their shared layers would agree by accident.
+        own = _random(part_table(config), seed + (name == "interpolation") * 1_000_003, stage_constants(config))
+        parts.append(Part(name, config, own.updated(decoder), random=True))
+    parts.append(Part("vae", vae_config, vae, random=True))
+    for config in encoders:
+        parts.append(Part(audio_part_name(config.kind), config, _random_encoder(config, seed), random=True))
+    with byte_progress(console, "random weights", sum(part.tensors.nbytes for part in parts)) as advance:
+        directory = model_directory.save(output, parts, notes=[f"random weights, size {size}, seed {seed}"], force=force, progress=advance)
+    warning = f"[bold yellow]{directory.path} holds RANDOM weights[/bold yellow] (size {size}): for trying the tools; mouths are noise"
+    console.print(warning, highlight=False, soft_wrap=True)
+    return directory
+
+
+def _random(table, seed: int, constants: dict[str, float]) -> Tensors:
+    # The reference's zero layers are drawn too, or the network would answer 0 to everything.
+    return fresh(table, seed, zero_init=False, gain=NON_DEGENERATE, constants=constants)
+
+
+def _random_encoder(config: AudioEncoderConfig, seed: int) -> Tensors:
+    from keysync_jax.models import audio_encoder
+
+    params = audio_encoder.init_params(config, np.random.default_rng([seed, len(config.kind)]))
+    return from_params(speech.audio_table(config), params, config.kind)

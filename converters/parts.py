@@ -1,0 +1,92 @@
+"""The parts of a model directory: their names, their tables, and a part on its way to disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from converters import sgm, speech
+from converters.lazy import Tensors
+from converters.table import Table
+from keysync_jax import config as configs
+from keysync_jax.config import AudioEncoderConfig, StageConfig, VAEConfig
+
+STAGES = ("keyframe", "interpolation")
+DECODER = "first_stage_model.decoder."
+ENCODER = "first_stage_model.encoder."
+# The whole KL autoencoder that interpolation's conditioner may carry and never uses.
+KL_PREFIX = "conditioner.embedders.0.encoder"
+# Under this name our files say which part they are and with which config: header text of safetensors, entry of a torch file.
+SELF_DESCRIPTION = "keysync"
+
+PartConfig = StageConfig | VAEConfig | AudioEncoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part to be written.
+
+    Attributes:
+      name: "keyframe", "interpolation", "vae" or "audio/<encoder>".
+      config: what it is.
+      tensors: torch key -> array in the reference's names; empty for "log_mel".
+      random: whether all of it is drawn at random.
+      fresh: keys that were drawn at random in an otherwise trained part.
+    """
+
+    name: str
+    config: PartConfig
+    tensors: Tensors
+    random: bool = False
+    fresh: tuple[str, ...] = ()
+
+
+def audio_part_name(kind: str) -> str:
+    return f"audio/{kind}"
+
+
+def part_table(config: PartConfig, vae_halves: Sequence[str] = ("encoder", "decoder")) -> Table:
+    """Entries of a part's parameters; `vae_halves` chooses among a VAE's."""
+    if isinstance(config, StageConfig):
+        return sgm.stage_table(config)
+    if isinstance(config, VAEConfig):
+        return sgm.vae_table(config, parts=vae_halves)
+    return speech.audio_table(config)
+
+
+def kl_table(config: VAEConfig) -> Table:
+    """Entries of the plain KL autoencoder (2-D decoder, both 1x1 convolutions) of a VAE's sizes, under `KL_PREFIX`."""
+    return sgm.vae_table(dataclasses.replace(config, decoder="image", quant_conv=True, post_quant_conv=True), KL_PREFIX)
+
+
+def first_stage_encoder_table(config: VAEConfig) -> Table:
+    """Entries of the encoder that an engine's first stage may carry; it has no quant_conv."""
+    return sgm.vae_table(dataclasses.replace(config, quant_conv=False), parts=("encoder",))
+
+
+def describe(name: str, config: PartConfig, random: bool) -> dict[str, Any]:
+    """What a file says about itself; `described` reads it."""
+    return {"part": name, "config": configs.to_dict(config), "random": random}
+
+
+def config_class(name: str) -> type[PartConfig]:
+    return StageConfig if name in STAGES else VAEConfig if name == "vae" else AudioEncoderConfig
+
+
+def is_part_name(name: str) -> bool:
+    return name in (*STAGES, "vae") or name in {audio_part_name(kind) for kind in ("hubert", "wavlm", "log_mel")}
+
+
+def described(description: Any, where: str) -> PartConfig | None:
+    """The config in a file's self-description; None if there is none of ours.
+
+    Raises:
+      KeySyncError: unknown keys or wrong values in it.
+    """
+    if not isinstance(description, Mapping) or not isinstance(description.get("config"), Mapping):
+        return None
+    name = description.get("part")
+    if not isinstance(name, str) or not is_part_name(name):
+        return None
+    return configs.from_dict(config_class(name), dict(description["config"]), where)

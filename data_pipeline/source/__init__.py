@@ -1,0 +1,1 @@
+"""Reading training windows from prepared shards: which window comes when, what is in it, and batches through Grain."""

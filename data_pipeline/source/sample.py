@@ -1,0 +1,290 @@
+"""Training windows: what is drawn for a sample, and the arrays it consists of."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.clip_index import Clip
+from data_pipeline.records import AUDIO_PREFIX, JPEG, LANDMARKS, LATENT
+from data_pipeline.source import order
+from data_pipeline.source.clips import FrameStore
+from data_pipeline.source.masks import jitter_landmarks, latent_masks, mirror_landmarks
+from data_pipeline.source.mixture import DatasetChoice, Selection, select
+from data_pipeline.source.order import Order
+from data_pipeline.source.windows import Windows, windows_for
+from keysync_jax.config import MaskConfig, StageConfig
+from keysync_jax.errors import KeySyncError
+
+OCCLUDER = "occluder"
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """What to read and how.
+
+    Attributes:
+      datasets: one or several datasets with weights and filters.
+      windows: `KeyframeWindows` or `InterpolationWindows`.
+      audio_encoder: whose tokens to read (column audio_ENCODER).
+      mask: region to regenerate, drawn from the landmarks.
+      seed: of order, starts and augmentations.
+      sampling: "clip" (each clip once per pass) or "duration" (as often as windows fit into it).
+      columns: further per-frame columns to deliver under their own names ("valence", "arousal", ...).
+      pixel_frames: how many frames of each window to deliver in pixels; 0 for none, `num_frames` for all.
+      use_occluder: take the cells of the "occluder" column out of the masks.
+      flip: mirror half of the samples left to right. Latents are mirrored too, which the VAE follows only approximately: off by default.
+      box_jitter: move and stretch the mask's landmarks by up to this fraction of the crop (0 for none).
+    """
+
+    datasets: tuple[DatasetChoice, ...]
+    windows: Windows
+    audio_encoder: str = "hubert"
+    mask: MaskConfig = MaskConfig()
+    seed: int = 0
+    sampling: str = "clip"
+    columns: tuple[str, ...] = ()
+    pixel_frames: int = 0
+    use_occluder: bool = False
+    flip: bool = False
+    box_jitter: float = 0.0
+
+    def __post_init__(self):
+        if not self.datasets:
+            raise KeySyncError("no dataset to read; name at least one directory")
+        if not 0 <= self.pixel_frames <= self.windows.num_frames:
+            raise KeySyncError(f"pixel_frames is {self.pixel_frames}; choose 0 to {self.windows.num_frames}, the frames of a window")
+        if not 0 <= self.box_jitter < 1:
+            raise KeySyncError(f"box_jitter is {self.box_jitter}; it is a fraction of the crop, at least 0 and below 1")
+
+
+class Sample(NamedTuple):
+    """Everything that is drawn for one sample; reading it involves no further chance.
+
+    Attributes:
+      dataset, clip: positions in `WindowReader.stores` and in that store's clip index.
+      start, spacing: frames start, start + spacing, ... of the clip.
+      identity: frame number of the identity condition.
+      mirrored: whether left and right are swapped.
+      shift, stretch: of the mask's landmarks, see `jitter_landmarks`.
+      pixels: which frames of the window to decode, ascending; the same for all samples of a step.
+    """
+
+    dataset: int
+    clip: int
+    start: int
+    spacing: int
+    identity: int
+    mirrored: bool
+    shift: tuple[float, float]
+    stretch: float
+    pixels: tuple[int, ...]
+
+
+class WindowReader:
+    """Pure maps from (seed, step, batch size) to samples and from samples to arrays."""
+
+    def __init__(self, config: SourceConfig):
+        """Open the datasets and check that they hold what the config asks for.
+
+        Raises:
+          KeySyncError: a column (audio encoder, occluder, pixels) is missing, datasets do not fit each other, or no clip is left.
+        """
+        self.config = config
+        self.stores = tuple(FrameStore(choice.path) for choice in config.datasets)
+        self.selections: tuple[Selection, ...] = tuple(
+            select(choice, store.clips, config.windows, config.sampling) for choice, store in zip(config.datasets, self.stores, strict=True)
+        )
+        self._audio = AUDIO_PREFIX + config.audio_encoder
+        self._names = [LATENT, self._audio, LANDMARKS, *([OCCLUDER] if config.use_occluder else []), *config.columns]
+        for store in self.stores:
+            self._check_columns(store)
+        self._positions = [{c.id: i for i, c in enumerate(store.clips)} for store in self.stores]
+        self._order = Order([len(s.items) for s in self.selections], [c.weight for c in config.datasets], config.seed)
+        self.latent_shape = self.stores[0].columns[LATENT].shape
+        self.audio_dim = self.stores[0].columns[self._audio].shape[-1]
+        self.crop_size = self.stores[0].crop_size
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides which sample comes when. Equal fingerprints mean equal orders; store it beside the step."""
+        chosen = [
+            [choice.weight, [[s.clips[i].id for i in range(len(s.clips))], [c.num_frames for c in s.clips], len(s.items)]]
+            for choice, s in zip(self.config.datasets, self.selections, strict=True)
+        ]
+        c = self.config
+        drawn = [c.seed, c.sampling, c.windows.stage, dataclasses.asdict(c.windows), c.pixel_frames, c.flip, c.box_jitter]
+        return hashlib.sha256(json.dumps([chosen, drawn]).encode()).hexdigest()
+
+    def clip(self, sample: Sample) -> Clip:
+        return self.stores[sample.dataset].clips[sample.clip]
+
+    def sample(self, step: int, row: int, batch_size: int) -> Sample:
+        """Row `row` of the global batch of `step`: a pure function of these numbers, the seed and the clip indices."""
+        config, seed = self.config, self.config.seed
+        index = step * batch_size + row
+        pick = self._order(index)
+        selection = self.selections[pick.dataset]
+        clip = selection.clips[selection.items[pick.item]]
+        spacing, starts = config.windows.fit(clip.num_frames)
+        start = order.integer(starts, seed, "start", index)
+        identity = {"first": start, "clip_first": 0, "random": order.integer(clip.num_frames, seed, "identity", index)}
+        jitter = [config.box_jitter * (2 * order.uniform(seed, "jitter", index, axis) - 1) for axis in range(3)]
+        return Sample(
+            dataset=pick.dataset,
+            clip=self._positions[pick.dataset][clip.id],
+            start=start,
+            spacing=spacing,
+            identity=identity[config.windows.identity],
+            mirrored=config.flip and order.uniform(seed, "flip", index) < 0.5,
+            shift=(jitter[0], jitter[1]),
+            stretch=jitter[2],
+            pixels=tuple(order.subset(config.windows.num_frames, config.pixel_frames, seed, "pixels", step).tolist()),
+        )
+
+    def read(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        """Arrays of some samples, stacked.
+
+        Returns:
+          latents: float32 `[B, T, h, w, C]`, scaled as stored; they are both the target and the known region.
+          audio: float32 `[B, T, 2, D]`.
+          masks: float32 `[B, T, h, w, 1]`, 1 = regenerate.
+          cond_frames: float32, scaled like latents: `[B, h, w, C]` (keyframes) or `[B, 2, h, w, C]` (interpolation).
+          frames: int32 `[B, T]`, frame numbers within the clip.
+          dataset, clip: int32 `[B]`, which clip (`WindowReader.clip`).
+          original_frames: float32 `[B, n, H, W, 3]` in [-1, 1], and original_indices: int32 `[B, n]`, which of the T frames these are
+            (equal in all rows); only with `pixel_frames`.
+          And every column of `SourceConfig.columns` as `[B, T, ...]` in its own dtype.
+
+        Raises:
+          KeySyncError: a record cannot be read or is not finite; names clip, frame and file.
+        """
+        config, (h, w, c) = self.config, self.latent_shape
+        count, frames = len(samples), config.windows.num_frames
+        keyframes = config.windows.stage == "keyframe"
+        out = {
+            "latents": np.empty((count, frames, h, w, c), np.float32),
+            "audio": np.empty((count, frames, 2, self.audio_dim), np.float32),
+            "masks": np.empty((count, frames, h, w, 1), np.float32),
+            "cond_frames": np.empty((count, h, w, c) if keyframes else (count, 2, h, w, c), np.float32),
+            "frames": np.empty((count, frames), np.int32),
+            "dataset": np.array([s.dataset for s in samples], np.int32),
+            "clip": np.array([s.clip for s in samples], np.int32),
+        }
+        for name in config.columns:
+            column = self.stores[0].columns[name]
+            out[name] = np.empty((count, frames, *column.shape), np.dtype(column.dtype))
+        if config.pixel_frames:
+            out["original_frames"] = np.empty((count, config.pixel_frames, *self.crop_size, 3), np.float32)
+            out["original_indices"] = np.array([s.pixels for s in samples], np.int32)
+        for row, sample in enumerate(samples):
+            self._read_into({name: array[row] for name, array in out.items() if array.ndim > 1}, sample)
+        return out
+
+    def _read_into(self, out: dict[str, np.ndarray], sample: Sample) -> None:
+        """Fill one row of every array."""
+        config, store, clip = self.config, self.stores[sample.dataset], self.clip(sample)
+        frames = config.windows.frames(sample.start, sample.spacing)
+        numbers = frames.tolist()
+        values = store.read(clip, numbers, self._names)
+        out["frames"][:] = frames
+        latents = out["latents"]
+        for i, value in enumerate(values[LATENT]):
+            latents[i] = value[:, ::-1] if sample.mirrored else value
+        for i, value in enumerate(values[self._audio]):
+            out["audio"][i] = value
+        for name in config.columns:
+            for i, value in enumerate(values[name]):
+                out[name][i] = value
+        if config.windows.stage == "interpolation":
+            out["cond_frames"][:] = latents[[0, -1]]
+        elif sample.identity in numbers:
+            out["cond_frames"][:] = latents[numbers.index(sample.identity)]
+        else:
+            identity = store.read(clip, [sample.identity], [LATENT])[LATENT][0]
+            out["cond_frames"][:] = identity[:, ::-1] if sample.mirrored else identity
+        out["masks"][:] = self._masks(values, sample)
+        if sample.pixels:
+            pictures = store.read(clip, [numbers[i] for i in sample.pixels], [JPEG])[JPEG]
+            for i, data in enumerate(pictures):
+                picture = self._decode_jpeg(data, store, clip, numbers[sample.pixels[i]])
+                out["original_frames"][i] = picture[:, ::-1] if sample.mirrored else picture
+            out["original_frames"] *= 1 / 127.5
+            out["original_frames"] -= 1
+
+    def _masks(self, values: dict[str, list], sample: Sample) -> np.ndarray:
+        landmarks = np.stack(values[LANDMARKS])
+        occluder = np.stack(values[OCCLUDER]) if self.config.use_occluder else None
+        if sample.mirrored:
+            landmarks = mirror_landmarks(landmarks, self.crop_size[1])
+            occluder = None if occluder is None else occluder[:, :, ::-1]
+        if self.config.box_jitter:
+            landmarks = jitter_landmarks(landmarks, self.crop_size, sample.shift, sample.stretch)
+        return latent_masks(landmarks, self.crop_size, self.latent_shape[:2], self.config.mask, occluder)
+
+    def _decode_jpeg(self, data: bytes, store: FrameStore, clip: Clip, frame: int) -> np.ndarray:
+        """uint8 `[H, W, 3]`. Through Pillow: pod workers have no OpenCV."""
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                picture = np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError) as error:
+            where = f"{store.root}: clip {clip.id!r} frame {frame}"
+            raise KeySyncError(f"{where}: the JPEG cannot be decoded ({error}); prepare it again") from None
+        if picture.shape[:2] != self.crop_size:
+            raise KeySyncError(f"{store.root}: clip {clip.id!r} frame {frame}: the JPEG is {picture.shape[:2]}, the crop {self.crop_size}")
+        return picture
+
+    def _check_columns(self, store: FrameStore) -> None:
+        if self._audio not in store.columns:
+            have = [name.removeprefix(AUDIO_PREFIX) for name in sorted(store.columns) if name.startswith(AUDIO_PREFIX)]
+            raise KeySyncError(
+                f"{store.root} holds no tokens of audio encoder {self.config.audio_encoder!r}; it has {', '.join(have) or 'none'}. "
+                f"Choose one of these or add the column with keysync prepare"
+            )
+        for name in (*self._names, *([JPEG] if self.config.pixel_frames else [])):
+            column = store.require(name)
+            first = self.stores[0].columns[name]
+            if (column.dtype, column.shape) != (first.dtype, first.shape):
+                raise KeySyncError(
+                    f"{store.root}: column {name!r} is {column.dtype}{list(column.shape)} but {first.dtype}{list(first.shape)} in "
+                    f"{self.stores[0].root}; datasets of one mixture must agree"
+                )
+        if store.crop_size != self.stores[0].crop_size:
+            raise KeySyncError(f"{store.root} has crops of {store.crop_size}, {self.stores[0].root} of {self.stores[0].crop_size}")
+
+
+def source_config(stage: StageConfig, datasets: Sequence[DatasetChoice], windows: dict | None = None, **options) -> SourceConfig:
+    """The source that fits a stage: its windows, audio encoder and mask.
+
+    Args:
+      stage: stage to be trained.
+      datasets: what to read.
+      windows: options of its windows ("min_spacing", "identity").
+      **options: other fields of `SourceConfig`.
+    """
+    chosen = windows_for(stage.stage, num_frames=stage.num_frames, **(windows or {}))
+    return SourceConfig(tuple(datasets), chosen, audio_encoder=stage.audio_encoder, mask=stage.mask, **options)
+
+
+def check_stage(reader: WindowReader, stage: StageConfig) -> None:
+    """Refuse data of another geometry than the stage's.
+
+    Raises:
+      KeySyncError: latent size, crop size or audio width differ; names both.
+    """
+    size, dim, crop = (stage.latent_size, stage.latent_size), stage.audio_feature_dim, (stage.resolution, stage.resolution)
+    root = reader.stores[0].root
+    if reader.latent_shape[:2] != size:
+        raise KeySyncError(f"{root} has latents of {reader.latent_shape[:2]}, the stage is for {size}; prepare the data at its resolution")
+    if reader.crop_size != crop:
+        raise KeySyncError(f"{root} has crops of {reader.crop_size} pixels, the stage is for {crop}; prepare the data at its resolution")
+    if reader.audio_dim != dim:
+        raise KeySyncError(f"{root}: {reader.config.audio_encoder} tokens have {reader.audio_dim} numbers, the stage expects {dim}")

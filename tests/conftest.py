@@ -1,0 +1,40 @@
+"""Fixtures shared by the tests: where the reference cases lie, a tiny model, a drawn clip."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Programs compiled by one test, or by a subprocess of one, are not compiled again by the next.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="keysync_xla_"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Tests never reach for the network, whatever the machine has.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Model directory of `keysync init --size tiny`."""
+    from converters.initialize import initialize
+
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    initialize("tiny", str(path), seed=0)
+    return path
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory) -> Path:
+    """Folder with `clip.mp4` (a drawn talker, 512 px, 25 fps, 40 frames, with its own voice) and `voice.wav` (another, 2 s)."""
+    from data_pipeline.synthetic import make_clip, write_clip
+    from keysync_jax.media.audio import save_wav
+
+    folder = tmp_path_factory.mktemp("talker")
+    write_clip(make_clip(3, frames=40, size=512), folder / "clip.mp4")
+    save_wav(folder / "voice.wav", make_clip(4, frames=50, size=128).samples, 16000)
+    return folder

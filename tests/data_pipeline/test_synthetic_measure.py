@@ -1,0 +1,57 @@
+"""The measurer reads the mouth from pixels, and from nothing else."""
+
+import numpy as np
+import pytest
+
+from data_pipeline.synthetic import make_clip, measure_mouth
+from data_pipeline.synthetic.report import measure_quality
+from keysync_jax.errors import KeySyncError
+
+
+def test_true_frames_of_held_out_identities():
+    quality = measure_quality(24, frames=50)
+    assert quality.opening_r > 0.98 and quality.width_r > 0.98
+    assert quality.worst_opening_r > 0.96 and quality.worst_width_r > 0.95
+    assert quality.opening_error < 0.025 and quality.width_error < 0.02
+
+
+def test_degraded_frames():
+    quality = measure_quality(8, frames=50, blur=1.2, noise=1.0)
+    assert quality.opening_r > 0.97 and quality.width_r > 0.95
+
+
+def test_larger_frames():
+    quality = measure_quality(2, frames=30, size=256)
+    assert quality.worst_opening_r > 0.98 and quality.worst_width_r > 0.97
+
+
+def test_only_the_eye_corners_are_read():
+    clip = make_clip(61_000, frames=30)
+    blind = np.full_like(clip.landmarks, np.nan)
+    blind[:, [36, 39, 42, 45]] = clip.landmarks[:, [36, 39, 42, 45]]
+    one, other = measure_mouth(clip.frames, clip.landmarks), measure_mouth(clip.frames, blind)
+    assert one.found.all()
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_closed_is_read_as_closed_and_a_copied_mouth_as_wrong():
+    clip, voice = make_clip(61_001, frames=120), make_clip(61_001, frames=120, audio_seed=5)
+    found = measure_mouth(clip.frames, clip.landmarks)
+    shut = clip.opening == 0
+    assert shut.any() and (found.opening[shut] < 0.2 * found.opening.max()).all()
+    other = measure_mouth(voice.frames, voice.landmarks)
+    assert abs(np.corrcoef(other.opening, clip.opening)[0, 1]) < 0.6
+    assert np.corrcoef(other.opening, voice.opening)[0, 1] > 0.98
+
+
+def test_a_frame_without_a_mouth_is_not_found():
+    clip = make_clip(61_002, frames=4)
+    found = measure_mouth(np.full_like(clip.frames, 128), clip.landmarks)
+    assert not found.found.any() and not found.opening.any()
+
+
+def test_shapes_that_do_not_fit():
+    clip = make_clip(61_002, frames=4, size=64)
+    with pytest.raises(KeySyncError, match="68, 2"):
+        measure_mouth(clip.frames, clip.landmarks[:3])

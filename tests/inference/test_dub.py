@@ -1,0 +1,126 @@
+"""A whole dub on a drawn talker with the tiny model: what every user relies on."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from keysync_jax import KeySyncPipeline
+from keysync_jax.inference.options import DubOptions
+from keysync_jax.media import audio, video
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model):
+    return KeySyncPipeline.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def dubbed(pipeline, talker, tmp_path_factory):
+    """A lossless dub and its report."""
+    folder = tmp_path_factory.mktemp("dubbed")
+    result = pipeline(
+        talker / "clip.mp4", talker / "voice.wav", folder / "out.mov", options=DubOptions(lossless=True), report=folder / "r.json"
+    )
+    return folder, result
+
+
+def _frames(path):
+    return [(frame.time, frame.rgb().astype(np.int16)) for frame in video.read(path)]
+
+
+def test_same_length_size_and_timestamps(dubbed, talker):
+    folder, result = dubbed
+    before, after = _frames(talker / "clip.mp4"), _frames(folder / "out.mov")
+    assert [t for t, _ in before] == [t for t, _ in after]
+    assert before[0][1].shape == after[0][1].shape
+    assert result.report["frames_dubbed"] == len(before) == 40
+
+
+def test_only_the_mouth_region_changes(dubbed, talker):
+    folder, result = dubbed
+    x0, y0, x1, y1 = (max(0, int(v)) for v in result.report["shots"][0]["face_box"])
+    for (_, a), (_, b) in zip(_frames(talker / "clip.mp4"), _frames(folder / "out.mov"), strict=True):
+        difference = np.abs(a - b)
+        inside = difference[y0:y1, x0:x1].copy()
+        difference[y0:y1, x0:x1] = 0
+        assert difference.max() == 0
+        assert inside[: (y1 - y0) // 4].max() == 0  # forehead
+        assert inside[inside > 0].mean() > 5  # a random model's mouth is noise
+
+
+def test_the_given_audio_is_what_is_heard(dubbed, talker):
+    folder, result = dubbed
+    given, got = audio.load_audio(talker / "voice.wav").samples, audio.load_audio(folder / "out.mov").samples
+    n = min(len(given), len(got))
+    assert n >= 40 * 640 - 640
+    np.testing.assert_allclose(got[:n], given[:n], atol=1e-4)
+    assert any("longer than the video" in note for note in result.report["notes"]) == (len(given) / 16000 > 40 / 25 + 1)
+
+
+def test_report_says_what_was_done(dubbed):
+    folder, result = dubbed
+    report = json.loads((folder / "r.json").read_text())
+    assert report == result.report
+    assert report["shots"][0]["frames"] == [0, 40] and report["shots"][0]["skipped"] == []
+    assert report["settings"]["steps"] == 10 and report["settings"]["evaluations"] == 11
+    assert set(report["seconds"]) >= {"look", "listen", "encode", "keyframes", "interpolate", "compose"}
+
+
+def test_seed_and_voice_decide_the_bytes(pipeline, talker, tmp_path):
+    def run(name, voice, seed):
+        out = tmp_path / f"{name}.mp4"
+        pipeline(talker / "clip.mp4", voice, out, options=DubOptions(seed=seed))
+        return hashlib.sha256(out.read_bytes()).hexdigest()
+
+    other = tmp_path / "other.wav"
+    audio.save_wav(other, audio.load_audio(talker / "voice.wav").samples[::-1].copy(), 16000)
+    first = run("a", talker / "voice.wav", 1)
+    assert first == run("b", talker / "voice.wav", 1)
+    assert first != run("c", talker / "voice.wav", 2)
+    assert first != run("d", other, 1)
+    assert not list(tmp_path.glob(".keysync*"))  # nothing of the scratch space stays
+
+
+def test_short_voice_leaves_the_source_mouth(pipeline, talker, tmp_path):
+    short = tmp_path / "short.wav"
+    audio.save_wav(short, audio.load_audio(talker / "voice.wav").samples[: 640 * 15], 16000)
+    result = pipeline(talker / "clip.mp4", short, tmp_path / "out.mov", options=DubOptions(lossless=True))
+    assert result.report["frames_dubbed"] == 15
+    assert result.report["shots"][0]["skipped"] == [{"frames": [15, 40], "reason": "the voice has ended"}]
+    for i, ((_, a), (_, b)) in enumerate(zip(_frames(talker / "clip.mp4"), _frames(tmp_path / "out.mov"), strict=True)):
+        assert (np.abs(a - b).max() > 0) == (i < 15)
+
+
+_ONE_OR_EIGHT = """
+import sys, jax
+from keysync_jax import KeySyncPipeline
+from keysync_jax.inference.options import DubOptions
+assert len(jax.devices()) == 8
+for name, devices in (("one", jax.devices()[:1]), ("three", jax.devices()[:3]), ("eight", jax.devices())):
+    pipe = KeySyncPipeline.from_pretrained(sys.argv[1], devices=devices)
+    pipe(sys.argv[2] + "/clip.mp4", sys.argv[2] + "/voice.wav", f"{sys.argv[3]}/{name}.mov", options=DubOptions(lossless=True))
+"""
+
+
+def test_frames_are_bit_equal_on_one_three_and_eight_devices(tiny_model, talker, tmp_path):
+    import os
+
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", _ONE_OR_EIGHT, tiny_model, talker, tmp_path], env=env, check=True)
+    one, three, eight = (_frames(tmp_path / f"{name}.mov") for name in ("one", "three", "eight"))
+    assert len(one) == 40
+    for (_, a), (_, b), (_, c) in zip(one, three, eight, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
+
+
+def test_pretrained_round_trip(pipeline, tiny_model, tmp_path):
+    pipeline.save_pretrained(tmp_path / "copy")
+    for part in ("keyframe", "interpolation", "vae"):
+        original, copy = ((d / part / "model.safetensors").read_bytes() for d in (tiny_model, tmp_path / "copy"))
+        assert hashlib.sha256(original).digest() == hashlib.sha256(copy).digest()
+    assert KeySyncPipeline.from_pretrained(tmp_path / "copy").stages == pipeline.stages
