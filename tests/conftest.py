@@ -30,11 +30,11 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def talker(tmp_path_factory) -> Path:
-    """Folder with `clip.mp4` (a drawn talker, 512 px, 25 fps, 40 frames, with its own voice) and `voice.wav` (another, 2 s)."""
+    """Folder with `clip.mp4` (a drawn talker, 512 px, 25 fps, 30 frames, with its own voice) and `voice.wav` (another, 2 s)."""
     from data_pipeline.synthetic import make_clip, write_clip
     from keysync_jax.media.audio import save_wav
 
     folder = tmp_path_factory.mktemp("talker")
-    write_clip(make_clip(3, frames=40, size=512), folder / "clip.mp4")
+    write_clip(make_clip(3, frames=30, size=512), folder / "clip.mp4")
     save_wav(folder / "voice.wav", make_clip(4, frames=50, size=128).samples, 16000)
     return folder

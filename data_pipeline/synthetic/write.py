@@ -91,7 +91,7 @@ def _encode(path: Path, clip: TalkerClip, container: str, audio_codec: str, audi
         audio = output.add_stream(audio_codec, rate=clip.sample_rate, layout="mono")
         for i, picture in enumerate(clip.frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED)
+            frame = frame.reformat(format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED, threads=1)
             frame.pts, frame.time_base = i, Fraction(1, clip.fps)
             output.mux(video.encode(frame))
         output.mux(video.encode(None))

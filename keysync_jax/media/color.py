@@ -217,6 +217,10 @@ def relabel(frame: av.VideoFrame, pix_fmt: str) -> av.VideoFrame:
     return out
 
 
+# libswscale's slice threads write up to eight pixels into each other's rows when the width is odd, so results differ from run to run.
+SWSCALE_THREADS = 1
+
+
 def frame_to_rgb(frame: av.VideoFrame, fmt: PlaneFormat, width: int | None = None, height: int | None = None) -> np.ndarray:
     """8-bit RGB `[h, w, 3]` of a frame in stored orientation, resized on request, with the frame's own matrix and range."""
     shrinks = (width or frame.width) < frame.width
@@ -236,5 +240,6 @@ def frame_to_rgb(frame: av.VideoFrame, fmt: PlaneFormat, width: int | None = Non
         interpolation=(Interpolation.AREA if shrinks else Interpolation.BILINEAR)
         | Interpolation.ACCURATE_RND
         | Interpolation.FULL_CHR_H_INT,
+        threads=SWSCALE_THREADS,
     )
     return converted.to_ndarray()

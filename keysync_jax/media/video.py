@@ -228,7 +228,7 @@ class VideoReader:
             self._note(f"picture of another pixel format, converted to {info.pix_fmt}", at)
         if (picture.width, picture.height, picture.format.name) == (info.width, info.height, info.pix_fmt):
             return picture
-        return picture.reformat(width=info.width, height=info.height, format=info.pix_fmt)
+        return picture.reformat(width=info.width, height=info.height, format=info.pix_fmt, threads=color.SWSCALE_THREADS)
 
     def _decoded(self, threaded: bool) -> Iterator[av.VideoFrame]:
         """Pictures as the decoder gives them. With threads, the first sign of damage ends it with `_DamageError`."""

@@ -251,8 +251,10 @@ class VideoWriter:
         stamp = picture.pts
         if picture.format.name != self.encoding.pix_fmt:
             same_layout = picture.format.name.replace("yuvj", "yuv") == self.encoding.pix_fmt
-            convert = color.relabel if same_layout else lambda source, name: source.reformat(format=name)
-            picture = convert(picture, self.encoding.pix_fmt)
+            if same_layout:
+                picture = color.relabel(picture, self.encoding.pix_fmt)
+            else:
+                picture = picture.reformat(format=self.encoding.pix_fmt, threads=color.SWSCALE_THREADS)
             picture.pts = stamp
         picture.time_base = info.time_base
         picture.pict_type = PictureType.NONE  # else the encoder repeats the decoder's choice of key frames

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ import pytest
 from keysync_jax import KeySyncPipeline
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.media import audio, video
+
+FRAMES = 30  # of the drawn clip
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def test_same_length_size_and_timestamps(dubbed, talker):
     before, after = _frames(talker / "clip.mp4"), _frames(folder / "out.mov")
     assert [t for t, _ in before] == [t for t, _ in after]
     assert before[0][1].shape == after[0][1].shape
-    assert result.report["frames_dubbed"] == len(before) == 40
+    assert result.report["frames_dubbed"] == len(before) == FRAMES
 
 
 def test_only_the_mouth_region_changes(dubbed, talker):
@@ -56,16 +59,16 @@ def test_the_given_audio_is_what_is_heard(dubbed, talker):
     folder, result = dubbed
     given, got = audio.load_audio(talker / "voice.wav").samples, audio.load_audio(folder / "out.mov").samples
     n = min(len(given), len(got))
-    assert n >= 40 * 640 - 640
+    assert n >= FRAMES * 640 - 640
     np.testing.assert_allclose(got[:n], given[:n], atol=1e-4)
-    assert any("longer than the video" in note for note in result.report["notes"]) == (len(given) / 16000 > 40 / 25 + 1)
+    assert any("longer than the video" in note for note in result.report["notes"]) == (len(given) / 16000 > FRAMES / 25 + 1)
 
 
 def test_report_says_what_was_done(dubbed):
     folder, result = dubbed
     report = json.loads((folder / "r.json").read_text())
     assert report == result.report
-    assert report["shots"][0]["frames"] == [0, 40] and report["shots"][0]["skipped"] == []
+    assert report["shots"][0]["frames"] == [0, FRAMES] and report["shots"][0]["skipped"] == []
     assert report["settings"]["steps"] == 10 and report["settings"]["evaluations"] == 11
     assert set(report["seconds"]) >= {"look", "listen", "encode", "keyframes", "interpolate", "compose"}
 
@@ -90,7 +93,7 @@ def test_short_voice_leaves_the_source_mouth(pipeline, talker, tmp_path):
     audio.save_wav(short, audio.load_audio(talker / "voice.wav").samples[: 640 * 15], 16000)
     result = pipeline(talker / "clip.mp4", short, tmp_path / "out.mov", options=DubOptions(lossless=True))
     assert result.report["frames_dubbed"] == 15
-    assert result.report["shots"][0]["skipped"] == [{"frames": [15, 40], "reason": "the voice has ended"}]
+    assert result.report["shots"][0]["skipped"] == [{"frames": [15, FRAMES], "reason": "the voice has ended"}]
     for i, ((_, a), (_, b)) in enumerate(zip(_frames(talker / "clip.mp4"), _frames(tmp_path / "out.mov"), strict=True)):
         assert (np.abs(a - b).max() > 0) == (i < 15)
 
@@ -100,22 +103,19 @@ import sys, jax
 from keysync_jax import KeySyncPipeline
 from keysync_jax.inference.options import DubOptions
 assert len(jax.devices()) == 8
-for name, devices in (("one", jax.devices()[:1]), ("three", jax.devices()[:3]), ("eight", jax.devices())):
+for name, devices in (("one", jax.devices()[:1]), ("eight", jax.devices())):
     pipe = KeySyncPipeline.from_pretrained(sys.argv[1], devices=devices)
     pipe(sys.argv[2] + "/clip.mp4", sys.argv[2] + "/voice.wav", f"{sys.argv[3]}/{name}.mov", options=DubOptions(lossless=True))
 """
 
 
-def test_frames_are_bit_equal_on_one_three_and_eight_devices(tiny_model, talker, tmp_path):
-    import os
-
+def test_frames_are_bit_equal_on_one_and_eight_devices(tiny_model, talker, tmp_path):
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     subprocess.run([sys.executable, "-c", _ONE_OR_EIGHT, tiny_model, talker, tmp_path], env=env, check=True)
-    one, three, eight = (_frames(tmp_path / f"{name}.mov") for name in ("one", "three", "eight"))
-    assert len(one) == 40
-    for (_, a), (_, b), (_, c) in zip(one, three, eight, strict=True):
+    one, eight = (_frames(tmp_path / f"{name}.mov") for name in ("one", "eight"))
+    assert len(one) == FRAMES
+    for (_, a), (_, b) in zip(one, eight, strict=True):
         np.testing.assert_array_equal(a, b)
-        np.testing.assert_array_equal(a, c)
 
 
 def test_pretrained_round_trip(pipeline, tiny_model, tmp_path):
