@@ -1,0 +1,82 @@
+"""The first pass: shots, faces and times, with a stand-in for the detector so that every case is exact."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from keysync_jax.errors import KeySyncError
+from keysync_jax.inference.analysis import analyse
+from keysync_jax.media.faces import Face, FaceBackend
+
+
+class Scripted(FaceBackend):
+    """Answers with a prepared list of faces, frame after frame."""
+
+    def __init__(self, frames):
+        self._frames = iter(frames)
+
+    def detect(self, rgb):
+        return next(self._frames)
+
+    def close(self):
+        pass
+
+
+def face(x=60.0, y=40.0, size=60.0, mouth=0.0):
+    grid = np.stack(np.meshgrid(np.linspace(0, 1, 17), np.linspace(0, 1, 4)), -1).reshape(68, 2)
+    points = np.array([x, y]) + size * grid
+    points[48:, 1] += mouth
+    return Face.from_landmarks(points.astype(np.float32), 1.0)
+
+
+def write(path, pictures):
+    with av.open(str(path), "w") as writer:
+        stream = writer.add_stream("libx264", rate=25, options={"qp": "0"})
+        stream.width, stream.height = pictures[0].shape[1], pictures[0].shape[0]
+        for picture in pictures:
+            writer.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        writer.mux(stream.encode())
+    return path
+
+
+def view(shade, patch=0):
+    """A textured picture; `patch` changes a mouth-sized block of it."""
+    picture = np.tile(np.linspace(0, 120, 160).astype(np.uint8)[None, :, None], (120, 1, 3)) + np.uint8(shade)
+    picture[60:110, 50:110] += np.uint8(patch)
+    return picture
+
+
+def test_a_mouth_that_snaps_shut_is_no_cut(tmp_path):
+    path = write(tmp_path / "a.mp4", [view(20, 0)] * 12 + [view(20, 40)] * 12)
+    seen = analyse(path, Scripted([[face()]] * 12 + [[face(mouth=12)]] * 12))
+    assert [(s.start, s.stop) for s in seen.shots] == [(0, 24)]
+    # The same pictures are a cut where the face itself jumps, or goes.
+    seen = analyse(path, Scripted([[face()]] * 12 + [[face(x=75)]] * 12))
+    assert [(s.start, s.stop) for s in seen.shots] == [(0, 12), (12, 24)]
+    seen = analyse(path, Scripted([[face()]] * 12 + [[]] * 12))
+    assert [s.crop is None for s in seen.shots] == [False, True]
+
+
+def test_a_different_view_is_a_cut_wherever_the_face_is(tmp_path):
+    path = write(tmp_path / "b.mp4", [view(10)] * 12 + [view(120)[:, ::-1].copy()] * 12)
+    seen = analyse(path, Scripted([[face()]] * 24))
+    assert [(s.start, s.stop) for s in seen.shots] == [(0, 12), (12, 24)]
+
+
+def test_times_gaps_and_runs(tmp_path):
+    path = write(tmp_path / "c.mp4", [view(20)] * 30)
+    found = [[face()]] * 8 + [[]] * 3 + [[face()]] * 5 + [[]] * 8 + [[face()]] * 6
+    ticks = []
+    seen = analyse(path, Scripted(found), on_frame=lambda: ticks.append(1))
+    assert seen.times == [Fraction(i, 25) for i in range(30)] and len(ticks) == 30
+    (shot,) = seen.shots
+    assert shot.faces.runs == [(0, 16), (24, 30)]  # three missed frames are bridged, eight are not
+    assert not shot.faces.detected[8:11].any() and shot.faces.usable[8:11].all()
+
+
+def test_no_face_anywhere_is_refused(tmp_path):
+    path = write(tmp_path / "d.mp4", [view(20)] * 5)
+    with pytest.raises(KeySyncError, match="no face found in any of 5 frames"):
+        analyse(path, Scripted([[]] * 5))
