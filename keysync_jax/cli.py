@@ -10,8 +10,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from keysync_jax import __version__
+from keysync_jax import __version__, data_cli
 from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.verbs import add_verb
 
 _EXAMPLES = """\
 examples:
@@ -66,16 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for add in (_add_demo, _add_dub, _add_convert, _add_export, _add_inspect, _add_init, _add_verify):
         add(verbs)
-    return parser
-
-
-def _verb(verbs, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"example:\n{example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="say what is chosen and why (-vv: everything)")
-    parser.set_defaults(run=run)
+    data_cli.add_verbs(verbs)
     return parser
 
 
@@ -83,7 +75,7 @@ def _verb(verbs, name: str, run, summary: str, example: str) -> argparse.Argumen
 
 
 def _add_demo(verbs) -> None:
-    p = _verb(verbs, "demo", _demo, "make a short drawn clip and dub it with a tiny random model", "  keysync demo -o demo")
+    p = add_verb(verbs, "demo", _demo, "make a short drawn clip and dub it with a tiny random model", "  keysync demo -o demo")
     p.add_argument("-o", "--output", default="keysync_demo", metavar="DIR", help="folder for the clip, the dub and a picture strip")
     p.add_argument("--seed", type=int, default=0)
 
@@ -98,7 +90,7 @@ def _demo(args) -> int:
 
 
 def _add_dub(verbs) -> None:
-    p = _verb(
+    p = add_verb(
         verbs, "dub", _dub, "dub a video with a new voice track",
         "  keysync dub talk.mp4 voice.wav -o dubbed.mp4 --model DIR --report report.json\n"
         "  keysync dub talk.mov voice.m4a -o dubbed.mkv --model hub:owner/name --lossless",
@@ -147,7 +139,7 @@ def _dub(args) -> int:
 
 
 def _add_convert(verbs) -> None:
-    p = _verb(
+    p = add_verb(
         verbs, "convert", _convert, "turn PyTorch weights into a model directory (no PyTorch needed)",
         "  keysync convert keyframe_dub.pt interpolation_dub.pt stable-video-diffusion/ hubert-base/ WavLM-Base+.pt -o model",
     )  # fmt: skip
@@ -181,7 +173,7 @@ def _convert(args) -> int:
 
 
 def _add_export(verbs) -> None:
-    p = _verb(
+    p = add_verb(
         verbs, "export", _export, "write a model directory in a PyTorch format",
         "  keysync export DIR --format keysync -o out        keyframe_dub.pt and interpolation_dub.pt\n"
         "  keysync export DIR --format diffusers -o out      SVD folder with unet/ and vae/",
@@ -207,7 +199,7 @@ def _export(args) -> int:
 
 
 def _add_inspect(verbs) -> None:
-    p = _verb(
+    p = add_verb(
         verbs, "inspect", _inspect, "say what a weights file, model directory or recipe holds",
         "  keysync inspect keyframe_dub.pt\n  keysync inspect DIR --tensors\n  keysync inspect --config keyframe",
     )  # fmt: skip
@@ -232,7 +224,7 @@ def _inspect(args) -> int:
 
 
 def _add_init(verbs) -> None:
-    p = _verb(
+    p = add_verb(
         verbs, "init", _init, "make a model directory with random weights, for trying things out",
         "  keysync init --size tiny -o tiny",
     )  # fmt: skip
@@ -250,7 +242,7 @@ def _init(args) -> int:
 
 
 def _add_verify(verbs) -> None:
-    p = _verb(
+    p = add_verb(
         verbs, "verify", _verify, "run reference cases through our code and compare the numbers",
         "  keysync verify tests/golden\n  keysync verify CASES_DIR --only wavlm --only masks",
     )  # fmt: skip

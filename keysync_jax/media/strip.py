@@ -24,6 +24,7 @@ def draw_strip(
     samples: np.ndarray | None = None,
     seconds: float | None = None,
     cell: int = 160,
+    sound_label: str = "new voice",
 ) -> Image.Image:
     """Rows of frames with labels.
 
@@ -33,6 +34,7 @@ def draw_strip(
       samples: voice `[S]` in [-1, 1], drawn below as a waveform that spans `seconds`.
       seconds: length of the waveform; default the last time.
       cell: width of a frame in the picture, pixels.
+      sound_label: printed beside the waveform.
     """
     font = ImageFont.load_default(13)
     height = round(cell * rows[0][1][0].shape[0] / rows[0][1][0].shape[1])
@@ -50,7 +52,7 @@ def draw_strip(
             picture.paste(Image.fromarray(frame).resize((cell, height), Image.Resampling.LANCZOS), (left + column * (cell + gap), y))
     if samples is not None and samples.size:
         y = size[1] - wave // 2
-        draw.text((6, y - 8), "new voice", _INK, font)
+        draw.text((6, y - 8), sound_label, _INK, font)
         width = size[0] - left - gap
         peak = max(float(np.abs(samples).max()), 1e-6)
         for x, part in enumerate(np.array_split(samples, width)):
