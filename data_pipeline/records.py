@@ -20,12 +20,13 @@ from keysync_jax.errors import KeySyncError
 
 LATENT = "latent"
 LANDMARKS = "landmarks"
+SOUND = "samples"  # the 40 ms of the voice that belong to a frame
 AUDIO_PREFIX = "audio_"
 JPEG = "jpeg"
 CLIP_KEY = "clip"  # every record names its clip and frame, so that a misplaced record is noticed when it is read
 FRAME_KEY = "frame"
 
-_DTYPES = ("float16", "float32", "bool", "uint8", "int32", "int64", JPEG)
+_DTYPES = ("float16", "float32", "bool", "uint8", "int16", "int32", "int64", JPEG)
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -35,7 +36,7 @@ class Column:
 
     Attributes:
       name: lower-case identifier, unique in a dataset.
-      dtype: "float16", "float32", "bool", "uint8", "int32", "int64", or "jpeg" (an encoded picture as bytes).
+      dtype: "float16", "float32", "bool", "uint8", "int16", "int32", "int64", or "jpeg" (an encoded picture as bytes).
       shape: of one frame's value; `()` for a number, (H, W, 3) of the decoded picture for "jpeg".
     """
 

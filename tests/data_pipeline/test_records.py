@@ -15,7 +15,7 @@ from keysync_jax.errors import KeySyncError
 
 COLUMNS = (
     latent_column(4, 6), audio_column("wavlm", 5), landmarks_column(), Column("arousal", "float32", ()), Column("occluder", "bool", (4, 6)),
-    Column("phoneme", "int32", (1,)), jpeg_column(8, 8),
+    Column("phoneme", "int32", (1,)), Column("samples", "int16", (640,)), jpeg_column(8, 8),
 )  # fmt: skip
 
 
@@ -28,6 +28,7 @@ def values(n=3, seed=0):
         "arousal": rng.random(n),
         "occluder": rng.random((n, 4, 6)) > 0.5,
         "phoneme": rng.integers(0, 40, (n, 1)),
+        "samples": rng.integers(-32768, 32767, (n, 640)),
         "jpeg": [b"\xff\xd8picture%d" % i for i in range(n)],
     }
 

@@ -1,0 +1,1 @@
+"""From raw videos to training shards: curation, features and writing as restartable Apache Beam jobs (docs/prepare.md)."""

@@ -1,0 +1,244 @@
+"""Stage 6: what the networks say about each frame of a clip, computed in one pass over the video and kept in work entries."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.layout import BASE, Group
+from data_pipeline.prepare import sidecars
+from data_pipeline.prepare.groups import FeaturePlan, checked_float16
+from data_pipeline.prepare.item import Candidate, Item, derived_seed
+from data_pipeline.records import AUDIO_PREFIX, LANDMARKS, LATENT, SOUND
+from keysync_jax.errors import KeySyncError
+from keysync_jax.inference.audio_features import SAMPLES_PER_FRAME
+from keysync_jax.media import audio, video
+from keysync_jax.media.crop import Crop, extract
+
+# Frames the VAE sees at once. Part of what the same bytes mean: XLA may choose other kernels for another size.
+MICROBATCH = 4
+
+
+class ClipWork(NamedTuple):
+    """A clip whose values are wanted: the curated clip, its source frames and landmarks, and the groups to compute."""
+
+    clip: Candidate
+    sources: np.ndarray
+    landmarks: np.ndarray
+    groups: tuple[Group, ...]
+
+
+class Encoders:
+    """The networks of a plan, read from disk when first needed and kept for the worker's life."""
+
+    def __init__(self, plan: FeaturePlan):
+        self._plan = plan
+        self._made: dict[str, Any] = {}
+
+    def latents(self, frames: Iterator[tuple[int, np.ndarray]], seed: int) -> Iterator[np.ndarray]:
+        """(frame number, `[H, W, 3]` in [-1, 1]) to scaled posterior samples `[h, w, 4]`."""
+        if "vae" not in self._made:
+            from keysync_jax.inference.generate import LatentCoder
+            from keysync_jax.inference.runtime import use_compile_cache
+            from keysync_jax.parallel.mesh import data_mesh
+
+            use_compile_cache()
+            self._made["vae"] = LatentCoder(self._plan.vae, self._directory().params("vae"), data_mesh(), microbatch=MICROBATCH)
+        return self._made["vae"].encode(frames, seed)
+
+    def tokens(self, name: str, samples: np.ndarray) -> np.ndarray:
+        """16 kHz samples `[640 T]` to tokens `[T, 2, D]` of the encoder of that name."""
+        if name not in self._made:
+            if name in self._plan.encoders:
+                from keysync_jax.inference.audio_features import AudioFeatures
+
+                config = self._plan.encoders[name]
+                params = {} if config.kind == "log_mel" else self._directory().params(f"audio/{name}")
+                self._made[name] = AudioFeatures(config, params)
+            else:
+                from data_pipeline.prepare.torch_features import open_encoder
+
+                self._made[name] = open_encoder(name, self._plan.weights[name])
+        return self._made[name](samples)
+
+    def occluder(self):
+        """The SAM 2 masker, or None without weights."""
+        if "occluder" not in self._plan.weights:
+            return None
+        if "occluder" not in self._made:
+            from data_pipeline.prepare.occluder import Sam2Masker
+
+            self._made["occluder"] = Sam2Masker(self._plan.weights["occluder"])
+        return self._made["occluder"]
+
+    def _directory(self):
+        if "directory" not in self._made:
+            from converters import model_directory
+
+            self._made["directory"] = model_directory.load(self._plan.model, complete=False)
+        return self._made["directory"]
+
+
+def compute(
+    item: Item, work: Sequence[ClipWork], plan: FeaturePlan, encoders: Encoders, seconds: dict[str, float]
+) -> Iterator[tuple[ClipWork, dict[str, dict[str, np.ndarray]] | KeySyncError]]:
+    """Values of an item's clips, one clip after the other, decoding the video at most once.
+
+    Args:
+      work: in time order.
+      seconds: seconds of work per kind of feature are added here.
+
+    Yields:
+      The clip's work and, per group name, the columns' arrays: `[n, *shape]`; for "jpeg" the pictures' bytes behind one another as
+      uint8 and their ends as int64 (`jpeg`, `jpeg_ends`). Or, instead, the error that speaks against the clip: values that are not
+      finite or do not fit float16, sidecars that do not fit, a file that is not as it was.
+    """
+    samples = audio.load_audio(item.path).samples
+    crops = _Crops(item, plan.crop_size)
+    try:
+        for entry in work:
+            try:
+                values = _clip(item, entry, plan, encoders, samples, crops, seconds)
+            except KeySyncError as error:
+                yield entry, error
+            else:
+                yield entry, values
+    finally:
+        crops.close()
+
+
+def _clip(item: Item, entry: ClipWork, plan: FeaturePlan, encoders: Encoders, samples: np.ndarray, crops: _Crops, seconds: dict) -> dict:
+    clip = entry.clip
+    names = {column.name for group in entry.groups for column in group.columns}
+    values: dict[str, np.ndarray] = {}
+    if names & {LATENT, "jpeg"}:
+        values |= _pictures(entry, plan, encoders, crops, names, seconds)
+    span = slice(clip.first * SAMPLES_PER_FRAME, (clip.first + clip.num_frames) * SAMPLES_PER_FRAME)
+    heard = samples[span]
+    heard = np.pad(heard, (0, clip.num_frames * SAMPLES_PER_FRAME - len(heard)))
+    for name in sorted(names):
+        start = time.perf_counter()
+        if name.startswith(AUDIO_PREFIX):
+            values[name] = checked_float16(encoders.tokens(name.removeprefix(AUDIO_PREFIX), heard), f"clip {clip.id!r}: {name}")
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+    if SOUND in names:
+        values[SOUND] = int16_sound(heard).reshape(-1, SAMPLES_PER_FRAME)
+    if LANDMARKS in names:
+        values[LANDMARKS] = entry.landmarks
+    if "valence" in names:
+        values |= sidecars.emotion(item, entry.sources)
+    if "occluder" in names:
+        start = time.perf_counter()
+        cells = next(c.shape for g in entry.groups for c in g.columns if c.name == "occluder")
+        values["occluder"] = sidecars.occluder(item, entry, cells, plan.crop_size, encoders.occluder())
+        seconds["occluder"] = seconds.get("occluder", 0.0) + time.perf_counter() - start
+    for name, array in values.items():
+        if name not in ("jpeg", "jpeg_ends") and len(array) != clip.num_frames:
+            raise KeySyncError(f"clip {clip.id!r}: {name} has {len(array)} frames, not {clip.num_frames}")
+    return {
+        group.name: {c.name: values[c.name] for c in group.columns} | ({"jpeg_ends": values["jpeg_ends"]} if group.name == "jpeg" else {})
+        for group in entry.groups
+    }
+
+
+def _pictures(
+    entry: ClipWork, plan: FeaturePlan, encoders: Encoders, crops: _Crops, names: set[str], seconds: dict[str, float]
+) -> dict[str, np.ndarray]:
+    """Latents and JPEGs of a clip; at most a few microbatches of pixels are in memory."""
+    pictures: list[bytes] = []
+    spent = {"decode": 0.0, "jpeg": 0.0}
+
+    def frames() -> Iterator[tuple[int, np.ndarray]]:
+        for number, source in enumerate(entry.sources.tolist()):
+            start = time.perf_counter()
+            crop = crops.at(source, Crop(*entry.clip.crop))
+            spent["decode"] += time.perf_counter() - start
+            if "jpeg" in names:
+                start = time.perf_counter()
+                pictures.append(encode_jpeg(crop, plan.jpeg_quality))
+                spent["jpeg"] += time.perf_counter() - start
+            yield number, crop.astype(np.float32) / 127.5 - 1
+
+    start = time.perf_counter()
+    values: dict[str, np.ndarray] = {}
+    if LATENT in names:
+        # The posterior sample of a frame depends on the run's seed, the clip and the frame's number, on nothing else.
+        seed = derived_seed(plan.seed, "posterior", entry.clip.id)
+        latents = [checked_float16(z, f"clip {entry.clip.id!r}: latent") for z in encoders.latents(frames(), seed)]
+        values[LATENT] = np.stack(latents)
+    else:
+        for _ in frames():
+            pass
+    total = time.perf_counter() - start
+    for name, value in (*spent.items(), ("latent", total - sum(spent.values()))):
+        seconds[name] = seconds.get(name, 0.0) + value
+    if "jpeg" in names:
+        values["jpeg"] = np.frombuffer(b"".join(pictures), np.uint8)
+        values["jpeg_ends"] = np.cumsum([len(p) for p in pictures], dtype=np.int64)
+    return values
+
+
+class _Crops:
+    """Crops of ascending source frames from one pass over a video."""
+
+    def __init__(self, item: Item, size: int):
+        self._path, self._size = item.path, size
+        self._reader: video.VideoReader | None = None
+        self._frame: video.Frame | None = None
+
+    def at(self, source: int, crop: Crop) -> np.ndarray:
+        """uint8 `[size, size, 3]`; asking for a frame before the last one decodes anew."""
+        if self._reader is None or (self._frame is not None and source < self._frame.index):
+            self.close()
+            self._reader, self._frame = video.read(self._path), None
+        while self._frame is None or self._frame.index < source:
+            self._frame = next(self._reader, None)
+            if self._frame is None:
+                raise KeySyncError(f"{self._path} ends before frame {source}, which was there before; was the file changed?")
+        return extract(self._frame.rgb(), crop, self._size)
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+
+def int16_sound(samples: np.ndarray) -> np.ndarray:
+    """float32 samples in [-1, 1] as int16. Readers divide by 32768, so that 16-bit sources come back as they were."""
+    return np.clip(np.rint(samples * 32768), -32768, 32767).astype(np.int16)
+
+
+def encode_jpeg(crop: np.ndarray, quality: int) -> bytes:
+    """A crop uint8 `[H, W, 3]` as JPEG with full chroma resolution (lips are small and red)."""
+    out = io.BytesIO()
+    Image.fromarray(crop).save(out, "jpeg", quality=quality, subsampling=0)
+    return out.getvalue()
+
+
+def rows(arrays: Mapping[str, np.ndarray], group: Group, start: int, stop: int) -> dict[str, Any]:
+    """Frames start..stop-1 of a stored entry, as `records.encode_clip` wants them."""
+    out: dict[str, Any] = {}
+    for column in group.columns:
+        if column.is_jpeg:
+            ends = [0, *arrays["jpeg_ends"].tolist()]
+            data = arrays["jpeg"].tobytes()
+            out[column.name] = [data[ends[i] : ends[i + 1]] for i in range(start, stop)]
+        else:
+            out[column.name] = arrays[column.name][start:stop]
+    return out
+
+
+def entry_name(group: Group, clip: str) -> str:
+    """Name of the work entry of a clip's values in a group."""
+    return clip if group.name == BASE else f"{clip}.{group.name}"
+
+
+def limit_gpu_memory() -> None:
+    """Several workers share an accelerator: none may take all of its memory at once. Before JAX starts."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -1,0 +1,190 @@
+"""`keysync prepare`: the driver. It reads the inputs, runs the jobs, decides which clips go in, and writes the report."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from data_pipeline import layout, shards
+from data_pipeline.clip_index import Clip, assign_splits
+from data_pipeline.layout import BASE, Group
+from data_pipeline.prepare import state
+from data_pipeline.prepare.groups import FeaturePlan, plan_features
+from data_pipeline.prepare.item import Drop, Item
+from data_pipeline.prepare.progress import Watch
+from data_pipeline.prepare.settings import Curation, Output
+from data_pipeline.prepare.state import Folders
+from data_pipeline.prepare.work import Entry, write_text
+from keysync_jax.errors import KeySyncError
+
+log = logging.getLogger(__name__)
+
+DEAD_LETTER = "dead_letter.jsonl"
+_SHARDS_PER_WORKER = 12  # starting a local process takes longer than writing fewer
+
+
+class Summary(NamedTuple):
+    """What a run did: clips and hours now in the dataset, what was dropped in this run's inputs, and where the report is."""
+
+    clips: int
+    hours: float
+    dropped: int
+    report: str
+    seconds: float
+
+    def __str__(self) -> str:
+        length = f"{self.hours:.2f} h" if self.hours >= 1 else f"{60 * self.hours:.1f} min"
+        return f"{self.clips} clips, {length}; {self.dropped} dropped; report: {self.report} ({self.seconds:.0f} s)"
+
+
+def prepare(
+    items: Sequence[Item],
+    output: str | os.PathLike,
+    model: str,
+    curation: Curation,
+    target: Output,
+    *,
+    work: str | os.PathLike | None = None,
+    workers: int = 1,
+    beam: Sequence[str] = (),
+    quiet: bool = False,
+) -> Summary:
+    """Prepare a dataset, or go on with one.
+
+    Args:
+      items: see `manifest.read_inputs`.
+      output: dataset directory, local or gs://.
+      model: model directory for the features.
+      curation: what a clip must be like; its `crop_size` must be the one that `groups.plan_features` chose.
+      target: columns and shards.
+      work: folder for finished work, which all workers must reach; default `.work` in `output`.
+      workers: local processes (DirectRunner).
+      beam: flags of Apache Beam, e.g. `--runner=FlinkRunner`.
+      quiet: no progress.
+
+    Raises:
+      KeySyncError: no clip is left, the dataset was made with other settings, or shards cannot be written.
+    """
+    try:
+        jobs = _jobs()
+    except ImportError as error:
+        raise KeySyncError(f"keysync prepare needs Apache Beam ({error}); install the extra: pip install 'keysync-jax[data]'") from error
+    began = time.monotonic()
+    folders = Folders(os.fspath(output), os.fspath(work) if work is not None else state.default_work(output))
+    plan = plan_features(model, target, curation.crop_size)
+    state.check_dataset(output, plan.groups)
+    jobs.check_tools(items, curation)
+    epath.Path(folders.work).mkdir(parents=True, exist_ok=True)
+    flags = jobs.beam_flags(workers, beam)
+    jobs.worker_environment()
+    with _only_run(folders):
+        for folder in (folders.analyses, folders.features, folders.encoded):
+            folder.remove_leftovers()
+        written = state.written_clips(output, plan.groups)
+        ids = {item.id for item in items}
+        with Watch(quiet) as watch:
+            watch.follow("look at videos", len(items), lambda: _count(folders.analyses, ids))
+            watch.follow("features", len(items), lambda: _count(folders.encoded, ids))
+            jobs.run_items(items, curation, plan, folders, written, flags)
+        analyses = {item.id: folders.analyses.load(item.id) for item in items}
+        clips, dropped = gather(items, analyses, folders)
+        write_dead_letter(output, dropped)
+        existing = layout.read_clips(output) if (epath.Path(output) / layout.INDEX_FILE).exists() else []
+        try:
+            if not clips and not existing:
+                raise KeySyncError(f"no clip is left of {len(items)} inputs; {epath.Path(output) / DEAD_LETTER} says why")
+            clips = assign_splits(clips, target.split_fractions, target.seed, existing)
+
+            def shard_flags(tasks: int) -> list[str]:
+                return jobs.beam_flags(min(workers, 1 + tasks // _SHARDS_PER_WORKER), beam)
+
+            _write(jobs, output, plan, clips, folders, shard_flags, quiet)
+        finally:
+            from data_pipeline.prepare.report import build_report
+
+            report = build_report(items, analyses, dropped, folders, plan, curation, target, time.monotonic() - began)
+            report.write(output)
+        if target.discard_work:
+            for name in folders.features.names():
+                folders.features.remove(name)
+    index = layout.read_clips(output)
+    frames = sum(clip.num_frames for clip in index)
+    where = os.fspath(epath.Path(output) / "report.html")
+    return Summary(len(index), frames / layout.FRAME_RATE / 3600, len(dropped), where, time.monotonic() - began)
+
+
+def gather(items: Sequence[Item], analyses: dict[str, Entry | None], folders: Folders) -> tuple[list[Clip], list[Drop]]:
+    """Clips to write and everything that was left out, from the work folder, both in order of id."""
+    clips, dropped = [], []
+    for item in items:
+        analysis = analyses[item.id]
+        if analysis is None:
+            raise KeySyncError(f"the analysis of {item.path} is missing from {folders.work}; run again")
+        failed = state.drops(folders.encoded.load(item.id))
+        bad = {drop.clip for drop in failed}
+        # The manifest may have changed (speaker, terms) without the video: it is taken from the item, not from the stored one.
+        clips += [state.index_clip(item, c, analysis.values["facts"]) for c in state.candidates(analysis) if c.id not in bad]
+        dropped += state.drops(analysis) + failed
+    return sorted(clips, key=lambda c: c.id), sorted(dropped, key=lambda d: (d.item, d.clip, d.stage))
+
+
+def write_dead_letter(output: str | os.PathLike, dropped: Sequence[Drop]) -> None:
+    """One JSON object per line: path, item, clip (empty when the whole input went), stage, reason, detail, seconds."""
+    epath.Path(output).mkdir(parents=True, exist_ok=True)
+    write_text(epath.Path(output) / DEAD_LETTER, "".join(json.dumps(d._asdict(), ensure_ascii=False) + "\n" for d in dropped))
+
+
+def _jobs() -> Any:
+    """The Beam jobs. Importing Beam warns about Google Cloud packages that nobody asked for."""
+    logging.disable(logging.WARNING)
+    try:
+        from data_pipeline.prepare import jobs
+    finally:
+        logging.disable(logging.NOTSET)
+    return jobs
+
+
+def _write(
+    jobs: Any, output: Any, plan: FeaturePlan, clips: list[Clip], folders: Folders, flags: Callable[[int], list[str]], quiet: bool
+) -> None:
+    """Write the base group, then the others, whose clips are the dataset's."""
+    base, others = plan.groups[0], plan.groups[1:]
+    for groups in ([base], others):
+        plans = [shards.prepare_group(output, group, clips if group.name == BASE else None) for group in groups]
+        tasks: list[tuple[Group, Any]] = [(p.group, shard) for p in plans for shard in p.shards]
+        if not tasks:
+            continue
+        title = "write frames" if groups[0] is base else "write further columns"
+        paths = [group.directory(output) / layout.CHECKSUM_DIR / f"{group.shard_name(s.split, s.index)}.json" for group, s in tasks]
+        with Watch(quiet) as watch:
+            watch.follow(title, len(tasks), lambda paths=paths: sum(path.exists() for path in paths))
+            jobs.run_shards(tasks, plan, folders, flags(len(tasks)))
+        for group_plan in plans:
+            shards.finish_group(output, group_plan)
+
+
+def _count(folder: Any, ids: set[str]) -> int:
+    return len(ids.intersection(folder.names()))
+
+
+@contextlib.contextmanager
+def _only_run(folders: Folders) -> Iterator[None]:
+    """Refuse a second run in the same work folder (local folders only; the lock ends with the process)."""
+    if "://" in folders.work:
+        yield
+        return
+    with open(Path(folders.work) / "lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise KeySyncError(f"another keysync prepare is at work in {folders.work}; wait for it or give another --work") from None
+        yield

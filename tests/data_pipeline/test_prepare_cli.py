@@ -1,0 +1,96 @@
+"""The verbs of `keysync_jax.data_cli`, as a user types them."""
+
+import argparse
+import json
+import sys
+
+import pytest
+
+from keysync_jax import data_cli
+from keysync_jax.errors import KeySyncError, UsageError
+
+
+def run(*words):
+    parser = argparse.ArgumentParser()
+    data_cli.add_verbs(parser.add_subparsers(required=True))
+    args = parser.parse_args([str(w) for w in words])
+    return args.run(args)
+
+
+def test_synth_prepare_inspect(tmp_path, tiny_model, capsys):
+    assert run("data", "synth", "-n", 2, "--frames", 30, "-o", tmp_path / "talkers", "--quiet") == 0
+    assert "manifest.csv" in capsys.readouterr().out
+    words = ("prepare", tmp_path / "talkers" / "manifest.csv", "-o", tmp_path / "data", "--model", tiny_model, "--quiet")
+    assert run(*words, "--columns", "log_mel,sound", "--splits", "train=1") == 0
+    assert "2 clips" in capsys.readouterr().out
+    assert run("data", "inspect", tmp_path / "data", "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["splits"]["train"]["frames"] == 60 and values["crop"] == [128, 128]
+    assert run("data", "inspect", tmp_path / "data", "--clip", "talker_000001", "-o", tmp_path / "clip.png") == 0
+    assert (tmp_path / "clip.png").read_bytes().startswith(b"\x89PNG") and "synthetic-talkers" in capsys.readouterr().out
+    assert run("data", "inspect", tmp_path / "data") == 0
+    table = capsys.readouterr().out
+    assert "audio_wavlm" in table and "int16[640]" in table
+    # Other settings than the dataset was written with are refused, not mixed in.
+    with pytest.raises(KeySyncError, match="crop_size"):
+        run(*words, "--columns", "log_mel", "--crop-size", 64)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--workers", "0"),
+        ("--columns", "jpg"),
+        ("--splits", "train"),
+        ("--column-weights", "whisper"),
+        ("--scorer", "beauty=x"),
+        ("--scorer", "quality=nothing@pyproject.toml"),
+        ("--splits", "train=0.5"),
+        ("--crop-size", "66"),
+    ],
+)
+def test_wrong_usage(tmp_path, tiny_model, words):
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(UsageError):
+        run("prepare", tmp_path, "-o", tmp_path / "out", "--model", tiny_model, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--scorer", "quality=absent.pt"),
+        ("--columns", "occluder", "--column-weights", "occluder=absent_tiny.pt"),
+        ("--columns", "whisper", "--column-weights", "whisper=absent"),
+    ],
+)
+def test_missing_weights_are_said_before_any_work(tmp_path, tiny_model, words):
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(KeySyncError, match="absent"):
+        run("prepare", tmp_path, "-o", tmp_path / "out", "--model", tiny_model, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_runner_that_beam_does_not_know(tmp_path, tiny_model):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.landmarks.npy").touch()
+    with pytest.raises(UsageError, match="no runner 'Foo'"):
+        run("prepare", tmp_path, "-o", tmp_path / "out", "--model", tiny_model, "--runner", "Foo", "--quiet")
+
+
+def test_without_beam_one_line_says_what_to_install(tmp_path, tiny_model, monkeypatch):
+    (tmp_path / "a.mp4").touch()
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    monkeypatch.delitem(sys.modules, "data_pipeline.prepare.jobs", raising=False)
+    import data_pipeline.prepare
+
+    monkeypatch.delattr(data_pipeline.prepare, "jobs", raising=False)
+    with pytest.raises(KeySyncError, match=r"keysync-jax\[data\]"):
+        run("prepare", tmp_path, "-o", tmp_path / "out", "--model", tiny_model)
+
+
+def test_inspect_needs_a_clip_to_draw(tmp_path):
+    with pytest.raises(UsageError, match="--clip"):
+        run("data", "inspect", tmp_path, "-o", "x.png")
+    with pytest.raises(KeySyncError, match="holds no dataset"):
+        run("data", "inspect", tmp_path)

@@ -1,0 +1,294 @@
+"""`keysync prepare` from end to end on six drawn talkers and the broken inputs, with a tiny random model.
+
+The same at full length, with figures: tests/scenarios/prepare_kill.py.
+"""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from broken_inputs import EXPECTED, write_broken_inputs
+from tiny_shards import tree
+
+from data_pipeline import layout
+from data_pipeline.prepare.groups import plan_features
+from data_pipeline.prepare.inspect import draw_clip, summary
+from data_pipeline.prepare.manifest import read_inputs
+from data_pipeline.prepare.run import prepare
+from data_pipeline.prepare.settings import Curation, Output
+from data_pipeline.source.clips import FrameStore
+from data_pipeline.source.mixture import DatasetChoice
+from data_pipeline.source.sample import SourceConfig, WindowReader
+from data_pipeline.source.windows import windows_for
+from data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
+from keysync_jax.errors import KeySyncError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scenarios"))
+import prepare_kill  # noqa: E402
+
+CLIPS, FRAMES = 6, 30
+CURATION = Curation(crop_size=128)
+SHARD_MB = 0.2  # several shards
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model):
+    """Folder with `videos` (talkers and broken inputs), `model`, and `whole`: the dataset of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("prepare")
+    (folder / "model").symlink_to(tiny_model)
+    synth_dataset(CLIPS, folder / "videos" / "talkers", SynthSettings(frames=FRAMES, size=128, emotion_share=0.5), quiet=True)
+    write_broken_inputs(folder / "videos" / "broken", FRAMES)
+    process = prepare_kill.start(folder, folder / "whole", shard_mb=SHARD_MB)
+    prepare_kill.finish(process, folder, "whole")
+    return folder
+
+
+def run(place, output, items=None, **target):
+    items = read_inputs(place / "videos") if items is None else items
+    target = Output(shard_megabytes=SHARD_MB, **target)
+    return prepare(items, output, str(place / "model"), CURATION, target, quiet=True)
+
+
+def test_broken_inputs_are_in_the_dead_letter_and_good_ones_are_used(place):
+    prepare_kill.check_broken(place / "whole")
+    clips = layout.read_clips(place / "whole")
+    assert len(clips) == CLIPS + sum(reason is None for reason in EXPECTED.values())
+    for line in (place / "whole" / "dead_letter.jsonl").read_text().splitlines():
+        letter = json.loads(line)
+        assert letter["path"] and letter["stage"] and letter["reason"] != "internal_error" and letter["detail"]
+
+
+def test_killed_and_restarted_gives_the_same_bytes(place):
+    killed = place / "killed"
+    process = prepare_kill.start(place, killed, shard_mb=SHARD_MB)
+    # Three entries per clip: in the middle of the fourth clip.
+    prepare_kill.kill_when(process, lambda: len(list((killed / ".work" / "features").glob("*.json"))) >= 10, "while computing features")
+    finished = {p: p.stat().st_mtime_ns for p in (killed / ".work" / "features").glob("*.json")}
+    process = prepare_kill.start(place, killed, shard_mb=SHARD_MB)
+    prepare_kill.kill_when(process, lambda: any((killed / "checksums").glob("*.json")), "while writing shards")
+    prepare_kill.finish(prepare_kill.start(place, killed, shard_mb=SHARD_MB), place, "killed")
+    prepare_kill.compare(place / "whole", killed)
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in finished.items())  # finished work was not done again
+    assert not list(killed.rglob("*.tmp"))
+
+
+def test_two_workers_give_the_same_bytes(place):
+    prepare_kill.finish(prepare_kill.start(place, place / "two", workers=2, shard_mb=SHARD_MB), place, "two")
+    prepare_kill.compare(place / "whole", place / "two")
+
+
+def test_a_second_run_does_nothing_and_damage_is_mended(place):
+    copy = place / "again"
+    shutil.copytree(place / "whole", copy)
+    stamps = {p: p.stat().st_mtime_ns for p in [*copy.glob("*.array_record-*"), *copy.glob("columns/*/*.array_record-*")]}
+    damaged = min(p for p in stamps if p.parent == copy)
+    before = damaged.read_bytes()
+    damaged.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    features = next((copy / ".work" / "features").glob("talker_000001*.npz"))
+    features.write_bytes(b"")
+    run(place, copy)
+    assert damaged.read_bytes() == before
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items() if p != damaged)
+    prepare_kill.compare(place / "whole", copy)
+
+
+def test_adding_a_video_and_a_column_redoes_nothing_else(place, tmp_path):
+    items = [i for i in read_inputs(place / "videos" / "talkers" / "manifest.csv")]
+    output = tmp_path / "grown"
+    run(place, output, items[:2], columns=())
+    first = tree(output / "checksums")
+    shards = {p.name: p.read_bytes() for p in output.glob("*.array_record-*")}
+    run(place, output, items[:3], columns=("emotion",))
+    assert all((output / name).read_bytes() == data for name, data in shards.items())
+    assert first.items() <= tree(output / "checksums").items()
+    store = FrameStore(output)
+    assert sorted(store.columns) == ["arousal", "audio_hubert", "audio_wavlm", "emotion_known", "landmarks", "latent", "valence"]
+    assert [c.batch for c in sorted(store.clips, key=lambda c: c.batch)] == [0, 0, 1]
+    for clip in store.clips:
+        truth = json.loads((place / "videos" / "talkers" / clip.video.replace(".mp4", ".truth.json")).read_text())
+        read = store.read(clip, [0, 7, FRAMES - 1], ["valence", "emotion_known"])
+        np.testing.assert_allclose(read["valence"], [truth["valence"][i] for i in (0, 7, FRAMES - 1)], atol=1e-6)
+        assert all(read["emotion_known"])
+
+
+def test_adding_the_sound_later_leaves_every_other_file_alone(place, tmp_path):
+    items = [i for i in read_inputs(place / "videos" / "talkers" / "manifest.csv")][:2]
+    output = tmp_path / "data"
+
+    def files():
+        return {n: d for n, d in tree(output).items() if not n.startswith(".work") and n not in ("report.json", "report.html")}
+
+    run(place, output, items, columns=("jpeg", "log_mel"))
+    before, stamps = files(), {p: p.stat().st_mtime_ns for p in output.rglob("*.array_record-*")}
+    draw_clip(output, items[0].id, tmp_path / "mute.png")
+    run(place, output, items, columns=("jpeg", "sound", "log_mel"))
+    after = files()
+    assert {n: d for n, d in after.items() if not n.startswith("columns/sound/")} == before
+    assert len(after) > len(before) and all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+    # The report still knows what the first run's work cost.
+    assert json.loads((output / "report.json").read_text())["work"]["stages"]["features: latent"]["seconds"] > 0
+
+    draw_clip(output, items[0].id, tmp_path / "voice.png")
+    mute, voice = (_pixels(tmp_path / name) for name in ("mute.png", "voice.png"))
+    assert (voice[: len(mute)] == mute).all() and len(voice) > len(mute) + 40
+    # The waveform below the pictures is as high as the voice is loud at that moment.
+    wave = voice[len(mute) :]
+    drawn = ((wave[..., 2] - wave[..., 0]) > 60).sum(axis=0)
+    lines = (wave.sum(axis=-1) < 200).mean(axis=0) > 0.8  # black, from top to bottom, at the pictures' times
+    first, last = np.flatnonzero(lines)[0], np.flatnonzero(drawn)[-1]
+    drawn, lines = drawn[first : last + 1], lines[first : last + 1]
+    store = FrameStore(output)
+    samples = np.concatenate(store.read(store.clips[0], list(range(FRAMES)), ["samples"])["samples"]).astype(float)
+    loud = np.array([np.abs(part).max() for part in np.array_split(samples, len(drawn))])
+    assert lines.sum() <= 8 and np.corrcoef(drawn[~lines], loud[~lines])[0, 1] > 0.95
+
+
+def _pixels(path):
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_a_clip_whose_features_fail_is_reported_and_used_once_it_is_mended(place, tmp_path, monkeypatch):
+    from data_pipeline.prepare import sidecars
+
+    items = [i for i in read_inputs(place / "videos" / "talkers" / "manifest.csv")][:3]
+    absent = dataclasses.replace(items[0], emotion=str(tmp_path / "absent.json"))
+    honest = sidecars.emotion
+
+    def emotion(item, sources):
+        if item.id == items[1].id:
+            raise RuntimeError("a fault of ours")
+        return honest(item, sources)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sidecars, "emotion", emotion)
+        run(place, tmp_path / "data", [absent, *items[1:]], columns=("emotion",))
+    letters = [json.loads(line) for line in (tmp_path / "data" / "dead_letter.jsonl").read_text().splitlines()]
+    assert [(d["item"], d["stage"], d["reason"]) for d in letters] == [
+        (items[0].id, "features", "bad_features"),
+        (items[1].id, "features", "internal_error"),
+    ]
+    assert "absent.json" in letters[0]["detail"] and "a fault of ours" in letters[1]["detail"]
+    assert [c.extra["item"] for c in layout.read_clips(tmp_path / "data")] == [items[2].id]
+    run(place, tmp_path / "data", items, columns=("emotion",))
+    assert (tmp_path / "data" / "dead_letter.jsonl").read_text() == ""
+    assert sorted(c.extra["item"] for c in layout.read_clips(tmp_path / "data")) == sorted(i.id for i in items)
+
+
+def test_values_are_what_the_networks_say(place):
+    """Latents, tokens, sound, landmarks and pictures of a clip, computed here by other means from the video file."""
+    import jax
+    import jax.numpy as jnp
+
+    from converters import model_directory
+    from data_pipeline.prepare.item import derived_seed
+    from keysync_jax.inference.audio_features import AudioFeatures
+    from keysync_jax.inference.generate import stream_key
+    from keysync_jax.media import audio, video
+    from keysync_jax.media.crop import Crop, extract
+    from keysync_jax.models.vae import VAE
+
+    store = FrameStore(place / "whole")
+    clip = next(c for c in store.clips if c.video.endswith("talker_000002.mp4"))
+    path = place / "videos" / clip.video
+    frames = list(range(clip.num_frames))
+    stored = store.read(clip, frames, ["latent", "audio_hubert", "audio_wavlm", "audio_log_mel", "samples", "landmarks", "jpeg"])
+    model = model_directory.load(place / "model")
+
+    crops = [extract(f.rgb(), Crop(*clip.extra["crop"]), 128) for f in video.read(path)]
+    images = jnp.asarray(np.stack(crops[:3]), jnp.float32) / 127.5 - 1
+    mean, logvar = VAE(model.vae).apply({"params": model.params("vae")}, images, method="encode_moments")
+    key = stream_key(np.uint32(derived_seed(0, "posterior", clip.id)), "posterior")
+    noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, i), mean.shape[1:]) for i in range(3)])
+    expected = (mean + jnp.exp(0.5 * logvar) * noise) * model.vae.latent_scale
+    np.testing.assert_allclose(np.stack(stored["latent"][:3]).astype(np.float32), expected, atol=2e-3, rtol=2e-3)
+
+    samples = audio.load_audio(path).samples[: 640 * clip.num_frames]
+    for name in ("hubert", "wavlm"):
+        tokens = AudioFeatures(model.audio(name), model.params(f"audio/{name}"))(samples)
+        np.testing.assert_allclose(np.stack(stored[f"audio_{name}"]).astype(np.float32), tokens, atol=4e-3, rtol=2e-3)
+    assert np.stack(stored["audio_log_mel"]).shape == (FRAMES, 2, 80)
+    voice = np.stack(stored["samples"])
+    assert voice.dtype == np.int16 and voice.shape == (FRAMES, 640) and np.abs(samples).max() > 0.02
+    np.testing.assert_allclose(voice.reshape(-1) / 32768, samples, atol=0.5001 / 32768)
+
+    exact = np.load(path.with_name(path.stem + ".landmarks.npy"))
+    x0, y0, side = clip.extra["crop"]
+    np.testing.assert_allclose(np.stack(stored["landmarks"]), (exact - (x0, y0)) * (128 / side), atol=1e-3)
+
+    import io
+
+    from PIL import Image
+
+    for frame in (0, FRAMES - 1):
+        with Image.open(io.BytesIO(stored["jpeg"][frame])) as image:
+            assert np.abs(np.asarray(image).astype(int) - crops[frame]).mean() < 2
+
+
+@pytest.mark.parametrize(("stage", "encoder"), [("keyframe", "hubert"), ("interpolation", "wavlm")])
+def test_both_sources_read_it(place, stage, encoder):
+    options = {"min_spacing": 2} if stage == "keyframe" else {}
+    choice = DatasetChoice(str(place / "whole"), split=layout.read_clips(place / "whole")[0].split)
+    reader = WindowReader(SourceConfig((choice,), windows_for(stage, **options), audio_encoder=encoder, pixel_frames=2))
+    batch = reader.read([reader.sample(0, 0, 1)])
+    assert batch["latents"].shape == (1, 14, 16, 16, 4) and np.isfinite(batch["latents"]).all() and batch["latents"].std() > 0.01
+    assert batch["audio"].shape == (1, 14, 2, 32) and 0.05 < batch["masks"].mean() < 0.6
+    assert batch["original_frames"].shape == (1, 2, 128, 128, 3)
+
+
+def test_plain_tfds_reads_it_without_tensorflow(place):
+    code = (
+        "import sys, tensorflow_datasets as tfds\n"
+        f"b = tfds.builder_from_directory({str(place / 'whole')!r})\n"
+        "split = sorted(b.info.splits)[0]\n"
+        "row = b.as_data_source(split)[0]\n"
+        "assert row['latent'].shape == (16, 16, 4) and row['landmarks'].shape == (68, 2), row.keys()\n"
+        "assert 'tensorflow' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_report_and_inspect(place, tmp_path):
+    report = json.loads((place / "whole" / "report.json").read_text())
+    reasons = {(row["stage"], row["reason"]) for row in report["dropped"]}
+    assert reasons >= {("probe", "no_audio"), ("probe", "damaged"), ("faces", "no_face"), ("faces", "several_faces")}
+    assert all("OFF" in words for words in report["scorers"].values())
+    assert report["inputs"]["(no source)"]["videos"] == CLIPS + len(EXPECTED)
+    kept = sum(row["clips"] for row in report["dataset"]["by_split"].values())
+    assert kept == len(layout.read_clips(place / "whole"))
+    page = (place / "whole" / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") >= kept + 3 and "<script" not in page and "http" not in page
+    for words in ("several_faces", "active speaker", "OFF", "<svg", "clips per minute"):
+        assert words in page, words
+    figures = summary(place / "whole")
+    assert sum(s["clips"] for s in figures["splits"].values()) == kept
+    clip = layout.read_clips(place / "whole")[0].id
+    draw_clip(place / "whole", clip, tmp_path / "clip.png")
+    pixels = _pixels(tmp_path / "clip.png")
+    assert pixels.shape[1] > 1000 and ((pixels[..., 0] - pixels[..., 1]) > 60).mean() > 0.02  # the tinted mask is there
+    with pytest.raises(KeySyncError, match="no clip"):
+        draw_clip(place / "whole", "nobody", tmp_path / "x.png")
+
+
+def test_nothing_left_is_an_error_with_a_report(place, tmp_path):
+    items = [i for i in read_inputs(place / "videos" / "broken") if i.name == "zero_bytes.mp4"]
+    with pytest.raises(KeySyncError, match="no clip is left of 1 inputs"):
+        run(place, tmp_path / "empty", items)
+    assert "unreadable" in (tmp_path / "empty" / "report.html").read_text()
+
+
+def test_columns_follow_the_model(tiny_model):
+    plan = plan_features(str(tiny_model), Output(columns=("jpeg", "log_mel", "occluder")), None)
+    assert [g.name for g in plan.groups] == ["frames", "jpeg", "audio_log_mel", "occluder"]
+    assert [c.name for c in plan.groups[0].columns] == ["latent", "audio_hubert", "audio_wavlm", "landmarks"]
+    assert plan.crop_size == 128 and plan.groups[0].info["latent"]["seed"] == 0 and plan.groups[0].info["audio_hubert"]["weights"]
+    with pytest.raises(KeySyncError, match="wav2vec2"):
+        plan_features(str(tiny_model), Output(columns=("wav2vec2",)), None)
