@@ -316,9 +316,9 @@ def _opacity(settings: BlendSettings, box: tuple[float, float, float], mask: np.
     ramp = max(1.0, min(settings.feather * side, float(depth.max())))
     t = np.clip((depth - 0.5) / ramp, 0, 1)
     alpha = np.where(inside, t * t * (3 - 2 * t), 0).astype(np.float32)
-    # Distance to the border on either side; infinite on the outside when nothing is masked.
+    # Distance to the border on either side; beyond the crop's side it makes no difference.
     outside = cv2.distanceTransform(1 - inside.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)
-    distance = np.where(inside, depth, outside)
+    distance = np.minimum(np.where(inside, depth, outside), side)
     weight = np.where(inside, _INSIDE_WEIGHT, 1.0) * np.exp(-0.5 * (distance / max(1.0, settings.band * side)) ** 2)
     return alpha, np.where(in_crop, weight, 0).astype(np.float32)
 
