@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Callable
 from fractions import Fraction
@@ -39,6 +40,10 @@ class Analysis(NamedTuple):
     @property
     def num_frames(self) -> int:
         return len(self.times)
+
+    def shot_of(self, frame: int) -> Shot:
+        """The shot that a source frame belongs to."""
+        return self.shots[bisect.bisect_right(self.shots, frame, key=lambda shot: shot.start) - 1]
 
 
 def analyse(path: str | os.PathLike, backend: FaceBackend, face: str = "largest", on_frame: Callable[[], None] = lambda: None) -> Analysis:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from converters.initialize import initialize
 from rich.console import Console
 
+from converters.initialize import initialize
 from data_pipeline.synthetic import make_clip, write_clip
 from keysync_jax.inference.job import DubResult
 from keysync_jax.inference.options import DubOptions

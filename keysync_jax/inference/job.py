@@ -6,6 +6,7 @@ compose (decode, blend, write). Between the last two the network runs in two rou
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import numpy as np
 
 from keysync_jax.config import MaskConfig, StageConfig
 from keysync_jax.diffusion import schedules
+from keysync_jax.errors import KeySyncError
 from keysync_jax.inference import report as reporting
 from keysync_jax.inference.analysis import Analysis, analyse
 from keysync_jax.inference.audio_features import AudioFeatures
@@ -80,6 +82,10 @@ def dub(model: Model, video_path: str, audio_path: str, output: str, options: Du
     keyframe, interpolation = model.stages["keyframe"], model.stages["interpolation"]
     steps = keyframe.num_steps if options.steps is None else options.steps
     schedules.ays_sigmas(steps)  # refuses an impossible number before any work
+    if options.mask is None and keyframe.mask != interpolation.mask:
+        kinds = f"{keyframe.mask.kind} and {interpolation.mask.kind}"
+        raise KeySyncError(f"the model's stages were trained with different masks ({kinds}); choose one with --mask")
+    mask_config = keyframe.mask if options.mask is None else dataclasses.replace(keyframe.mask, kind=options.mask)
     check_output(output)
     info = video.probe(video_path)
     voice = audio_io.load_audio(audio_path)
@@ -98,7 +104,6 @@ def dub(model: Model, video_path: str, audio_path: str, output: str, options: Du
     num_audio_frames = min(len(f) for f in features.values())
 
     pieces = _plan(analysis, num_audio_frames, keyframe.num_frames, options.reference_windows)
-    mask_config = keyframe.mask if options.mask is None else MaskConfig(kind=options.mask)
     settings = {
         name: StageSettings.of(
             options.seed,
@@ -197,20 +202,16 @@ def _generate(
 
 def _mask(analysis: Analysis, source: int, stage: StageConfig, config: MaskConfig) -> np.ndarray:
     """Regenerated cells `[h, w]` (bool) of a source frame on the latent grid."""
-    shot = _shot(analysis, source)
+    shot = analysis.shot_of(source)
     landmarks = cropping.to_crop_space(shot.faces.landmarks[source - shot.start], shot.crop, stage.resolution)
     grid = (stage.latent_size, stage.latent_size)
     return masks.make_mask(landmarks[None].astype(int), stage.resolution, stage.resolution, config, target=grid)[0] > 0
 
 
-def _shot(analysis: Analysis, frame: int):
-    return next(shot for shot in analysis.shots if shot.start <= frame < shot.stop)
-
-
 def _crops(analysis: Analysis, wanted: set[int], size: int) -> Iterator[tuple[int, np.ndarray]]:
     for frame in video.read(analysis.info.path, analysis.info):
         if frame.index in wanted:
-            image = cropping.extract(frame.rgb(), _shot(analysis, frame.index).crop, size)
+            image = cropping.extract(frame.rgb(), analysis.shot_of(frame.index).crop, size)
             yield frame.index, image.astype(np.float32) / 127.5 - 1
 
 
@@ -241,7 +242,7 @@ def _compose(
             for frame in chunk:
                 av_frame = frame.av_frame
                 if frame.index in place:
-                    shot = _shot(analysis, frame.index)
+                    shot = analysis.shot_of(frame.index)
                     mask = generated.masks[place[frame.index][1]]
                     av_frame = compositor.composite(av_frame, next(images), shot.crop, mask)
                 writer.write(av_frame)

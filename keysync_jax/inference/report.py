@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from keysync_jax import __version__
+from keysync_jax.diffusion import schedules
 from keysync_jax.errors import KeySyncError
 from keysync_jax.inference.analysis import Analysis, Shot
 from keysync_jax.inference.generate import StageSettings
@@ -51,7 +52,7 @@ def build(
         "settings": {
             **dataclasses.asdict(options),
             "steps": steps,
-            "evaluations": steps + 1 if steps == 10 else steps,
+            "evaluations": len(schedules.ays_sigmas(steps)) - 1,  # ten steps are eleven
             "guidance": {name: {"audio": float(s.audio_scale), "identity": float(s.identity_scale)} for name, s in scales.items()},
         },
         "frames_dubbed": len(blended),

@@ -55,6 +55,7 @@ def test_a_mouth_that_snaps_shut_is_no_cut(tmp_path):
     # The same pictures are a cut where the face itself jumps, or goes.
     seen = analyse(path, Scripted([[face()]] * 12 + [[face(x=75)]] * 12))
     assert [(s.start, s.stop) for s in seen.shots] == [(0, 12), (12, 24)]
+    assert [seen.shot_of(frame).index for frame in (0, 11, 12, 23)] == [0, 0, 1, 1]
     seen = analyse(path, Scripted([[face()]] * 12 + [[]] * 12))
     assert [s.crop is None for s in seen.shots] == [False, True]
 

@@ -1,5 +1,6 @@
 """A whole dub on a drawn talker with the tiny model: what every user relies on."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from keysync_jax import KeySyncPipeline
+from keysync_jax.config import MaskConfig
+from keysync_jax.errors import KeySyncError
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.media import audio, video
 
@@ -126,3 +129,11 @@ def test_pretrained_round_trip(pipeline, tiny_model, tmp_path):
         original, copy = ((d / part / "model.safetensors").read_bytes() for d in (tiny_model, tmp_path / "copy"))
         assert hashlib.sha256(original).digest() == hashlib.sha256(copy).digest()
     assert KeySyncPipeline.from_pretrained(tmp_path / "copy").stages == pipeline.stages
+
+
+def test_stages_trained_with_different_masks_are_refused(pipeline, talker, tmp_path, monkeypatch):
+    other = dataclasses.replace(pipeline.stages["interpolation"], mask=MaskConfig(kind="mouth"))
+    monkeypatch.setitem(pipeline.stages, "interpolation", other)
+    with pytest.raises(KeySyncError, match=r"different masks \(box and mouth\).*--mask"):
+        pipeline(talker / "clip.mp4", talker / "voice.wav", tmp_path / "out.mov")
+    assert not (tmp_path / "out.mov").exists()
