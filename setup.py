@@ -27,7 +27,11 @@ CORE = [
     "flatbuffers",
     "matplotlib",
 ]
-DATA = ["grain>=0.2.18", "array-record>=0.8.6", "tensorflow-datasets>=4.9.10", "importlib-resources", "apache-beam>=2.77"]
+# click, platformdirs and tqdm: what PySceneDetect needs at run time; it is installed with --no-deps too.
+DATA = [
+    "grain>=0.2.18", "array-record>=0.8.6", "tensorflow-datasets>=4.9.10", "importlib-resources", "apache-beam>=2.77",
+    "click>=8", "platformdirs>=4", "tqdm>=4.70",
+]  # fmt: skip
 EXTRAS = {
     "cuda": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
@@ -47,7 +51,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["keysync_jax*", "configs*", "converters*", "data_pipeline*"]),
-    package_data={"configs": ["*.py"]},
+    package_data={"configs": ["*.py"], "keysync_jax.assets": ["demo/*", "demo/*/*", "demo/*/*/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["keysync = keysync_jax.cli:main"]},

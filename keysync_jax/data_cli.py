@@ -154,8 +154,9 @@ def _inspect(args) -> int:
 
     if args.output and not args.clip:
         raise UsageError("-o draws one clip: name it with --clip ID")
+    if args.output:  # first: whatever is wrong with it is the only thing that is said
+        draw_clip(args.data, args.clip, args.output, MaskConfig(kind=args.mask))
     print_summary(args.data, args.clip, args.json)
     if args.output:
-        draw_clip(args.data, args.clip, args.output, MaskConfig(kind=args.mask))
         print(args.output)
     return 0

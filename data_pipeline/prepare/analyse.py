@@ -16,7 +16,8 @@ from PIL import Image
 
 from data_pipeline.prepare import quality
 from data_pipeline.prepare.clips import Span, cut_long, usable_spans
-from data_pipeline.prepare.face_track import ShotTrack, track_shots
+from data_pipeline.prepare.face_track import FacesInFrame, ShotTrack, track_shots
+from data_pipeline.prepare.frame_table import FrameTables, pack_keyframes
 from data_pipeline.prepare.item import Candidate, Drop, DropError, Item
 from data_pipeline.prepare.probe import Probed, probe
 from data_pipeline.prepare.settings import ANALYSIS_VERSION, Curation
@@ -33,10 +34,11 @@ _FEWEST_SEEN = 0.02  # of a shot's frames with a face; fewer are chance finds
 
 
 class Tools(NamedTuple):
-    """What a worker keeps open: the landmark detector and the scorers by kind."""
+    """What a worker keeps open: the landmark detector (None for items with a landmark sidecar), the scorers by kind, frame tables."""
 
-    faces: FaceBackend
+    faces: FaceBackend | None
     scorers: dict[str, Any]
+    tables: FrameTables
 
 
 class Analysis(NamedTuple):
@@ -45,8 +47,9 @@ class Analysis(NamedTuple):
     Attributes:
       candidates: clips to keep, in time order.
       drops: what was left out and why.
-      arrays: per kept clip `sources.ID` int32 `[n]` and `landmarks.ID` float32 `[n, 68, 2]` (crop pixels); per clip, kept or dropped,
-        `thumbnail.ID` (JPEG bytes as uint8); the same under the item's id for a video that its picture quality dropped.
+      arrays: `keyframes` int64 `[K, 3]`, where passes over the video may begin; per kept clip `sources.ID` int32 `[n]` and
+        `landmarks.ID` float32 `[n, 68, 2]` (crop pixels); per clip, kept or dropped, `thumbnail.ID` (JPEG bytes as uint8); the same
+        under the item's id for a video that its picture quality dropped.
       facts: figures for the report: seconds and frames of the video, size, rate, rotation, seconds of work per stage.
     """
 
@@ -80,8 +83,9 @@ def analyse(item: Item, curation: Curation, tools: Tools) -> Analysis:
 
 def _stages(item: Item, curation: Curation, tools: Tools, result: Analysis) -> None:
     clock = _Clock(result.facts["seconds_per_stage"])
+    backend = None if item.landmarks else tools.faces
     with clock("probe"):
-        probed = probe(item, curation.min_rate)
+        probed = probe(item, curation.min_rate, tools.tables, FacesInFrame(item, backend))
     info = probed.info
     content = file_digest(item.path)
     result.facts.update(
@@ -89,6 +93,7 @@ def _stages(item: Item, curation: Curation, tools: Tools, result: Analysis) -> N
         rate=round(float(info.average_rate), 3), rotation=info.rotation, codec=info.codec, pixel_format=info.source_pix_fmt,
         shots=len(probed.shots),
     )  # fmt: skip
+    result.arrays["keyframes"] = pack_keyframes(probed.keyframes)
     # The paper's order: quality of the whole video first, then cutting.
     with clock("quality"):
         try:
@@ -101,7 +106,6 @@ def _stages(item: Item, curation: Curation, tools: Tools, result: Analysis) -> N
         if model_frame(probed.times[start]) >= probed.audio_frames:
             span = Span(model_frame(probed.times[start]), model_frame(probed.times[stop - 1]) + 1)
             _drop(item, result, _clip_id(item, span.start), "probe", "no_audio", "the sound ends before this shot begins", span)
-    backend = None if item.landmarks else tools.faces
     want_grey = any(kind in tools.scorers for kind in ("active_speaker", "sync"))
     tracks = track_shots(item, probed, backend, max_gap=curation.max_gap, second_face=curation.second_face, want_grey=want_grey)
     while True:

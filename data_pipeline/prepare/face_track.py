@@ -60,19 +60,54 @@ def load_sidecar(item: Item, num_source_frames: int) -> np.ndarray | None:
     """
     if not item.landmarks:
         return None
-    name = os.path.basename(item.landmarks)
+    points = _read_sidecar(item)
+    # Of a video that is used in part, only the frames up to that part's end were counted.
+    rows = points.shape[0] if points.shape[1:] == (68, 2) else -1
+    if rows < num_source_frames or (item.stop is None and rows != num_source_frames):
+        name = os.path.basename(item.landmarks)
+        raise DropError(STAGE, "bad_sidecar", f"{name} has shape {points.shape}; the video has {num_source_frames} frames, 68 points each")
+    return points
+
+
+def _read_sidecar(item: Item) -> np.ndarray:
     try:
         with open(item.landmarks, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
             points = loaded["landmarks"] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
-            points = np.asarray(points, np.float32)
+            return np.asarray(points, np.float32)
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise DropError(STAGE, "bad_sidecar", f"{name} cannot be read ({error})") from error
-    # Of a video that is used in part, only the frames up to that part's end were counted.
-    rows = points.shape[0] if points.shape[1:] == (68, 2) else -1
-    if rows < num_source_frames or (item.stop is None and rows != num_source_frames):
-        raise DropError(STAGE, "bad_sidecar", f"{name} has shape {points.shape}; the video has {num_source_frames} frames, 68 points each")
-    return points
+        raise DropError(STAGE, "bad_sidecar", f"{os.path.basename(item.landmarks)} cannot be read ({error})") from error
+
+
+class FacesInFrame:
+    """The faces of single frames of an item, each for itself.
+
+    Args:
+      backend: landmark detector; None when the item has a sidecar, which is read when first needed.
+    """
+
+    def __init__(self, item: Item, backend: FaceBackend | None):
+        self._item, self._backend = item, backend
+        self._sidecar: np.ndarray | None = None
+
+    def __call__(self, frame: video.Frame) -> list[Face]:
+        if self._backend is not None:
+            self._backend.reset()
+            size = (frame.info.display_width, frame.info.display_height)
+            return _detected(self._item, frame.rgb(), self._backend, size)
+        if self._sidecar is None:
+            self._sidecar = _read_sidecar(self._item)
+        return _listed(self._sidecar, frame.index)
+
+
+def _detected(item: Item, rgb: np.ndarray, backend: FaceBackend, size: tuple[int, int]) -> list[Face]:
+    faces = backend.detect(rgb)
+    return faces if item.box is None else [face for face in faces if _inside(face.center, item.box, size)]
+
+
+def _listed(sidecar: np.ndarray, index: int) -> list[Face]:
+    points = sidecar[index] if index < len(sidecar) and sidecar.shape[1:] == (68, 2) else np.nan
+    return [Face.from_landmarks(points, 1.0)] if np.isfinite(points).all() else []
 
 
 def track_shots(
@@ -87,7 +122,7 @@ def track_shots(
       want_grey: keep small grey faces for the scorers.
     """
     sidecar = load_sidecar(item, len(probed.times))
-    with video.read(item.path, probed.info) as reader:
+    with video.read(item.path, probed.info, probed.shots[0][0], probed.keyframes) as reader:
         frames = iter(reader)
         frame = next(frames)
         for number, (start, stop) in enumerate(probed.shots):
@@ -139,12 +174,8 @@ class _Collector:
 
     def _faces(self, source: int, rgb: np.ndarray | None, backend: FaceBackend | None) -> list[Face]:
         if self._sidecar is not None:
-            points = self._sidecar[source]
-            return [Face.from_landmarks(points, 1.0)] if np.isfinite(points).all() else []
-        faces = backend.detect(rgb)
-        if self._item.box is None:
-            return faces
-        return [face for face in faces if _inside(face.center, self._item.box, self._size)]
+            return _listed(self._sidecar, source)
+        return _detected(self._item, rgb, backend, self._size)
 
     def finish(self, max_gap: int) -> ShotTrack:
         # Sidecars are someone's measured or exact landmarks: they are taken as they are.

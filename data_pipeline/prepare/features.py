@@ -15,23 +15,26 @@ from data_pipeline.layout import BASE, Group
 from data_pipeline.prepare import sidecars
 from data_pipeline.prepare.groups import FeaturePlan, checked_float16
 from data_pipeline.prepare.item import Candidate, Item, derived_seed
+from data_pipeline.prepare.sound import load_sound
 from data_pipeline.records import AUDIO_PREFIX, LANDMARKS, LATENT, SOUND
 from keysync_jax.errors import KeySyncError
 from keysync_jax.inference.audio_features import SAMPLES_PER_FRAME
-from keysync_jax.media import audio, video
+from keysync_jax.media import video
 from keysync_jax.media.crop import Crop, extract
 
 # Frames the VAE sees at once. Part of what the same bytes mean: XLA may choose other kernels for another size.
 MICROBATCH = 4
+_FAR = 50  # frames that are decoded on the way to the next clip rather than opening the file again
 
 
 class ClipWork(NamedTuple):
-    """A clip whose values are wanted: the curated clip, its source frames and landmarks, and the groups to compute."""
+    """A clip whose values are wanted: the curated clip, its source frames and landmarks, the groups to compute, the video's keyframes."""
 
     clip: Candidate
     sources: np.ndarray
     landmarks: np.ndarray
     groups: tuple[Group, ...]
+    keyframes: tuple[video.Keyframe, ...] = ()
 
 
 class Encoders:
@@ -99,8 +102,8 @@ def compute(
       uint8 and their ends as int64 (`jpeg`, `jpeg_ends`). Or, instead, the error that speaks against the clip: values that are not
       finite or do not fit float16, sidecars that do not fit, a file that is not as it was.
     """
-    samples = audio.load_audio(item.path).samples
-    crops = _Crops(item, plan.crop_size)
+    samples = load_sound(item).samples
+    crops = _Crops(item, plan.crop_size, work[0].keyframes)
     try:
         for entry in work:
             try:
@@ -185,23 +188,27 @@ def _pictures(
 
 
 class _Crops:
-    """Crops of ascending source frames from one pass over a video."""
+    """Crops of ascending source frames from one pass over a video, which skips what lies between clips where that is quicker."""
 
-    def __init__(self, item: Item, size: int):
-        self._path, self._size = item.path, size
+    def __init__(self, item: Item, size: int, keyframes: Sequence[video.Keyframe]):
+        self._path, self._size, self._keyframes = item.path, size, keyframes
         self._reader: video.VideoReader | None = None
         self._frame: video.Frame | None = None
 
     def at(self, source: int, crop: Crop) -> np.ndarray:
-        """uint8 `[size, size, 3]`; asking for a frame before the last one decodes anew."""
-        if self._reader is None or (self._frame is not None and source < self._frame.index):
+        """uint8 `[size, size, 3]`; asking for a frame before the last one starts again."""
+        if self._reader is None or (self._frame is not None and not self._near(source)):
             self.close()
-            self._reader, self._frame = video.read(self._path), None
+            self._reader, self._frame = video.read(self._path, start=source, keyframes=self._keyframes), None
         while self._frame is None or self._frame.index < source:
             self._frame = next(self._reader, None)
             if self._frame is None:
                 raise KeySyncError(f"{self._path} ends before frame {source}, which was there before; was the file changed?")
         return extract(self._frame.rgb(), crop, self._size)
+
+    def _near(self, source: int) -> bool:
+        """Whether going on is the way to a frame: it is not behind, nor does a keyframe far ahead lead to it."""
+        return self._frame.index <= source and all(k.index <= self._frame.index + _FAR for k in self._keyframes if k.index <= source)
 
     def close(self) -> None:
         if self._reader is not None:

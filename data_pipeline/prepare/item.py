@@ -45,6 +45,11 @@ class Item:
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", self.name.rsplit("/", 1)[-1].rsplit(".", 1)[0])[:48]
         return f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
 
+    @property
+    def is_part(self) -> bool:
+        """Whether it names a stretch of its video, of which there may be more."""
+        return self.start > 0 or self.stop is not None
+
     def seed(self, seed: int, purpose: str) -> int:
         """32-bit seed that depends on this item, the run's seed and the purpose only."""
         return derived_seed(seed, purpose, self.id)

@@ -26,9 +26,11 @@ from data_pipeline.prepare import features as feature_stages
 from data_pipeline.prepare import scorers as scorer_plugins
 from data_pipeline.prepare import state
 from data_pipeline.prepare.analyse import Analysis, Tools
+from data_pipeline.prepare.frame_table import FrameTables
 from data_pipeline.prepare.groups import FeaturePlan
 from data_pipeline.prepare.item import Candidate, Drop, Item
 from data_pipeline.prepare.settings import Curation
+from data_pipeline.prepare.shots import check_package
 from data_pipeline.prepare.state import Folders
 from data_pipeline.prepare.work import file_digest
 from data_pipeline.shard_plan import Piece, Shard
@@ -57,6 +59,7 @@ class Analyse(beam.DoFn):
         # One detector per DoFn instance: it follows faces from frame to frame and must not be shared by threads.
         self._open_faces = functools.cache(functools.partial(open_faces, self._curation))
         self._scorers = open_scorers(self._curation)
+        self._tables = FrameTables(self._folders.frame_tables)
 
     def process(self, item: Item) -> Iterator[Item]:
         try:
@@ -78,7 +81,7 @@ class Analyse(beam.DoFn):
     def _analysed(self, item: Item, key: str) -> tuple[str, Analysis]:
         detector = None if item.landmarks else self._open_faces()
         try:
-            return key, curation_stages.analyse(item, self._curation, Tools(detector, self._scorers))
+            return key, curation_stages.analyse(item, self._curation, Tools(detector, self._scorers, self._tables))
         except Exception as error:  # one bad item never kills a run: it is reported, and tried again by the next run
             log.error("%s: %s", item.path, traceback.format_exc())
             return _FAILED, Analysis([], [_internal(item, "", "analyse", error)], {}, {})
@@ -105,8 +108,9 @@ def check_tools(items: Sequence[Item], curation: Curation) -> None:
     """Open what the workers will need, so that what is missing is said here, once, and not by a worker.
 
     Raises:
-      KeySyncError, UsageError: see `scorers.open_scorer` and `faces.open_backend`.
+      KeySyncError, UsageError: see `scorers.open_scorer`, `faces.open_backend` and `shots.check_package`.
     """
+    check_package()
     open_scorers(curation)
     if not all(item.landmarks for item in items):
         open_faces(curation)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,8 @@ class Sam2Masker:
         # Filling holes needs a compiled extension that the wheel lacks: off, so that every machine gives the same mask.
         self._predictor.fill_hole_area = 0
 
-    def __call__(self, item: Item, sources: np.ndarray) -> np.ndarray:
-        """Mask of the object in each frame of a clip, bool `[n, H, W]`.
+    def __call__(self, item: Item, sources: np.ndarray, keyframes: Sequence[video.Keyframe] = ()) -> np.ndarray:
+        """Mask of the object in each frame of a clip, bool `[n, H, W]`; `keyframes` as `video.read` takes them.
 
         The sidecar lists clicks: `{"points": [{"frame": 0, "x": 310, "y": 402, "inside": true}, ...]}`, frames of the video, pixels of
         the upright picture. Clicks outside the clip are passed over; a clip without clicks has no occluder.
@@ -65,15 +66,14 @@ class Sam2Masker:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise KeySyncError(f"{os.path.basename(item.occluder)} holds no click points ({error!r})") from error
         first, last = int(sources[0]), int(sources[-1])
-        with tempfile.TemporaryDirectory() as folder, video.read(item.path) as reader:
+        with tempfile.TemporaryDirectory() as folder, video.read(item.path, start=first, keyframes=keyframes) as reader:
             size = None
             for frame in reader:
                 if frame.index > last:
                     break
-                if frame.index >= first:
-                    rgb = frame.rgb()
-                    size = rgb.shape[:2]
-                    Image.fromarray(rgb).save(Path(folder) / f"{frame.index - first:05d}.jpg", quality=95)
+                rgb = frame.rgb()
+                size = rgb.shape[:2]
+                Image.fromarray(rgb).save(Path(folder) / f"{frame.index - first:05d}.jpg", quality=95)
             masks = np.zeros((last - first + 1, *size), bool)
             clicks = [c for c in clicks if first <= c[0] <= last]
             if clicks:

@@ -1,32 +1,31 @@
-"""Stage 1: look at a whole video once. Timestamps, cuts, a few pictures for the quality scorer, and its sound at 16 kHz.
+"""Stages 1 and 3: look at a video, or the part of it that an item names, once.
 
-Nothing is resampled on disk. The model's time axis (25 frames a second from the start of the file's clock) is laid over the source's
-own timestamps, so a variable frame rate or a late first picture cannot make sound and mouth drift apart.
+Timestamps, cuts, a few pictures for the quality scorer, and the sound at 16 kHz. Nothing is resampled on disk. The model's time axis
+(25 frames a second from the start of the file's clock) is laid over the source's own timestamps, so a variable frame rate or a late
+first picture cannot make sound and mouth drift apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
+from data_pipeline.prepare.frame_table import FrameTables, damage_in
 from data_pipeline.prepare.item import DropError, Item
+from data_pipeline.prepare.shots import CutFinder
+from data_pipeline.prepare.sound import load_sound
 from keysync_jax.errors import KeySyncError
 from keysync_jax.inference.audio_features import SAMPLES_PER_FRAME
-from keysync_jax.media import audio, video
-from keysync_jax.media.shots import ShotDetector
+from keysync_jax.media import video
+from keysync_jax.media.faces import Face
 
 STAGE = "probe"
 # A file may state a few frames more than it has (edit lists, priming); more than this share missing means that it breaks off.
 _MISSING_SHARE = 0.05
 _MISSING_FRAMES = 3
-_DAMAGE = ("damaged", "unreadable", "broke off", "breaks off", "could be decoded")
-# A cut changes the whole picture; a mouth that pops open in a close-up changes less than this share of it.
-_CUT_SHARE = 0.15
-_CUT_LEVELS = 8  # 8-bit levels by which a pixel counts as changed
-_COMPARED_SIDE = 64  # pixels of the compared pictures
 _HELD_PICTURES = 16  # candidates for the middle picture that are kept while the length is unknown
 
 
@@ -40,6 +39,7 @@ class Probed(NamedTuple):
       pictures: first, a middle and the last picture of that range, uint8 `[H, W, 3]`, upright.
       samples: float32 `[S]`, 16 kHz mono, from the start of the file's clock.
       audio_frames: model frames that the sound covers.
+      keyframes: where later passes may begin.
     """
 
     info: video.VideoInfo
@@ -48,6 +48,7 @@ class Probed(NamedTuple):
     pictures: list[np.ndarray]
     samples: np.ndarray
     audio_frames: int
+    keyframes: tuple[video.Keyframe, ...]
 
     @property
     def seconds(self) -> float:
@@ -55,8 +56,14 @@ class Probed(NamedTuple):
         return float(sum(self.times[b - 1] - self.times[a] for a, b in self.shots)) + len(self.shots) / 25
 
 
-def probe(item: Item, min_rate: float) -> Probed:
+def probe(item: Item, min_rate: float, tables: FrameTables, faces_in: Callable[[video.Frame], list[Face]]) -> Probed:
     """Decode a video once, holding no more than a few pictures.
+
+    Args:
+      item: what to look at.
+      min_rate: frames a second below which it is dropped.
+      tables: where the frames lie in files of which items use parts.
+      faces_in: the faces of one frame, for cuts that are in doubt.
 
     Raises:
       DropError: not a video, damaged, without sound, too slow, or nothing in the item's time range.
@@ -71,76 +78,103 @@ def probe(item: Item, min_rate: float) -> Probed:
         rate = f"{float(info.average_rate):.2f} frames a second, fewer than {min_rate:g}"
         raise DropError(STAGE, "frame_rate", rate, info.duration_s or 0.0)
     samples = _sound(item, info)
-    times, shots, pictures = _pictures(item, info)
+    times, shots, pictures, keyframes = _pictures(item, info, tables, faces_in)
     # A last frame of which half is there counts and is filled up with silence, as resampled tracks end a few samples early.
     audio_frames = (len(samples) + SAMPLES_PER_FRAME // 2) // SAMPLES_PER_FRAME
     samples = np.pad(samples, (0, max(0, audio_frames * SAMPLES_PER_FRAME - len(samples))))
-    return Probed(info, times, shots, pictures, samples, audio_frames)
+    return Probed(info, times, shots, pictures, samples, audio_frames, keyframes)
 
 
 def _sound(item: Item, info: video.VideoInfo) -> np.ndarray:
     try:
-        clip = audio.load_audio(item.path)
+        clip = load_sound(item)
     except KeySyncError as error:
         raise DropError(STAGE, "bad_audio", _without_path(error, item), info.duration_s or 0.0) from error
-    if damage := [note for note in clip.notes if any(word in note for word in _DAMAGE)]:
-        raise DropError(STAGE, "damaged", f"sound: {damage[0]}", info.duration_s or 0.0)
+    if damage := damage_in(clip.notes):
+        raise DropError(STAGE, "damaged", f"sound: {damage}", info.duration_s or 0.0)
     return clip.samples
 
 
-def _pictures(item: Item, info: video.VideoInfo) -> tuple[list[Fraction], list[tuple[int, int]], list[np.ndarray]]:
-    """Times of the frames up to the end of the item's range; shots and pictures of those within it."""
-    cuts = ShotDetector()
-    shares: list[float] = []
-    before: np.ndarray | None = None
-    times: list[Fraction] = []
+def _pictures(
+    item: Item, info: video.VideoInfo, tables: FrameTables, faces_in: Callable[[video.Frame], list[Face]]
+) -> tuple[list[Fraction], list[tuple[int, int]], list[np.ndarray], tuple[video.Keyframe, ...]]:
+    """Times of the frames up to the end of the item's range; shots and pictures of those within it; keyframes."""
+    cuts = CutFinder(faces_in)
     middle = _Middle()
     first = last = None
     used = 0
-    start = -1
-    whole = True
+    walk = _Part(item, info, tables) if item.is_part else _Whole(item, info)
     try:
-        with video.read(item.path, info) as reader:
-            for frame in reader:
-                time = frame.time - info.start_time
-                if item.stop is not None and float(time) >= item.stop:
-                    whole = False
-                    break
-                times.append(time)
-                if float(time) < item.start:
-                    continue
-                if start < 0:
-                    start = frame.index
-                small = frame.thumbnail()
-                cuts.update(small, used)
-                picture = _compared(small)
-                shares.append(0.0 if before is None else float((np.abs(picture - before).max(axis=-1) > _CUT_LEVELS).mean()))
-                before = picture
-                middle.offer(used, frame)
-                first = frame if first is None else first
-                last = frame
-                used += 1
-            notes = reader.notes
+        for frame in walk:
+            cuts.update(frame)
+            middle.offer(used, frame)
+            first = frame if first is None else first
+            last = frame
+            used += 1
     except KeySyncError as error:
         raise DropError(STAGE, "damaged", _without_path(error, item), info.duration_s or 0.0) from error
-    if damage := [note for note in notes if any(word in note for word in _DAMAGE)]:
-        raise DropError(STAGE, "damaged", f"pictures: {damage[0]}", info.duration_s or 0.0)
-    missing = (info.frames or 0) - len(times)
-    if whole and missing > max(_MISSING_FRAMES, _MISSING_SHARE * (info.frames or 0)):
-        raise DropError(STAGE, "damaged", f"the file states {info.frames} frames, {len(times)} are there", info.duration_s or 0.0)
+    if walk.damage:
+        raise DropError(STAGE, "damaged", f"pictures: {walk.damage}", info.duration_s or 0.0)
+    missing = (info.frames or 0) - len(walk.times)
+    if walk.to_the_end and missing > max(_MISSING_FRAMES, _MISSING_SHARE * (info.frames or 0)):
+        raise DropError(STAGE, "damaged", f"the file states {info.frames} frames, {len(walk.times)} are there", info.duration_s or 0.0)
     if first is None or last is None:
         raise DropError(STAGE, "no_frames", f"no frame between {item.start:g} s and {item.stop if item.stop is not None else 'the end'}")
-    edges = [0, *(cut for cut in cuts.cuts if shares[cut] >= _CUT_SHARE), used]
-    shots = [(start + a, start + b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    return times, shots, [first.rgb(), middle.pick(used).rgb(), last.rgb()]
+    edges = [0, *cuts.finish(), used]
+    shots = [(first.index + a, first.index + b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return walk.times, shots, [first.rgb(), middle.pick(used).rgb(), last.rgb()], walk.keyframes
 
 
-def _compared(picture: np.ndarray) -> np.ndarray:
-    """A thumbnail `[h, w, 3]` small and blurred, int16, so that grain and small motion average out."""
-    height, width = picture.shape[:2]
-    scale = _COMPARED_SIDE / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return cv2.GaussianBlur(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), (0, 0), 1.5).astype(np.int16)
+class _Whole:
+    """The frames of a whole file; what it is like is known at the end."""
+
+    to_the_end = True
+
+    def __init__(self, item: Item, info: video.VideoInfo):
+        self._path, self._info = item.path, info
+        self.times: list[Fraction] = []
+        self.keyframes: tuple[video.Keyframe, ...] = ()
+        self.damage = ""
+
+    def __iter__(self) -> Iterator[video.Frame]:
+        with video.read(self._path, self._info, note_keyframes=True) as reader:
+            for frame in reader:
+                self.times.append(frame.time - self._info.start_time)
+                yield frame
+        self.keyframes, self.damage = tuple(reader.keyframes), damage_in(reader.notes)
+
+
+class _Part:
+    """The frames of an item's time range, reached by the file's table."""
+
+    def __init__(self, item: Item, info: video.VideoInfo, tables: FrameTables):
+        self._item, self._info, self._tables = item, info, tables
+        self.times: list[Fraction] = []
+        self.keyframes: tuple[video.Keyframe, ...] = ()
+        self.damage = ""
+        self.to_the_end = False
+
+    def __iter__(self) -> Iterator[video.Frame]:
+        item, info = self._item, self._info
+        table = self._tables(info)
+        times = [pts * info.time_base - info.start_time for pts in table.pts.tolist()]
+        self.times = times if item.stop is None else [time for time in times if float(time) < item.stop]
+        self.to_the_end = len(self.times) == len(times)
+        stop = len(self.times)
+        start = next((i for i, time in enumerate(self.times) if float(time) >= item.start), stop)
+        self.keyframes = tuple(k for k in table.keyframes if k.index < stop)
+        if table.damage and table.damage[0] <= stop:
+            self.damage = table.damage[1]
+        if self.damage or start == stop:
+            return
+        with video.read(item.path, info, start, self.keyframes) as reader:
+            for frame in reader:
+                if frame.pts != table.pts[frame.index]:
+                    raise KeySyncError(f"{item.path}: frame {frame.index} is not where it was a moment ago; is the file being written?")
+                yield frame
+                if frame.index == stop - 1:
+                    return
+        raise KeySyncError(f"{item.path}: ends before frame {stop - 1}, which was there a moment ago; is the file being written?")
 
 
 class _Middle:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from keysync_jax.errors import UsageError
 
 # Raised when the meaning of stored work changes, so that work of older versions is not taken for current.
-ANALYSIS_VERSION = 1
+ANALYSIS_VERSION = 2
 FEATURES_VERSION = 1
 
 # Column groups that may stand beside the base group of latents, audio tokens and landmarks, each written on its own.

@@ -66,7 +66,7 @@ def occluder(item: Item, entry: ClipWork, cells: tuple[int, int], crop_size: int
     if item.occluder.endswith(".json"):
         if masker is None:
             raise KeySyncError(f"{os.path.basename(item.occluder)} holds click points; give SAM 2 weights: --column-weights occluder=FILE")
-        masks = masker(item, entry.sources)
+        masks = masker(item, entry.sources, entry.keyframes)
     else:
         try:
             with np.load(item.occluder, allow_pickle=False) as file:

@@ -15,6 +15,7 @@ from data_pipeline import layout
 from data_pipeline.clip_index import Clip
 from data_pipeline.layout import BASE, Group
 from data_pipeline.prepare.features import ClipWork, entry_name
+from data_pipeline.prepare.frame_table import unpack_keyframes
 from data_pipeline.prepare.groups import FeaturePlan
 from data_pipeline.prepare.item import Candidate, Drop, Item
 from data_pipeline.prepare.work import Entry, WorkFolder
@@ -31,6 +32,11 @@ class Folders:
     @property
     def analyses(self) -> WorkFolder:
         return WorkFolder(epath.Path(self.work) / "analyses")
+
+    @property
+    def frame_tables(self) -> WorkFolder:
+        """Where the frames of long videos lie, by content hash; see `frame_table`."""
+        return WorkFolder(epath.Path(self.work) / "frame_tables")
 
     @property
     def features(self) -> WorkFolder:
@@ -69,7 +75,8 @@ def feature_key(plan: FeaturePlan, group: Group, clip: Candidate, sidecars: Mapp
 
 
 def clip_work(analysis: Entry, clip: Candidate, groups: Sequence[Group]) -> ClipWork:
-    return ClipWork(clip, analysis.arrays[f"sources.{clip.id}"], analysis.arrays[f"landmarks.{clip.id}"], tuple(groups))
+    sources, landmarks = (analysis.arrays[f"{name}.{clip.id}"] for name in ("sources", "landmarks"))
+    return ClipWork(clip, sources, landmarks, tuple(groups), unpack_keyframes(analysis.arrays.get("keyframes", np.zeros((0, 3)))))
 
 
 def missing_groups(

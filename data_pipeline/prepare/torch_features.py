@@ -52,14 +52,20 @@ def open_encoder(kind: str, folder: str) -> Callable[[np.ndarray], np.ndarray]:
     except ImportError as error:
         raise KeySyncError(f"{kind} tokens need PyTorch and transformers ({error}); pip install 'keysync-jax[torch]'") from error
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from safetensors import SafetensorError
+
+    kinds = {"wav2vec2": transformers.Wav2Vec2Model, "whisper": transformers.WhisperModel}
     try:
-        if kind == "wav2vec2":
-            model = transformers.Wav2Vec2Model.from_pretrained(folder, local_files_only=True)
-        else:
-            model = transformers.WhisperModel.from_pretrained(folder, local_files_only=True).get_encoder()
-            extractor = transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
-    except (OSError, ValueError) as error:
-        raise KeySyncError(f"{folder}: {str(error).splitlines()[0]}") from error
+        model, loaded = kinds[kind].from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise KeySyncError(f"{folder} cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
+    # transformers would fill up what is missing with random numbers. The mask embedding is used in training only.
+    lacking = sorted(k for k in loaded["missing_keys"] if not k.startswith("decoder.") and not k.endswith("masked_spec_embed"))
+    if lacking:
+        raise KeySyncError(f"{folder} lacks {len(lacking)} weights of {kind}, the first is {lacking[0]}; give the complete model")
+    if kind == "whisper":
+        model = model.get_encoder()
+        extractor = transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
 

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import time
 import uuid
 import zipfile
 from collections.abc import Mapping
@@ -108,8 +109,31 @@ def digest(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+_digests: dict[tuple[str, int, int], str] = {}
+# A file written to this recently may be written to again without its time changing, so coarse are some clocks.
+_SETTLED_NS = 2_000_000_000
+
+
+def identity(path: str | os.PathLike) -> tuple[str, int, int] | None:
+    """Path, size and time of change of a local file, by which to know it again; None while that tells nothing."""
+    if "://" in os.fspath(path):
+        return None
+    stat = os.stat(path)
+    settled = time.time_ns() - stat.st_mtime_ns >= _SETTLED_NS
+    return (os.path.abspath(path), stat.st_size, stat.st_mtime_ns) if settled else None
+
+
 def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content."""
+    """SHA-256 of a file's content. A process reads a file once, as long as its size and time of change stay."""
+    key = identity(path)
+    if key is None:
+        return _hashed(path)
+    if key not in _digests:
+        _digests[key] = _hashed(path)
+    return _digests[key]
+
+
+def _hashed(path: str | os.PathLike) -> str:
     with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

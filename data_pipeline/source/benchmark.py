@@ -2,6 +2,7 @@
 
     python -m data_pipeline.source.benchmark DIR --stage keyframe
     python -m data_pipeline.source.benchmark DIR --make 110 --latent 64      write 110 clips of noise first
+    python -m data_pipeline.source.benchmark DIR --make 110 --latent 16 --jpeg --pixels 14      with pictures of a drawn talker
 
 Prints one line of JSON. Arrays are decoded, stacked and summed, so that nothing is left undone.
 """
@@ -21,7 +22,8 @@ import numpy as np
 
 from data_pipeline.clip_index import Clip
 from data_pipeline.layout import WRITER_OPTIONS, make_group
-from data_pipeline.records import audio_column, landmarks_column, latent_column, record_bytes
+from data_pipeline.prepare.settings import Output
+from data_pipeline.records import JPEG, audio_column, jpeg_column, landmarks_column, latent_column, record_bytes
 from data_pipeline.shard_plan import Piece
 from data_pipeline.shards import write_group
 from data_pipeline.source.loader import Batches
@@ -30,9 +32,16 @@ from data_pipeline.source.sample import SourceConfig, WindowReader
 from data_pipeline.source.windows import windows_for
 from keysync_jax.errors import KeySyncError
 
+_DRAWN_FRAMES = 50  # different pictures that --jpeg draws
 
-def write_noise(root: str, clips: int, latent: int, frames: int = 200, audio_dim: int = 768, options: str = WRITER_OPTIONS) -> dict:
+
+def write_noise(
+    root: str, clips: int, latent: int, frames: int = 200, audio_dim: int = 768, options: str = WRITER_OPTIONS, jpeg: bool = False
+) -> dict:
     """A dataset of the real layout (latents, HuBERT, WavLM and log-mel tokens, landmarks) filled with smooth noise.
+
+    Args:
+      jpeg: also write the pictures of one drawn talker, as `keysync prepare` encodes them, in another order for each clip.
 
     Returns:
       Records, bytes on disk, seconds, and records and megabytes per second.
@@ -59,10 +68,25 @@ def write_noise(root: str, clips: int, latent: int, frames: int = 200, audio_dim
     done = write_group(root, group, load, [Clip(f"c{i:05d}", frames, split="train") for i in range(clips)])
     seconds = time.perf_counter() - begin
     size = sum(s.bytes for s in done.shards)
+    if jpeg:
+        _write_jpeg(root, 8 * latent, frames)
     return {
         "records": clips * frames, "bytes": size, "seconds": round(seconds, 2), "records_per_s": round(clips * frames / seconds),
         "mb_per_s": round(size / 1e6 / seconds), "shards": len(done.shards),
     }  # fmt: skip
+
+
+def _write_jpeg(root: str, side: int, frames: int) -> None:
+    from data_pipeline.prepare.features import encode_jpeg
+    from data_pipeline.synthetic import make_clip
+
+    pictures = [encode_jpeg(frame, Output.jpeg_quality) for frame in make_clip(0, min(frames, _DRAWN_FRAMES), side).frames]
+
+    def load(piece: Piece) -> dict[str, list[bytes]]:
+        return {JPEG: [pictures[(int(piece.clip[1:]) + frame) % len(pictures)] for frame in range(piece.start, piece.stop)]}
+
+    size = max(len(picture) for picture in pictures)
+    write_group(root, make_group((jpeg_column(side, side),), (side, side), size, name=JPEG), load)
 
 
 def measure(reader: WindowReader, batch_size: int = 16, seconds: float = 5.0, threads: int = 2, workers: int = 0) -> dict:
@@ -90,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("directory", metavar="DIR", help="dataset directory")
     parser.add_argument("--make", type=int, default=0, metavar="N", help="first write N clips of noise there")
     parser.add_argument("--latent", type=int, default=64, metavar="H", help="latent side for --make (default 64)")
+    parser.add_argument("--jpeg", action="store_true", help="with --make: pictures, too")
     parser.add_argument("--options", default=WRITER_OPTIONS, help="ArrayRecord writer options for --make")
     parser.add_argument("--stage", choices=["keyframe", "interpolation"], default="keyframe")
     parser.add_argument("--split", default="train")
@@ -103,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = {"stage": args.stage}
         if args.make:
-            result["written"] = write_noise(args.directory, args.make, args.latent, options=args.options)
+            result["written"] = write_noise(args.directory, args.make, args.latent, options=args.options, jpeg=args.jpeg)
         choice = DatasetChoice(args.directory, args.split)
         reader = WindowReader(SourceConfig((choice,), windows_for(args.stage), args.encoder, pixel_frames=args.pixels))
         result |= {"latent": list(reader.latent_shape), "audio_dim": reader.audio_dim}

@@ -18,7 +18,7 @@ class Windows:
     As in the reference, the very last frame of a clip is never used, so that a window needs (T - 1) k + 2 frames.
 
     Attributes:
-      num_frames: T.
+      num_frames: T; 1 trains a keyframe stage on images.
       spacing: k, in frames.
       min_spacing: clips too short for `spacing` are used at the largest spacing that fits, down to this one.
       identity: what conditions the keyframe stage: "first" (frame 0 of the window, as released), "clip_first" (frame 0 of the clip) or
@@ -31,8 +31,9 @@ class Windows:
     identity: str = "first"
 
     def __post_init__(self):
-        if self.num_frames < 2 or not 1 <= self.min_spacing <= self.spacing:
-            raise KeySyncError(f"windows need at least 2 frames and 1 <= min_spacing <= spacing, not {self}")
+        least = 1 if self.stage == "keyframe" else 2
+        if self.num_frames < least or not 1 <= self.min_spacing <= self.spacing:
+            raise KeySyncError(f"{self.stage} windows need at least {least} frames and 1 <= min_spacing <= spacing, not {self}")
         if self.identity not in IDENTITY_FRAMES:
             raise KeySyncError(f"identity frame {self.identity!r} is not known; choose one of {', '.join(IDENTITY_FRAMES)}")
 
@@ -49,7 +50,7 @@ class Windows:
         """(spacing, number of possible starts) in a clip of `length` frames; (0, 0) when it is too short."""
         if length < self.min_length:
             return 0, 0
-        spacing = min(self.spacing, (length - 2) // (self.num_frames - 1))
+        spacing = min(self.spacing, max(1, (length - 2) // max(1, self.num_frames - 1)))
         return spacing, length - 1 - spacing * (self.num_frames - 1)
 
     def frames(self, start: int, spacing: int) -> np.ndarray:

@@ -8,17 +8,10 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-import numpy as np
-
 from keysync_jax.errors import KeySyncError
 from keysync_jax.media import crop, tracking, video
-from keysync_jax.media.faces import Face, FaceBackend
-from keysync_jax.media.shots import ShotDetector
-
-# Picture change, in the detector's levels, that is a cut whatever the face does: a mouth alone stays far below.
-_CERTAIN_CUT = 15.0
-_UPPER_FACE = slice(17, 36)  # brows and nose: what speech does not move, blinks neither
-_SAME_PLACE = 0.05  # face sizes
+from keysync_jax.media.faces import FaceBackend
+from keysync_jax.media.shots import ShotDetector, same_view
 
 
 class Shot(NamedTuple):
@@ -73,7 +66,7 @@ def analyse(path: str | os.PathLike, backend: FaceBackend, face: str = "largest"
         raise KeySyncError(f"{path}: no frame could be decoded; check the file with another player")
     size = (info.display_width, info.display_height)
     shots = []
-    bounds = [0, *(cut for cut in cuts.cuts if not _same_view(cuts.change(cut), detections[cut - 1], detections[cut])), len(times)]
+    bounds = [0, *(cut for cut in cuts.cuts if not same_view(cuts.change(cut), detections[cut - 1], detections[cut])), len(times)]
     for index, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         table = tracking.FaceTable(size)
         for found in detections[start:stop]:
@@ -83,16 +76,3 @@ def analyse(path: str | os.PathLike, backend: FaceBackend, face: str = "largest"
     if not any(shot.crop for shot in shots):
         raise KeySyncError(f"{path}: no face found in any of {len(times)} frames; the face must be visible, at least some 60 pixels wide")
     return Analysis(info, times, shots, list(reader.notes))
-
-
-def _same_view(change: float, before: list[Face], after: list[Face]) -> bool:
-    """Whether what looks like a cut is one face, filling the picture, that opened or closed its mouth in a single frame.
-
-    Such a frame changes as many pixels as a jump cut in a wide shot. But it leaves brows, eyes and nose where they were; and where a
-    real cut does that too, going on across it does no harm.
-    """
-    if change >= _CERTAIN_CUT or len(before) != len(after) or not before:
-        return False
-    a, b = (max(faces, key=lambda face: face.area) for faces in (before, after))
-    moved = np.linalg.norm(a.landmarks[_UPPER_FACE] - b.landmarks[_UPPER_FACE], axis=-1).mean()
-    return bool(moved < _SAME_PLACE * np.sqrt(a.area))

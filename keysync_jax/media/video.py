@@ -3,85 +3,35 @@
 `probe` describes a file, `read` decodes it. Any container, codec, size, rotation tag, constant or variable frame rate that FFmpeg
 (inside PyAV's wheel) can decode. Timestamps stay what the file says, as fractions; nothing is resampled to a frame rate here. One
 picture is in memory at a time, apart from the few that the decoder keeps. Every pass over a file gives the same sequence.
+
+A pass may begin in the middle, by seeking. Containers lie about what lies where (edit lists, decoding order, clocks that restart,
+streams without an index), so a pass from the start first notes some keyframes, each with a checksum of its picture; a later pass
+goes to one of these, and counts on from it only if the very same picture came out. Otherwise it reads from the start.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import av
 import numpy as np
 
 from keysync_jax.errors import KeySyncError
 from keysync_jax.media import color
-from keysync_jax.media.orientation import Orientation
+from keysync_jax.media.video_info import VideoInfo, open_container, probe, read_packets, video_stream
 
 # A timestamp that falls back by more than this is a restart of the clock (joined transport streams); less is a repeated stamp.
 _CLOCK_RESTART_S = 1
-# Formats that FFmpeg would "play" from a plain text file, or that fetch other files.
-_NOT_VIDEO_FORMATS = {"tty", "bintext", "xbin", "idf", "adf", "hls", "concat", "sdp", "rtsp", "dash"}
-_DEFAULT_RATE = Fraction(25)  # of a stream that states none (single pictures)
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a video file holds.
-
-    Attributes:
-      path: the file.
-      width: stored width in pixels, before rotation.
-      height: stored height.
-      rotation: anticlockwise turn in degrees (0, 90, 180 or 270) that makes the picture upright.
-      orientation: the same with mirroring.
-      display_matrix: the nine integers of the file's display matrix, () without one.
-      display_width: width of the upright picture in pixels.
-      display_height: height of the upright picture.
-      average_rate: frames per second on average.
-      time_base: seconds per tick of `Frame.pts`.
-      pix_fmt: pixel format of the frames that `read` gives; one that compositing edits in place.
-      source_pix_fmt: pixel format in the file.
-      codec: name of the video codec.
-      color_space: H.273 matrix number, 2 where the file does not say.
-      color_range: 1 limited, 2 full, 0 where the file does not say.
-      color_primaries: H.273 primaries number.
-      color_transfer: H.273 transfer number.
-      duration_s: length in seconds as stated by the file, None where it does not say.
-      frames: number of frames as stated or estimated from the duration, None where unknown. Only `read` knows for sure.
-      has_audio: whether there is an audio stream.
-      start_time: zero of the file's clock in seconds: the first picture or, where an audio stream starts earlier, the first sample.
-        A voice track belongs to the pictures from this time on.
-      sample_aspect_ratio: width of a pixel over its height.
-      interlaced: whether the first picture is interlaced.
-      planes: meaning of the planes in `pix_fmt`.
-    """
-
-    path: str
-    width: int
-    height: int
-    rotation: int
-    orientation: Orientation
-    display_matrix: tuple[int, ...]
-    display_width: int
-    display_height: int
-    average_rate: Fraction
-    time_base: Fraction
-    pix_fmt: str
-    source_pix_fmt: str
-    codec: str
-    color_space: int
-    color_range: int
-    color_primaries: int
-    color_transfer: int
-    duration_s: float | None
-    frames: int | None
-    has_audio: bool
-    start_time: Fraction
-    sample_aspect_ratio: Fraction
-    interlaced: bool
-    planes: color.PlaneFormat
+_KEYFRAME_GAP_S = 0.5  # keyframes noted are at least this far apart: every picture of some codecs is one
+# Seconds before a keyframe at which seeking aims: formats that seek by decoding time overshoot by the delay of reordered pictures.
+_SEEK_BACK_S = (0, 1, 4)
 
 
 @dataclass(frozen=True)
@@ -118,23 +68,34 @@ class Frame:
         return color.plane_views(self.av_frame)
 
 
-def probe(path: str | os.PathLike) -> VideoInfo:
-    """Describe a video file by opening it and decoding its first picture.
+class Keyframe(NamedTuple):
+    """A picture at which decoding can begin, as a pass from the start met it.
 
-    Raises:
-      KeySyncError: no such file, not a video, no video stream, or no picture in it.
+    Attributes:
+      index: its position in the sequence.
+      pts: its presentation time in ticks, as stored in the file.
+      checksum: CRC-32 of its planes.
     """
-    with _open(path) as container:
-        stream = _video_stream(container, path)
-        first = _first_picture(container, stream)
-        if first is None:
-            raise KeySyncError(f"{path}: the video stream holds no picture that can be decoded; the file is empty or damaged")
-        return _describe(path, container, stream, first)
+
+    index: int
+    pts: int
+    checksum: int
 
 
-def read(path: str | os.PathLike, info: VideoInfo | None = None) -> VideoReader:
-    """Decode a video from its first picture to its last. `info` saves probing the file again."""
-    return VideoReader(info if info is not None else probe(path))
+def read(
+    path: str | os.PathLike, info: VideoInfo | None = None, start: int = 0, keyframes: Sequence[Keyframe] = (), note_keyframes: bool = False
+) -> VideoReader:
+    """Decode a video from its first picture, or from picture `start`, to its last.
+
+    Args:
+      path: the file.
+      info: what `probe` said; saves probing again.
+      start: index of the first frame wanted. Frames have the index, time and content that they have when read from the start; a
+        `start` behind the last frame gives none.
+      keyframes: what an earlier pass over the same file noted; without them `start` is reached by decoding everything before it.
+      note_keyframes: fill `VideoReader.keyframes`.
+    """
+    return VideoReader(info if info is not None else probe(path), start, keyframes, note_keyframes)
 
 
 class VideoReader:
@@ -144,10 +105,18 @@ class VideoReader:
     Damaged data is concealed or skipped by the decoder. What it conceals depends on how its threads meet, so decoding starts strict
     on several threads, and at the first damage the file is decoded anew, leniently, on one thread: a damaged file, too, gives the
     same pictures on every pass.
+
+    Attributes:
+      info: description of the file.
+      keyframes: where later passes may begin, as far as this one has come; only with `note_keyframes`.
     """
 
-    def __init__(self, info: VideoInfo):
+    def __init__(self, info: VideoInfo, start: int = 0, keyframes: Sequence[Keyframe] = (), note_keyframes: bool = False):
         self.info = info
+        self.keyframes: list[Keyframe] = []
+        self._note_keyframes = note_keyframes
+        self._start = start
+        self._origin = max((k for k in keyframes if 0 < k.index <= start), default=None)
         self._counts: dict[str, list] = {}
         self._pictures = self._iterate()
 
@@ -179,28 +148,36 @@ class VideoReader:
         self._counts.setdefault(what, [0, at])[0] += 1
 
     def _iterate(self) -> Iterator[Frame]:
-        yielded = 0
-        try:
-            for frame in self._stamped(threaded=True):
-                yielded += 1
-                yield frame
-        except _DamageError as damage:
-            self._counts.clear()
-            self._note("damaged data, decoded as far as it can be repaired", damage.at)
-            for frame in self._stamped(threaded=False):
-                if frame.index >= yielded:
-                    yielded += 1
-                    yield frame
-        if not yielded:
+        following, any_picture = self._start, False
+        attempts = [(True, None), (False, None)]
+        if self._origin is not None:
+            attempts.insert(0, (True, self._origin))
+        for threaded, origin in attempts:
+            try:
+                for frame in self._stamped(threaded, origin):
+                    any_picture = True
+                    if frame.index >= following:
+                        following = frame.index + 1
+                        yield frame
+                break
+            except _NotReachedError:
+                continue
+            except _DamageError as damage:
+                self._counts.clear()
+                if origin is None:  # else the pass from the start says what is wrong with the file
+                    self._note("damaged data, decoded as far as it can be repaired", damage.at)
+        if not any_picture:
             raise KeySyncError(f"{self.info.path}: no picture could be decoded; the file is damaged")
 
-    def _stamped(self, threaded: bool) -> Iterator[Frame]:
-        """Frames with strictly increasing timestamps."""
+    def _stamped(self, threaded: bool, origin: Keyframe | None) -> Iterator[Frame]:
+        """Frames with strictly increasing timestamps, from the start or from a keyframe on."""
         info = self.info
         step = max(1, round(1 / (info.average_rate * info.time_base)))
         restart = int(_CLOCK_RESTART_S / info.time_base)
         last, shift = None, 0
-        for index, picture in enumerate(self._decoded(threaded)):
+        self.keyframes.clear()
+        for index, picture in enumerate(self._decoded(threaded, origin), origin.index if origin else 0):
+            stored, can_begin = picture.pts, picture.key_frame
             stamp = picture.pts if picture.pts is not None else picture.dts
             if stamp is None:
                 stamp = 0 if last is None else last + step
@@ -214,9 +191,14 @@ class VideoReader:
             elif last is not None and stamp <= last:
                 stamp = last + 1
                 self._note("repeated timestamp, moved on by the smallest step", stamp * info.time_base)
-            last = stamp
             picture = self._as_described(picture, stamp * info.time_base)
+            if origin is not None and last is None and _checksum(picture) != origin.checksum:
+                raise _NotReachedError
+            last = stamp
             picture.pts, picture.time_base = stamp, info.time_base
+            if self._note_keyframes and can_begin and stamp == stored:
+                if not self.keyframes or (stamp - self.keyframes[-1].pts) * info.time_base >= _KEYFRAME_GAP_S:
+                    self.keyframes.append(Keyframe(index, stamp, _checksum(picture)))
             yield Frame(index, stamp, stamp * info.time_base, picture, info)
 
     def _as_described(self, picture: av.VideoFrame, at: Fraction) -> av.VideoFrame:
@@ -230,37 +212,69 @@ class VideoReader:
             return picture
         return picture.reformat(width=info.width, height=info.height, format=info.pix_fmt, threads=color.SWSCALE_THREADS)
 
-    def _decoded(self, threaded: bool) -> Iterator[av.VideoFrame]:
+    def _decoded(self, threaded: bool, origin: Keyframe | None) -> Iterator[av.VideoFrame]:
         """Pictures as the decoder gives them. With threads, the first sign of damage ends it with `_DamageError`."""
-        with _open(self.info.path) as container:
-            stream = _video_stream(container, self.info.path)
+        with open_container(self.info.path) as container:
+            stream = video_stream(container, self.info.path)
             if threaded:
                 stream.thread_type = "AUTO"
                 stream.codec_context.options = {"err_detect": "explode"}
             else:
                 stream.thread_count = 1
-            at = self.info.start_time
-            for packet, error in _packets(container, stream):
+            if origin is None:
+                yield from self._checked([], read_packets(container, stream), threaded)
+            else:
+                yield from self._checked(*self._sought(container, stream, origin), threaded)
+
+    def _sought(self, container, stream, origin: Keyframe) -> tuple[list[av.VideoFrame], Iterator]:
+        """The pictures of one packet from a keyframe on, and the packets that follow it."""
+        for back in _SEEK_BACK_S:
+            try:
+                container.seek(origin.pts - int(back / self.info.time_base), stream=stream, backward=True, any_frame=False)
+            except av.error.FFmpegError:  # not in this format
+                break
+            packets = read_packets(container, stream)
+            for packet, error in packets:
                 pictures = []
                 if error is None:
-                    try:
+                    # What comes out between a seek's landing and the keyframe may lack its references: it is not used.
+                    with contextlib.suppress(av.error.FFmpegError):
                         pictures = packet.decode()
-                    except av.error.EOFError:
-                        return
-                    except av.error.FFmpegError:
-                        error = "damaged packet, skipped"
-                if error is not None:
+                pictures = [p for p in pictures if p.pts is not None and p.pts >= origin.pts]
+                if pictures and pictures[0].pts == origin.pts:
+                    return pictures, packets
+                if pictures:
+                    break
+        raise _NotReachedError
+
+    def _checked(self, pictures: list[av.VideoFrame], packets: Iterator, threaded: bool) -> Iterator[av.VideoFrame]:
+        """Decoded `pictures`, then those of the packets to come."""
+        at = self.info.start_time
+        for packet, error in itertools.chain([(None, None)], packets):
+            if packet is not None and error is None:
+                try:
+                    pictures = packet.decode()
+                except av.error.EOFError:
+                    return
+                except av.error.FFmpegError:
+                    error = "damaged packet, skipped"
+            if error is not None:
+                if threaded:
+                    raise _DamageError(at)
+                self._note(error, at)
+                pictures = []
+            for picture in pictures:
+                if picture.is_corrupt:
                     if threaded:
                         raise _DamageError(at)
-                    self._note(error, at)
-                for picture in pictures:
-                    if picture.is_corrupt:
-                        if threaded:
-                            raise _DamageError(at)
-                        self._note("damaged picture, used as the decoder repaired it", at)
-                    if picture.pts is not None:
-                        at = picture.pts * self.info.time_base
-                    yield picture
+                    self._note("damaged picture, used as the decoder repaired it", at)
+                if picture.pts is not None:
+                    at = picture.pts * self.info.time_base
+                yield picture
+
+
+class _NotReachedError(Exception):
+    """Seeking did not lead to the keyframe that is known to be there."""
 
 
 class _DamageError(Exception):
@@ -271,125 +285,9 @@ class _DamageError(Exception):
         self.at = at
 
 
-def _packets(container, stream) -> Iterator[tuple[av.Packet | None, str | None]]:
-    """Packets of a stream, then the empty one that drains the decoder; a file that breaks off is drained, too."""
-    demuxer = container.demux(stream)
-    while True:
-        try:
-            packet = next(demuxer)
-        except StopIteration:
-            return
-        except av.error.FFmpegError:
-            break
-        yield packet, None
-    yield None, "unreadable data, the rest of the file is lost"
-    flush = av.Packet()
-    flush.stream = stream
-    yield flush, None
-
-
-def _open(path: str | os.PathLike):
-    name = os.fspath(path)
-    if not os.path.exists(name):
-        raise KeySyncError(f"{name}: no such file")
-    if os.path.isdir(name):
-        raise KeySyncError(f"{name}: is a folder, not a video file")
-    if os.path.getsize(name) == 0:
-        raise KeySyncError(f"{name}: the file is empty")
-    try:
-        container = av.open(name, options={"protocol_whitelist": "file"})
-    except PermissionError as error:
-        raise KeySyncError(f"{name}: no permission to read it") from error
-    except av.error.FFmpegError as error:
-        raise KeySyncError(f"{name}: not a complete video file ({error.strerror}); give .mp4, .mov, .mkv or the like") from error
-    if _NOT_VIDEO_FORMATS & set(container.format.name.split(",")):
-        container.close()
-        raise KeySyncError(f"{name}: not a video file; give .mp4, .mov, .mkv or the like")
-    return container
-
-
-def _video_stream(container, path):
-    """First video stream that is not a cover picture."""
-    pictures = av.stream.Disposition.attached_pic
-    for stream in container.streams.video:
-        if not stream.disposition & pictures and stream.codec_context is not None:
-            return stream
-    raise KeySyncError(f"{path}: has no video stream")
-
-
-def _first_picture(container, stream) -> av.VideoFrame | None:
-    for packet, error in _packets(container, stream):
-        if error is not None:
-            continue
-        try:
-            pictures = packet.decode()
-        except av.error.FFmpegError:
-            continue
-        if pictures:
-            return pictures[0]
-    return None
-
-
-def _describe(path, container, stream, first: av.VideoFrame) -> VideoInfo:
-    time_base = _fraction(stream.time_base)
-    side_data = first.side_data.get("DISPLAYMATRIX")
-    matrix = tuple(np.frombuffer(side_data, np.int32).tolist()) if side_data is not None else ()
-    orientation = Orientation.from_matrix(matrix)
-    upright = (first.height, first.width) if orientation.transpose else (first.width, first.height)
-    source_format = first.format.name
-    pix_fmt = color.working_format(source_format)
-    full_by_name = source_format.startswith("yuvj") or pix_fmt.startswith("gbrp")
-    color_range = color.FULL_RANGE if full_by_name else int(first.color_range)
-    rate = _fraction(stream.average_rate or stream.guessed_rate) or _DEFAULT_RATE
-    duration = _duration(container, stream, time_base)
-    return VideoInfo(
-        path=os.fspath(path),
-        width=first.width,
-        height=first.height,
-        rotation=orientation.rotation,
-        orientation=orientation,
-        display_matrix=matrix,
-        display_width=upright[0],
-        display_height=upright[1],
-        average_rate=rate,
-        time_base=time_base,
-        pix_fmt=pix_fmt,
-        source_pix_fmt=source_format,
-        codec=stream.codec_context.name,
-        color_space=int(first.colorspace),
-        color_range=color_range,
-        color_primaries=int(first.color_primaries),
-        color_transfer=int(first.color_trc),
-        duration_s=duration,
-        frames=stream.frames or (round(duration * rate) if duration else None),
-        has_audio=bool(container.streams.audio),
-        start_time=_start_time(container, first, time_base),
-        sample_aspect_ratio=_fraction(stream.sample_aspect_ratio) or Fraction(1),
-        interlaced=bool(first.interlaced_frame),
-        planes=color.plane_format(pix_fmt, int(first.colorspace), color_range, first.width, first.height),
-    )
-
-
-def _start_time(container, first: av.VideoFrame, time_base: Fraction) -> Fraction:
-    stamp = first.pts if first.pts is not None else first.dts
-    start = stamp * time_base if stamp is not None else Fraction(0)
-    for audio in container.streams.audio:
-        if audio.start_time is not None and audio.time_base is not None:
-            # A start before zero is the priming of the codec, which is never heard.
-            start = min(start, max(audio.start_time * _fraction(audio.time_base), Fraction(0)))
-    return start
-
-
-def _duration(container, stream, time_base: Fraction) -> float | None:
-    if stream.duration:
-        return float(stream.duration * time_base)
-    if container.duration:
-        return container.duration / av.time_base
-    return None
-
-
-def _fraction(ratio) -> Fraction | None:
-    """PyAV gives Fraction or its own rational type, depending on its version; None where unknown or zero."""
-    if ratio is None or not ratio.denominator or not ratio.numerator:
-        return None
-    return Fraction(ratio.numerator, ratio.denominator)
+def _checksum(picture: av.VideoFrame) -> int:
+    """CRC-32 of the samples of a picture in an editable format, without the padding of its rows."""
+    value = 0
+    for plane in color.plane_views(picture):
+        value = zlib.crc32(np.ascontiguousarray(plane), value)
+    return value

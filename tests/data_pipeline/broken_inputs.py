@@ -12,13 +12,15 @@ from data_pipeline.synthetic import make_clip
 from data_pipeline.synthetic.clip import TalkerClip
 
 
-def encode(path: Path, frames, samples=None, rate: int = 25, pix_fmt: str = "yuv420p", codec: str = "libx264", pcm: bool = False):
+def encode(
+    path: Path, frames, samples=None, rate: int = 25, pix_fmt: str = "yuv420p", codec: str = "libx264", pcm: bool = False, options=None
+):
     """Write frames [T, H, W, 3] and 16 kHz mono samples; `pcm` stores floats as they are, NaN included."""
     with av.open(str(path), "w", format=None if path.suffix != ".dat" else "mp4") as out:
         video = out.add_stream(codec, rate=rate)
         video.height, video.width = frames[0].shape[:2]
         video.pix_fmt = pix_fmt
-        video.options = {"crf": "12", "preset": "veryfast", "threads": "1"}
+        video.options = {"crf": "12", "preset": "veryfast", "threads": "1"} | (options or {})
         sound = None
         if samples is not None:
             sound = out.add_stream("pcm_f32le" if pcm else "aac", rate=16000, layout="mono")

@@ -28,6 +28,11 @@ def test_synth_prepare_inspect(tmp_path, tiny_model, capsys):
     assert values["splits"]["train"]["frames"] == 60 and values["crop"] == [128, 128]
     assert run("data", "inspect", tmp_path / "data", "--clip", "talker_000001", "-o", tmp_path / "clip.png") == 0
     assert (tmp_path / "clip.png").read_bytes().startswith(b"\x89PNG") and "synthetic-talkers" in capsys.readouterr().out
+    # What cannot be drawn is said before anything is printed.
+    for clip, picture, match in (("talker_000001", "clip.jpg", "must be a .png"), ("nobody", "clip.png", "no clip")):
+        with pytest.raises(KeySyncError, match=match):
+            run("data", "inspect", tmp_path / "data", "--clip", clip, "-o", tmp_path / picture)
+        assert capsys.readouterr().out == ""
     assert run("data", "inspect", tmp_path / "data") == 0
     table = capsys.readouterr().out
     assert "audio_wavlm" in table and "int16[640]" in table
@@ -94,3 +99,11 @@ def test_inspect_needs_a_clip_to_draw(tmp_path):
         run("data", "inspect", tmp_path, "-o", "x.png")
     with pytest.raises(KeySyncError, match="holds no dataset"):
         run("data", "inspect", tmp_path)
+
+
+def test_without_pyscenedetect_one_line_says_what_to_install(tmp_path, tiny_model, monkeypatch):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.landmarks.npy").touch()
+    monkeypatch.setitem(sys.modules, "scenedetect.detectors", None)
+    with pytest.raises(KeySyncError, match=r"pip install --no-deps scenedetect==0\.7\.2"):
+        run("prepare", tmp_path, "-o", tmp_path / "out", "--model", tiny_model, "--quiet")

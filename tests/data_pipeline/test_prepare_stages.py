@@ -13,6 +13,7 @@ from data_pipeline.prepare import quality, scorers, sidecars, torch_scorers
 from data_pipeline.prepare.analyse import Tools, analyse, item_key
 from data_pipeline.prepare.clips import Span, cut_long, usable_spans
 from data_pipeline.prepare.features import ClipWork, int16_sound
+from data_pipeline.prepare.frame_table import FrameTables
 from data_pipeline.prepare.groups import checked_float16
 from data_pipeline.prepare.item import Candidate, Item
 from data_pipeline.prepare.occluder import Sam2Masker
@@ -38,7 +39,7 @@ def talker(tmp_path, clip):
 
 
 def run(item, curation=CURATION, chosen=None):
-    return analyse(item, curation, Tools(None, chosen or {}))
+    return analyse(item, curation, Tools(None, chosen or {}, FrameTables()))
 
 
 def change(item, **values):

@@ -151,6 +151,10 @@ def test_benchmark_command(tmp_path, capsys):
     assert benchmark.main([str(tmp_path / "d"), "--make", "3", "--latent", "4", "--seconds", "0.2", "--batch", "2"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["written"]["records"] == 600 and result["windows"] > 0 and result["windows_per_s"] > 0 and result["latent"] == [4, 4, 4]
+    words = ["--make", "1", "--latent", "8", "--jpeg", "--pixels", "3", "--seconds", "0.2", "--batch", "2"]
+    assert benchmark.main([str(tmp_path / "pictures"), *words]) == 0
+    assert json.loads(capsys.readouterr().out)["windows"] > 0
+    assert (tmp_path / "pictures" / "columns" / "jpeg").is_dir()
     assert benchmark.main([str(tmp_path / "nothing")]) == 1
     assert "holds no dataset" in capsys.readouterr().err
 
@@ -164,3 +168,30 @@ def test_two_hundred_windows_per_second_from_twenty_thousand_records(tmp_path, l
     windows = {"keyframe": KeyframeWindows(), "interpolation": InterpolationWindows()}[stage]
     result = benchmark.measure(WindowReader(SourceConfig((DatasetChoice(str(tmp_path)),), windows)))
     assert result["windows_per_s"] >= 200, result
+
+
+def test_reading_imports_neither_opencv_nor_a_framework(tmp_path):
+    """A worker of a training job that reads shards: every kind of mask, every augmentation, pictures too."""
+    clips = tiny.clips((180, 200))
+    write_group(tmp_path / "data", tiny.group(), tiny.load, clips)
+    write_group(tmp_path / "data", tiny.jpeg_group(), tiny.load_jpeg)
+    code = f"""
+        import sys
+        from data_pipeline.source.loader import Batches
+        from data_pipeline.source.mixture import DatasetChoice
+        from data_pipeline.source.sample import SourceConfig, WindowReader
+        from data_pipeline.source.windows import KeyframeWindows
+        from keysync_jax.config import MaskConfig
+        for kind in ("box", "full", "mouth", "heart", "face"):
+            choice = (DatasetChoice({str(tmp_path / "data")!r}),)
+            config = SourceConfig(choice, KeyframeWindows(), pixel_frames=2, flip=True, box_jitter=0.1, mask=MaskConfig(kind=kind))
+            with Batches(WindowReader(config), 2, num_steps=1) as batches:
+                (batch,) = list(batches)
+            assert batch["masks"].shape == (2, 14, 4, 4, 1) and (kind != "box" or batch["masks"].any())
+            assert batch["original_frames"].shape == (2, 2, 32, 32, 3)
+        heavy = ("cv2", "torch", "tensorflow", "av", "apache_beam", "mediapipe", "scenedetect")
+        print([name for name in heavy if name in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "[]"
