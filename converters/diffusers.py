@@ -104,6 +104,8 @@ def _check_unet(config: UNetConfig) -> None:
     wrong = []
     if config.merge_strategy == "fixed":
         wrong.append("merge_strategy='fixed'")
+    if not config.temporal_layers:
+        wrong.append("temporal_layers=False")
     if config.video_kernel_size != (3, 1, 1):
         wrong.append(f"video_kernel_size={config.video_kernel_size}")
     if not config.label_dim:

@@ -44,7 +44,7 @@ from converters.staging import staged
 from converters.table import Table, to_flax
 from keysync_jax import __version__
 from keysync_jax import config as configs
-from keysync_jax.config import AudioEncoderConfig, StageConfig, VAEConfig
+from keysync_jax.config import AUDIO_ENCODERS, AudioEncoderConfig, StageConfig, VAEConfig
 from keysync_jax.errors import KeySyncError
 
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "model.safetensors"
@@ -247,6 +247,11 @@ def check(where: str, parts: Mapping[str, PartConfig], complete: bool = True) ->
         if name not in parts:
             continue
         stage = parts[name]
+        if complete and stage.audio_encoder not in AUDIO_ENCODERS:
+            raise KeySyncError(
+                f"model directory {where}: the {name} stage was trained on {stage.audio_encoder} tokens, which only keysync prepare "
+                f"computes; it cannot dub. Dubbing runs {', '.join(AUDIO_ENCODERS)}"
+            )
         encoder = audio_part_name(stage.audio_encoder)
         if encoder in parts:
             check_encoder(stage, parts[encoder], f"{where}: {encoder}")

@@ -41,7 +41,8 @@ def is_frozen(torch_key: str) -> bool:
 
 def unet_table(config: UNetConfig) -> Table:
     """All tensors of a `VideoUNet`, without prefix."""
-    return list(_unet(config))
+    # The names that the reference freezes are those of the temporal layers.
+    return [entry for entry in _unet(config) if config.temporal_layers or not freezing.is_frozen(entry.torch_key)]
 
 
 def stage_table(config: StageConfig, latent_shape: tuple[int, int] | None = None) -> Table:

@@ -15,6 +15,10 @@ from keysync_jax.errors import KeySyncError
 
 T = TypeVar("T")
 
+# Speech encoders that this package runs itself, and all whose tokens a stage can be trained on: the others' come from prepared data.
+AUDIO_ENCODERS = ("hubert", "wavlm", "log_mel")
+AUDIO_TOKENS = (*AUDIO_ENCODERS, "wav2vec2", "whisper")
+
 # Scale between raw VAE latents and the latents the diffusion works on (Stable Video Diffusion).
 SVD_LATENT_SCALE = 0.18215
 
@@ -52,9 +56,12 @@ class UNetConfig:
     use_spatial_context: bool = True
     video_kernel_size: tuple[int, ...] = (3, 1, 1)
     max_time_embed_period: int = 10000
+    temporal_layers: bool = True  # False: an image network, every frame on its own (the paper's ablation "two stages, no temporal layers")
     # diffusers' SVD normalises the residual blocks of its attention down blocks and of all up blocks with epsilon 1e-6, where the
     # reference has 1e-5 everywhere; set to reproduce diffusers' numbers.
     reference_diffusers_eps: bool = False
+    # Groups of every group norm. As many groups as channels would be an instance norm, which forgets colours: narrow networks need fewer.
+    norm_groups: int = 32
 
     def __post_init__(self):
         _choice(self, "audio_cond_method", ("both_keyframes", "both", "to_time_emb", "to_time_emb_image", "none"))
@@ -87,9 +94,13 @@ class VAEConfig:
     quant_conv: bool = True
     post_quant_conv: bool = False
     latent_scale: float = SVD_LATENT_SCALE
+    norm_groups: int = 32  # groups of every group norm, see `UNetConfig.norm_groups`
 
     def __post_init__(self):
         _choice(self, "decoder", ("temporal", "image"))
+        if any(self.base_channels * mult % self.norm_groups for mult in self.channel_mult):
+            widths = [self.base_channels * mult for mult in self.channel_mult]
+            raise KeySyncError(f"VAEConfig: channels {widths} are not all multiples of norm_groups {self.norm_groups}")
 
     @property
     def downsample_factor(self) -> int:
@@ -130,7 +141,7 @@ class AudioEncoderConfig:
     mask_embedding: bool = True  # the checkpoint carries the pre-training mask vector; never used here, kept so that export is complete
 
     def __post_init__(self):
-        _choice(self, "kind", ("hubert", "wavlm", "log_mel"))
+        _choice(self, "kind", AUDIO_ENCODERS)
         _choice(self, "extractor_mode", ("group", "layer"))
         for field in ("conv_dim", "conv_kernel", "conv_stride"):  # lists from JSON: a linen module's configuration must hash
             object.__setattr__(self, field, tuple(getattr(self, field)))
@@ -170,7 +181,7 @@ class StageConfig:
     resolution: int = 512  # side of the face crop in pixels
     latent_size: int = 64  # side of the latent
     num_frames: int = 14
-    audio_encoder: str = "hubert"  # which encoder's tokens it was trained on
+    audio_encoder: str = "hubert"  # which encoder's tokens it was trained on, one of `AUDIO_TOKENS`
     audio_feature_dim: int = 768
     audio_merge: str = "mean"  # how the two tokens of a frame are merged: "mean" | "concat" | "add"
     audio_linear: bool = True
@@ -186,7 +197,7 @@ class StageConfig:
         _choice(self, "stage", ("keyframe", "interpolation"))
         _choice(self, "audio_merge", ("mean", "concat", "add"))
         _choice(self, "filler", ("zeros", "ones", "random", "fixed_zeros", "fixed_ones", "none"))
-        _choice(self, "audio_encoder", ("hubert", "wavlm", "log_mel"))
+        _choice(self, "audio_encoder", AUDIO_TOKENS)
 
     @property
     def has_learned_filler(self) -> bool:
@@ -224,7 +235,12 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
         elif typing.get_origin(hint) is tuple:
             if not isinstance(value, (list, tuple)):
                 raise KeySyncError(f"{where}: {name} must be a list, not {value!r}")
-            out[name] = tuple(value)
+            kind = typing.get_args(hint)[0]
+            allowed = (int, float) if kind is float else kind
+            wrong = [v for v in value if not isinstance(v, allowed) or isinstance(v, bool)]
+            if wrong:
+                raise KeySyncError(f"{where}: {name} must hold {kind.__name__} values, not {wrong[0]!r}")
+            out[name] = tuple(kind(v) for v in value)
         elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             out[name] = float(value)
         elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):

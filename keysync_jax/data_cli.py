@@ -124,6 +124,7 @@ def _add_data(verbs) -> None:
     synth.add_argument("--occluders", type=float, default=0.0, metavar="P", help="share of clips with a hand or microphone and exact masks")
     synth.add_argument("--emotion", type=float, default=0.0, metavar="P", help="share of clips with valence and arousal expressions")
     synth.add_argument("--workers", type=int, default=1, metavar="N", help="processes; the result does not depend on it")
+    synth.add_argument("--arrays", action="store_true", help="write frames and voice as .npy (9 MB a clip) instead of .mp4")
     synth.add_argument("--quiet", action="store_true", help="no progress")
     look = add_verb(
         parts, "inspect", _inspect, "say what a dataset holds; draw one clip with mask and sound",
@@ -141,7 +142,7 @@ def _synth(args) -> int:
 
     settings = SynthSettings(
         seed=args.seed, frames=args.frames, size=args.size, speakers=args.speakers, silent_share=args.silent,
-        laughter_share=args.laughter, occluder_share=args.occluders, emotion_share=args.emotion,
+        laughter_share=args.laughter, occluder_share=args.occluders, emotion_share=args.emotion, suffix=".npy" if args.arrays else ".mp4",
     )  # fmt: skip
     made = synth_dataset(args.clips, args.output, settings, workers=args.workers, quiet=args.quiet)
     print(f"{args.clips} clips, {made.seconds:.0f} s of video ({made.made} made now, {made.kept} kept): {made.manifest}")

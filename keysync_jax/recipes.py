@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib.resources
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -19,39 +21,74 @@ def names() -> list[str]:
     return sorted(f.name.removesuffix(".py") for f in files if f.name.endswith(".py") and not f.name.startswith("_"))
 
 
+def presets(name: str) -> tuple[str, ...]:
+    """The presets of a shipped recipe, its default first; () if it has none."""
+    return tuple(getattr(_module(importlib.resources.files("configs") / f"{name}.py"), "PRESETS", ()))
+
+
 def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The recipe `name` (shipped) or the file it points to, with `--config.x.y=value` overrides applied and then locked.
 
+    Args:
+      name: a shipped recipe, a .py file that defines `get_config()`, or the `config.json` that a run left in its workdir. A recipe that
+        lists `PRESETS` is also called `name:preset`, which hands the preset to its `get_config`.
+      overrides: `--config.KEY=VALUE`. A list is written `a,b` (one value is a list of one), true and false in either case.
+
     Raises:
-      UsageError: no such recipe; an override that names no existing key or has the wrong type.
-      KeySyncError: the file defines no `get_config()`.
+      UsageError: no such recipe or preset; an override that names no existing key or has the wrong type.
+      KeySyncError: the file defines no `get_config()`, or cannot be read.
     """
-    if name in names():
-        path = importlib.resources.files("configs") / f"{name}.py"
+    base, _, preset = name.rpartition(":") if ":" in name and not Path(name).is_file() else (name, "", "")
+    if base in names():
+        config = _from_python(importlib.resources.files("configs") / f"{base}.py", preset)
+    elif name.endswith(".json") and Path(name).is_file():
+        config = _from_json(Path(name))
+    elif Path(base).is_file():
+        config = _from_python(Path(base), preset)
     else:
-        path = Path(name)
-        if not path.is_file():
-            raise UsageError(f"no recipe {name!r}; shipped ones are {', '.join(names())}, or give the path of a .py file")
-    spec = importlib.util.spec_from_file_location(f"keysync_recipe_{Path(str(path)).stem}", str(path))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise KeySyncError(f"{path} defines no get_config(); see the shipped recipes for the form")
-    config = module.get_config()
+        raise UsageError(f"no recipe {name!r}; shipped ones are {', '.join(names())}, or give the path of a .py or config.json file")
     for override in overrides:
         _apply(config, override)
     config.lock()
     return config
 
 
+def _from_python(path: Any, preset: str = "") -> ConfigDict:
+    module = _module(path)
+    known = getattr(module, "PRESETS", ())
+    if preset and preset not in known:
+        raise UsageError(f"{path} has no preset {preset!r}; it has {', '.join(known) or 'none'}")
+    return module.get_config(preset) if preset else module.get_config()
+
+
+def _module(path: Any) -> Any:
+    spec = importlib.util.spec_from_file_location(f"keysync_recipe_{Path(str(path)).stem}", str(path))
+    if spec is None:
+        raise UsageError(f"{path} is no recipe; give a .py or config.json file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise KeySyncError(f"{path}, line {error.lineno}: {error.msg}") from None
+    if not hasattr(module, "get_config"):
+        raise KeySyncError(f"{path} defines no get_config(); see the shipped recipes for the form")
+    return module
+
+
+def _from_json(path: Path) -> ConfigDict:
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise KeySyncError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise KeySyncError(f"{path} holds no recipe: it must be a JSON object")
+    return ConfigDict(values)
+
+
 def _apply(config: ConfigDict, override: str) -> None:
     key, separator, text = override.removeprefix("--config.").partition("=")
     if not separator:
         raise UsageError(f"override {override!r} has no value; write --config.{key}=VALUE")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text  # a bare word is a string
     *parents, leaf = key.split(".")
     parent = config
     for name in (*parents, leaf):
@@ -59,7 +96,42 @@ def _apply(config: ConfigDict, override: str) -> None:
             known = f"; there are {', '.join(parent)}" if isinstance(parent, ConfigDict) else ""
             raise UsageError(f"config has no key {key!r}{known}")
         parent, owner = parent[name], parent
+    value = _parse(text, owner[leaf])
+    if isinstance(owner[leaf], ConfigDict) and (owner[leaf] or not isinstance(value, dict)):
+        keys = ", ".join(f"{key}.{name}" for name in owner[leaf]) or "a mapping such as {'quality': 0.5}"
+        raise UsageError(f"config key {key!r} is a section; set one of {keys}")
     try:
-        owner[leaf] = value
-    except TypeError as error:
-        raise UsageError(f"config key {key!r}: {error}") from None
+        owner[leaf] = ConfigDict(value) if isinstance(value, dict) else value
+    except (TypeError, ValueError):
+        raise UsageError(f"config key {key!r} is {owner[leaf]!r}; {text!r} is no {type(owner[leaf]).__name__}") from None
+
+
+def _parse(text: str, current: Any) -> Any:
+    """`text` as a value of the type that the key has now."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text  # a bare word is a string
+    if isinstance(current, list | tuple):
+        if isinstance(value, list | tuple):
+            values = list(value)
+        elif isinstance(value, str):
+            values = [_literal(part.strip()) for part in value.split(",") if part.strip()]
+        else:
+            values = [value]
+        return type(current)(values)
+    if isinstance(current, str):
+        return value if isinstance(value, str) else text
+    if isinstance(current, bool) and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if isinstance(current, int) and not isinstance(current, bool) and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e5 steps
+    return value
+
+
+def _literal(text: str) -> Any:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, int | float | str) else text

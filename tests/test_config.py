@@ -21,7 +21,7 @@ def test_round_trip_through_json_types():
         ({"unet": 3}, "unet"),
         ({"unet": {"channel_mult": 4}}, "channel_mult"),
         ({"stage": "middle"}, "middle"),
-        ({"audio_encoder": "whisper"}, "whisper"),
+        ({"audio_encoder": "encodec"}, "encodec"),
     ],
 )
 def test_bad_values_are_refused_by_name(values, word):

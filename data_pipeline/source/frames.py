@@ -13,6 +13,7 @@ from data_pipeline.source import order
 from keysync_jax.errors import KeySyncError
 
 _SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+_ARRAYS = ".npy"  # frames as they are, see `data_pipeline.synthetic.write`; listed in manifests only
 _MOUTH = slice(48, 68)  # iBUG landmarks of the lips
 _MARGIN = 0.35  # around the lips' box, as a fraction of its width: chin and cheeks move along
 _CROP_TOWARDS_MOUTH = 0.5  # share of random crops that hold the mouth
@@ -84,10 +85,13 @@ class FrameReader:
         return {"images": np.stack(images), "mouth": np.stack(mouths)}
 
     def _frames(self, number: int, indices: Sequence[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        from keysync_jax.media import video
-
         path, seed = self.paths[number], self.config.seed
-        frames = [frame.rgb() for frame in video.read(path)]
+        if path.suffix == _ARRAYS:
+            frames = np.load(path, mmap_mode="r")
+        else:
+            from keysync_jax.media import video
+
+            frames = [frame.rgb() for frame in video.read(path)]
         sidecar = path.with_suffix(".landmarks.npy")
         landmarks = np.load(sidecar) if sidecar.exists() else None
         out = {}

@@ -1,5 +1,7 @@
 """Write a clip to disk: a video with sound, its landmarks beside it and the truth as JSON.
 
+`a.npy` holds the frames as they are (uint8 [T, H, W, 3]) and `a.voice.npy` the samples: for machines without a video codec.
+
 For `a.mp4`: `a.landmarks.npy` (float32 [T, 68, 2], pixels), `a.truth.json`, and `a.occluder.npz` (`mask`, bool [T, H, W]) where there
 is an occluder. The truth is written last and every file appears under its name only when complete.
 """
@@ -22,6 +24,7 @@ from keysync_jax.errors import KeySyncError, UsageError
 
 # Container, audio codec and its sample format by file name suffix.
 _CONTAINERS = {".mp4": ("mp4", "aac", "fltp"), ".mkv": ("matroska", "pcm_s16le", "s16")}
+ARRAYS, VOICE = ".npy", "voice.npy"
 _BT709 = 1  # H.273: primaries, transfer and matrix of the video
 _LIMITED = 1
 
@@ -110,7 +113,7 @@ def write_clip(clip: TalkerClip, path: str | Path, *, crf: int = 12) -> Path:
     """Write video, landmarks, truth and (if any) occluder mask.
 
     Args:
-        path: `.mp4` (H.264 and AAC) or `.mkv` (H.264 and 16-bit PCM, sound exact).
+        path: `.mp4` (H.264 and AAC), `.mkv` (H.264 and 16-bit PCM, sound exact) or `.npy` (arrays, exact).
         crf: quality of H.264; 12 is visually lossless.
 
     Returns:
@@ -120,10 +123,14 @@ def write_clip(clip: TalkerClip, path: str | Path, *, crf: int = 12) -> Path:
         UsageError: another suffix. KeySyncError: it cannot be written.
     """
     path = Path(path)
-    if path.suffix not in _CONTAINERS:
-        raise UsageError(f"{path.name}: a talker clip is written as {' or '.join(_CONTAINERS)}")
+    if path.suffix not in (*_CONTAINERS, ARRAYS):
+        raise UsageError(f"{path.name}: a talker clip is written as {', '.join(_CONTAINERS)} or {ARRAYS}")
     sidecar(path, "truth.json").unlink(missing_ok=True)  # a clip without its truth is unfinished
-    write_atomically(path, lambda p: _encode(p, clip, *_CONTAINERS[path.suffix], crf))
+    if path.suffix == ARRAYS:
+        write_atomically(path, lambda p: np.save(p, clip.frames))
+        write_atomically(sidecar(path, VOICE), lambda p: np.save(p, clip.samples))
+    else:
+        write_atomically(path, lambda p: _encode(p, clip, *_CONTAINERS[path.suffix], crf))
     write_atomically(sidecar(path, "landmarks.npy"), lambda p: np.save(p, clip.landmarks))
     if clip.occluder_mask is not None:
         mask = clip.occluder_mask

@@ -17,6 +17,10 @@ from keysync_jax.errors import KeySyncError
 
 _ERRORS: dict[str, Callable[[jax.Array], jax.Array]] = {"l2": jnp.square, "l1": jnp.abs}
 
+# Distance of images [N, H, W, 3] in [-1, 1], [N]; see `training.lpips`.
+Perceptual = Callable[[jax.Array, jax.Array], jax.Array]
+_PERCEPTUAL = "lpips"
+
 # Unscaled latents [N, 1, h, w, 4] -> images [N, 1, H, W, 3] in [-1, 1]: every frame is decoded alone.
 Decoder = Callable[[jax.Array], jax.Array]
 
@@ -29,16 +33,20 @@ class LossConfig:
     upper_weight: float = 1.0  # factor on the upper half of the latent rows
     lower_weight: float = 1.0  # factor on the lower half, where the mouth is
     pixel_weight: float = 0.0  # 1 for the keyframe stage (paper Table 7, lambda_2)
-    pixel_losses: tuple[str, ...] = ("l2",)  # any of "l2", "l1"; their sum counts
+    pixel_losses: tuple[str, ...] = ("l2",)  # any of "l2", "l1", "lpips"; their sum counts
     mask_pixels: bool = False  # restrict the pixel term to the mask (the paper's Eq. 6; the released code does not)
     latent_scale: float = SVD_LATENT_SCALE
 
     def __post_init__(self):
-        for name in (self.latent_loss, *self.pixel_losses):
-            if name not in _ERRORS:
-                raise KeySyncError(f"loss {name!r} is not known; choose from {', '.join(_ERRORS)}")
+        for name, known in ((self.latent_loss, [*_ERRORS]), *((name, [*_ERRORS, _PERCEPTUAL]) for name in self.pixel_losses)):
+            if name not in known:
+                raise KeySyncError(f"loss {name!r} is not known; choose from {', '.join(known)}")
         if self.pixel_weight < 0:
             raise KeySyncError(f"pixel_weight is {self.pixel_weight}; it must not be negative")
+
+    @property
+    def uses_lpips(self) -> bool:
+        return self.pixel_weight > 0 and _PERCEPTUAL in self.pixel_losses
 
 
 class PixelTargets(NamedTuple):
@@ -83,6 +91,7 @@ def diffusion_loss(
     *,
     decode: Decoder | None = None,
     pixels: PixelTargets | None = None,
+    lpips: Perceptual | None = None,
     scaling: Scaling = v_scaling_edm_noise,
     weighting: Weighting = v_weighting,
 ) -> Losses:
@@ -95,14 +104,16 @@ def diffusion_loss(
       sigma: noise level of each video `[B]`.
       conditions: after conditioning dropout; `conditions.gt` is usually `latents`.
       config: terms and weights.
-      decode, pixels, weighting: see `prediction_loss`.
+      decode, pixels, lpips, weighting: see `prediction_loss`.
       scaling: preconditioning of the denoiser.
 
     Raises:
-      KeySyncError: the pixel term is on but `decode` or `pixels` is missing.
+      KeySyncError: the pixel term is on but `decode`, `pixels` or `lpips` is missing.
     """
     denoised = predict(network, latents, noise, sigma, conditions, scaling=scaling)
-    return prediction_loss(denoised, latents, sigma, conditions.masks, config, decode=decode, pixels=pixels, weighting=weighting)
+    return prediction_loss(
+        denoised, latents, sigma, conditions.masks, config, decode=decode, pixels=pixels, lpips=lpips, weighting=weighting
+    )
 
 
 def predict(
@@ -127,6 +138,7 @@ def prediction_loss(
     *,
     decode: Decoder | None = None,
     pixels: PixelTargets | None = None,
+    lpips: Perceptual | None = None,
     weighting: Weighting = v_weighting,
 ) -> Losses:
     """Compares a prediction with the clean latents and, if asked for, with pixels.
@@ -143,10 +155,12 @@ def prediction_loss(
       decode: VAE decoder for the pixel term; its parameters may be frozen, gradients flow through it into the prediction. It is
         recomputed in the backward pass.
       pixels: frames for the pixel term; needed if `config.pixel_weight` is positive.
+      lpips: perceptual distance; needed if `config.pixel_losses` names it. Outside the mask, with `config.mask_pixels`, it compares
+        the source with itself.
       weighting: loss weight of a noise level.
 
     Raises:
-      KeySyncError: the pixel term is on but `decode` or `pixels` is missing.
+      KeySyncError: the pixel term is on but `decode`, `pixels` or `lpips` is missing.
     """
     weight = weighting(sigma)  # [B]
     rows = _row_weights(denoised.shape[2], config)
@@ -156,12 +170,20 @@ def prediction_loss(
     if config.pixel_weight > 0:
         if decode is None or pixels is None:
             raise KeySyncError("the pixel loss needs a VAE decoder and the source frames; set pixel_weight to 0 to train without it")
-        terms = _pixel_terms(denoised, weight, masks, config, decode, pixels)
+        if config.uses_lpips and lpips is None:
+            raise KeySyncError("the pixel loss 'lpips' needs weights; name their folder in config.lpips or drop it from loss.pixel_losses")
+        terms = _pixel_terms(denoised, weight, masks, config, decode, pixels, lpips)
     return Losses(latent, terms, latent + sum(terms.values()), denoised)
 
 
 def _pixel_terms(
-    denoised: jax.Array, weight: jax.Array, masks: jax.Array, config: LossConfig, decode: Decoder, pixels: PixelTargets
+    denoised: jax.Array,
+    weight: jax.Array,
+    masks: jax.Array,
+    config: LossConfig,
+    decode: Decoder,
+    pixels: PixelTargets,
+    lpips: Perceptual | None,
 ) -> dict[str, jax.Array]:
     chosen = jnp.take(denoised, pixels.indices, axis=1)  # [B, n, h, w, 4]
     single = chosen.reshape(-1, 1, *chosen.shape[2:]) / config.latent_scale
@@ -172,9 +194,17 @@ def _pixel_terms(
         mask = jnp.take(masks, pixels.indices, axis=1)
         height, width = (images.shape[i] // mask.shape[i] for i in (2, 3))
         difference = difference * jnp.repeat(jnp.repeat(mask, height, axis=2), width, axis=3)
-    return {
-        name: config.pixel_weight * jnp.mean(_per_video(weight, difference) * _ERRORS[name](difference)) for name in config.pixel_losses
+    terms = {
+        name: config.pixel_weight * jnp.mean(_per_video(weight, difference) * _ERRORS[name](difference))
+        for name in config.pixel_losses
+        if name in _ERRORS
     }
+    if config.uses_lpips:
+        shape = (-1, *pixels.frames.shape[2:])
+        # Recomputed like the decoder: VGG's first layers are as large as its last.
+        distance = jax.checkpoint(lpips)((pixels.frames + difference).reshape(shape), pixels.frames.reshape(shape))
+        terms[_PERCEPTUAL] = config.pixel_weight * jnp.mean(weight[:, None] * distance.reshape(pixels.frames.shape[:2]))
+    return terms
 
 
 def _per_video(values: jax.Array, like: jax.Array) -> jax.Array:

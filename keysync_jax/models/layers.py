@@ -18,9 +18,42 @@ Array = jax.Array
 NORM_GROUPS = 32  # groups of every GroupNorm in the U-Net and the autoencoder
 
 
+def batch_over_mesh(x: Array) -> Array:
+    """Keeps the batch, the first axis of `[B, ..., C]`, over the mesh axes `data` and `fsdp`; without such a mesh, `x` itself.
+
+    Parameters lie over `fsdp` too, and left alone the partitioner would carry their layout over to the activations, which are much
+    larger, and exchange those all the time. With the outputs of all layers fixed, it gathers the parameters of each layer instead.
+    Two-dimensional inputs (the positions of the frames) have no batch axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if "data" not in mesh.shape or "fsdp" not in mesh.shape or x.ndim < 3:
+        return x
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if parts == 1 or x.shape[0] % parts or mesh.manual_axes:  # within `shard_map`, arrays are those of one device
+        return x
+    unconstrained = jax.sharding.PartitionSpec.UNCONSTRAINED  # `tensor` may split heads
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(("data", "fsdp"), *[unconstrained] * (x.ndim - 1)))
+
+
+class Dense(nn.Dense):
+    """Linear layer whose output keeps its batch over the mesh."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return batch_over_mesh(super().__call__(x))
+
+
+class Conv(nn.Conv):
+    """Convolution whose output keeps its batch over the mesh."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return batch_over_mesh(super().__call__(x))
+
+
 def dense(features: int, name: str, dtype: Any = jnp.float32, use_bias: bool = True) -> nn.Dense:
     """Linear layer over the last axis."""
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, name=name)
+    return Dense(features, use_bias=use_bias, dtype=dtype, name=name)
 
 
 def conv(
@@ -28,7 +61,7 @@ def conv(
 ) -> nn.Conv:
     """2-D convolution over `[..., H, W, C]`; `pad` (before, after) is the same for both axes and defaults to torch's `kernel // 2`."""
     pad = (kernel // 2, kernel // 2) if pad is None else pad
-    return nn.Conv(features, (kernel, kernel), strides=(stride, stride), padding=(pad, pad), dtype=dtype, name=name)
+    return Conv(features, (kernel, kernel), strides=(stride, stride), padding=(pad, pad), dtype=dtype, name=name)
 
 
 def temporal_conv(features: int, name: str, dtype: Any = jnp.float32, kernel: int = 3) -> nn.Conv:
@@ -36,15 +69,15 @@ def temporal_conv(features: int, name: str, dtype: Any = jnp.float32, kernel: in
 
     A 3-D convolution with kernel (k, 1, 1) is this 2-D one; XLA runs it several times faster on GPUs.
     """
-    return nn.Conv(features, (kernel, 1), padding=((kernel // 2, kernel // 2), (0, 0)), dtype=dtype, name=name)
+    return Conv(features, (kernel, 1), padding=((kernel // 2, kernel // 2), (0, 0)), dtype=dtype, name=name)
 
 
-def group_norm(name: str, epsilon: float, dtype: Any = jnp.float32) -> nn.GroupNorm:
-    """GroupNorm with 32 groups that pools over the last three axes.
+def group_norm(name: str, epsilon: float, dtype: Any = jnp.float32, groups: int = NORM_GROUPS) -> nn.GroupNorm:
+    """GroupNorm that pools over the last three axes.
 
     On `[B, T, H, W, C]` these are the H, W and group of each frame; on `[B, T, H*W, C]` the T, H, W and group of each video.
     """
-    return nn.GroupNorm(NORM_GROUPS, epsilon=epsilon, reduction_axes=(-3, -2, -1), use_fast_variance=False, dtype=dtype, name=name)
+    return nn.GroupNorm(groups, epsilon=epsilon, reduction_axes=(-3, -2, -1), use_fast_variance=False, dtype=dtype, name=name)
 
 
 def layer_norm(name: str, dtype: Any = jnp.float32) -> nn.LayerNorm:

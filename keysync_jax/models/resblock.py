@@ -13,7 +13,9 @@ from keysync_jax.models import layers
 Array = jax.Array
 
 
-def residual_branch(x: Array, emb: Array | None, features: int, epsilon: float, dtype: Any, temporal_kernel: int = 0) -> Array:
+def residual_branch(
+    x: Array, emb: Array | None, features: int, epsilon: float, dtype: Any, temporal_kernel: int = 0, groups: int = layers.NORM_GROUPS
+) -> Array:
     """norm, SiLU, convolution, embedding, norm, SiLU, convolution, as submodules of the calling module.
 
     Args:
@@ -23,6 +25,7 @@ def residual_branch(x: Array, emb: Array | None, features: int, epsilon: float, 
       epsilon: of both norms.
       dtype: compute type.
       temporal_kernel: 0 for 3x3 spatial convolutions, else the length of the temporal ones.
+      groups: of both norms.
 
     Returns:
       the branch, without the skip connection, shaped like `x` but for the channels.
@@ -31,12 +34,12 @@ def residual_branch(x: Array, emb: Array | None, features: int, epsilon: float, 
     def convolution(name: str) -> nn.Conv:
         return layers.temporal_conv(features, name, dtype, temporal_kernel) if temporal_kernel else layers.conv(features, name, dtype)
 
-    h = nn.silu(layers.group_norm("in_layers_0", epsilon, dtype)(x))
+    h = nn.silu(layers.group_norm("in_layers_0", epsilon, dtype, groups)(x))
     h = layers.saved(convolution("in_layers_2")(h), "conv")
     if emb is not None:
         shift = layers.dense(features, "emb_layers_1", dtype)(nn.silu(emb))
         h = h + shift.reshape(shift.shape[:2] + (1,) * (h.ndim - 3) + shift.shape[2:])
-    h = nn.silu(layers.group_norm("out_layers_0", epsilon, dtype)(h))
+    h = nn.silu(layers.group_norm("out_layers_0", epsilon, dtype, groups)(h))
     return layers.saved(convolution("out_layers_3")(h), "conv")
 
 
@@ -46,11 +49,12 @@ class TemporalResBlock(nn.Module):
     kernel: int = 3
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
+    groups: int = layers.NORM_GROUPS
 
     @nn.compact
     def __call__(self, x: Array, emb: Array | None = None) -> Array:
         """`[B, T, S, C]` and `[B, T, E]` to `[B, T, S, C]`."""
-        return x + residual_branch(x, emb, x.shape[-1], self.epsilon, self.dtype, self.kernel)
+        return x + residual_branch(x, emb, x.shape[-1], self.epsilon, self.dtype, self.kernel, self.groups)
 
 
 class VideoResBlock(nn.Module):
@@ -62,14 +66,20 @@ class VideoResBlock(nn.Module):
     merge_factor: float = 0.5
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
+    temporal: bool = True  # False: the spatial block alone
+    groups: int = layers.NORM_GROUPS
 
     @nn.compact
     def __call__(self, x: Array, emb: Array, image_only_indicator: Array | None = None) -> Array:
         """`[B, T, H, W, C]`, `[B, T, E]` and `[B, T]` (or None) to `[B, T, H, W, features]`."""
-        skip = x if x.shape[-1] == self.features else layers.conv(self.features, "skip_connection", self.dtype, kernel=1)(x)
-        spatial = skip + residual_branch(x, emb, self.features, self.epsilon, self.dtype)
+        skip = x
+        if x.shape[-1] != self.features:
+            skip = layers.saved(layers.conv(self.features, "skip_connection", self.dtype, kernel=1)(x), "conv")
+        spatial = skip + residual_branch(x, emb, self.features, self.epsilon, self.dtype, groups=self.groups)
+        if not self.temporal:
+            return spatial
         b, t, h, w, c = spatial.shape
-        block = TemporalResBlock(self.temporal_kernel, self.epsilon, self.dtype, name="time_stack")
+        block = TemporalResBlock(self.temporal_kernel, self.epsilon, self.dtype, self.groups, name="time_stack")
         temporal = block(spatial.reshape(b, t, h * w, c), emb).reshape(spatial.shape)
         blender = layers.AlphaBlender(self.merge_strategy, self.merge_factor, name="time_mixer")
         return blender(spatial, temporal, image_only_indicator)

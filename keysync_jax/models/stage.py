@@ -44,6 +44,7 @@ class Wrapper(nn.Module):
     latent_shape: tuple[int, int]
     dtype: Any = jnp.float32
     attention: str = "auto"
+    remat: str = "none"
 
     def setup(self):
         config = self.config
@@ -55,7 +56,7 @@ class Wrapper(nn.Module):
         if config.has_learned_filler:
             initial = {"zeros": nn.initializers.zeros, "ones": nn.initializers.ones, "random": nn.initializers.normal(1.0)}[config.filler]
             self.learned_mask = self.param("learned_mask", initial, (*self.latent_shape, channels), jnp.float32)
-        self.diffusion_model = VideoUNet(config.unet, self.dtype, self.attention)
+        self.diffusion_model = VideoUNet(config.unet, self.dtype, self.attention, self.remat)
 
     def __call__(self, x: Array, c_noise: Array, concat: Array, tokens: Array, image_only_indicator: Array | None) -> Array:
         config = self.config
@@ -85,16 +86,18 @@ class StageModel(nn.Module):
       dtype: compute type; parameters are float32 and outputs too.
       attention: see `models.attention.attention`.
       latent_shape: (height, width) of the learned filler where latents are not square; None takes `config.latent_size`.
+      remat: what the backward pass keeps, see `models.remat`.
     """
 
     config: StageConfig
     dtype: Any = jnp.float32
     attention: str = "auto"
     latent_shape: tuple[int, int] | None = None
+    remat: str = "none"
 
     def setup(self):
         shape = self.latent_shape or (self.config.latent_size,) * 2
-        self.model = Wrapper(self.config, shape, self.dtype, self.attention)
+        self.model = Wrapper(self.config, shape, self.dtype, self.attention, self.remat)
         self.conditioner = Conditioner(self.config, self.dtype)
 
     def embed_audio(self, audio: Array) -> Array:
@@ -126,7 +129,7 @@ def abstract_params(config: StageConfig, latent_shape: tuple[int, int] | None = 
     """Shapes of a stage's parameters (`jax.ShapeDtypeStruct` leaves), without computing anything; about a second at full size."""
     model = StageModel(config, latent_shape=latent_shape)
     h, w = latent_shape or (config.latent_size,) * 2
-    channels, frames = config.unet.out_channels, 2
+    channels, frames = config.unet.out_channels, min(2, config.num_frames)  # an image network embeds one frame's audio
     concat = (1, h, w, channels) if config.stage == "keyframe" else (1, h, w, 2 * channels)
     shapes = [(1, frames, h, w, channels), (1,), concat, (1, frames, 2, config.audio_feature_dim)]
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

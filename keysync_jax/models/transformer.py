@@ -130,6 +130,8 @@ class SpatialVideoTransformer(nn.Module):
     max_period: float = 10000.0
     dtype: Any = jnp.float32
     implementation: str = "auto"
+    temporal: bool = True  # False: spatial blocks alone
+    groups: int = layers.NORM_GROUPS
 
     @nn.compact
     def __call__(self, x: Array, context: Array | None, image_only_indicator: Array | None = None) -> Array:
@@ -144,18 +146,21 @@ class SpatialVideoTransformer(nn.Module):
           `[B, T, H, W, C]`.
         """
         b, t, h, w, c = x.shape
-        tokens = layers.group_norm("norm", 1e-6, self.dtype)(x).reshape(b, t, h * w, c)
+        tokens = layers.group_norm("norm", 1e-6, self.dtype, self.groups)(x).reshape(b, t, h * w, c)
         tokens = layers.dense(self.num_heads * self.head_dim, "proj_in", self.dtype)(tokens)
-        # Positions are computed in float32: they are a handful of vectors, added to every token.
-        position = layers.sinusoidal_embedding(jnp.arange(t), c, self.max_period)
-        position = layers.dense(c, "time_pos_embed_2")(nn.silu(layers.dense(4 * c, "time_pos_embed_0")(position))).astype(self.dtype)
-        time_context = None
-        if self.use_spatial_context and context is not None:
-            time_context = context if context.ndim == 3 else context[:, 0]
-        blender = layers.AlphaBlender(self.merge_strategy, self.merge_factor, name="time_mixer")
+        if self.temporal:
+            # Positions are computed in float32: they are a handful of vectors, added to every token.
+            position = layers.sinusoidal_embedding(jnp.arange(t), c, self.max_period)
+            position = layers.dense(c, "time_pos_embed_2")(nn.silu(layers.dense(4 * c, "time_pos_embed_0")(position))).astype(self.dtype)
+            time_context = None
+            if self.use_spatial_context and context is not None:
+                time_context = context if context.ndim == 3 else context[:, 0]
+            blender = layers.AlphaBlender(self.merge_strategy, self.merge_factor, name="time_mixer")
         options = dict(disable_self_attn=self.disable_self_attn, dtype=self.dtype, implementation=self.implementation)
         for i in range(self.depth):
             tokens = SpatialBlock(self.num_heads, self.head_dim, **options, name=f"transformer_blocks_{i}")(tokens, context)
+            if not self.temporal:
+                continue
             block = TemporalBlock(
                 self.num_heads, self.head_dim, cross_attention=self.temporal_cross_attention, **options, name=f"time_stack_{i}"
             )

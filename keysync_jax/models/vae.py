@@ -12,6 +12,7 @@ from keysync_jax.config import VAEConfig
 from keysync_jax.errors import KeySyncError
 from keysync_jax.models import layers
 from keysync_jax.models.attention import attention
+from keysync_jax.models.remat import rematerialised
 from keysync_jax.models.resblock import TemporalResBlock
 
 Array = jax.Array
@@ -34,20 +35,21 @@ class ResnetBlock(nn.Module):
     features: int
     temporal_kernel: int = 0
     dtype: Any = jnp.float32
+    groups: int = layers.NORM_GROUPS
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[B, T, H, W, C]` (or `[N, H, W, C]` without the temporal part) to the same with `features` channels."""
-        h = layers.conv(self.features, "conv1", self.dtype)(nn.silu(layers.group_norm("norm1", _EPSILON, self.dtype)(x)))
+        h = layers.conv(self.features, "conv1", self.dtype)(nn.silu(layers.group_norm("norm1", _EPSILON, self.dtype, self.groups)(x)))
         h = layers.saved(h, "conv")
-        h = layers.conv(self.features, "conv2", self.dtype)(nn.silu(layers.group_norm("norm2", _EPSILON, self.dtype)(h)))
+        h = layers.conv(self.features, "conv2", self.dtype)(nn.silu(layers.group_norm("norm2", _EPSILON, self.dtype, self.groups)(h)))
         if x.shape[-1] != self.features:
             x = layers.conv(self.features, "nin_shortcut", self.dtype, kernel=1)(x)
         x = x + layers.saved(h, "conv")
         if not self.temporal_kernel:
             return x
         b, t, height, width, c = x.shape
-        block = TemporalResBlock(self.temporal_kernel, 1e-5, self.dtype, name="time_stack")
+        block = TemporalResBlock(self.temporal_kernel, 1e-5, self.dtype, self.groups, name="time_stack")
         temporal = block(x.reshape(b, t, height * width, c)).reshape(x.shape)
         factor = self.param("mix_factor", nn.initializers.zeros, (1,), jnp.float32)
         return layers.mix(temporal, x, jax.nn.sigmoid(factor.astype(jnp.float32)), x)
@@ -58,11 +60,12 @@ class AttentionBlock(nn.Module):
 
     dtype: Any = jnp.float32
     implementation: str = "auto"
+    groups: int = layers.NORM_GROUPS
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         height, width, c = x.shape[-3:]
-        normed = layers.group_norm("norm", _EPSILON, self.dtype)(x)
+        normed = layers.group_norm("norm", _EPSILON, self.dtype, self.groups)(x)
         q, k, v = (layers.dense(c, name, self.dtype)(normed).reshape(-1, height * width, 1, c) for name in ("q", "k", "v"))
         out = layers.saved(attention(q, k, v, self.implementation), "attention").reshape(x.shape)
         return x + layers.dense(c, "proj_out", self.dtype)(out)
@@ -74,12 +77,13 @@ class Middle(nn.Module):
     temporal_kernel: int = 0
     dtype: Any = jnp.float32
     implementation: str = "auto"
+    groups: int = layers.NORM_GROUPS
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = ResnetBlock(x.shape[-1], self.temporal_kernel, self.dtype, name="block_1")(x)
-        x = AttentionBlock(self.dtype, self.implementation, name="attn_1")(x)
-        return ResnetBlock(x.shape[-1], self.temporal_kernel, self.dtype, name="block_2")(x)
+        x = ResnetBlock(x.shape[-1], self.temporal_kernel, self.dtype, self.groups, name="block_1")(x)
+        x = AttentionBlock(self.dtype, self.implementation, self.groups, name="attn_1")(x)
+        return ResnetBlock(x.shape[-1], self.temporal_kernel, self.dtype, self.groups, name="block_2")(x)
 
 
 class EncoderDownsample(nn.Module):
@@ -100,11 +104,13 @@ class Level(nn.Module):
     resample: str = ""
     temporal_kernel: int = 0
     dtype: Any = jnp.float32
+    groups: int = layers.NORM_GROUPS
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for i in range(self.num_blocks):
-            x = ResnetBlock(self.features, self.temporal_kernel, self.dtype, name=f"block_{i}")(x)
+            x = rematerialised(ResnetBlock, self.remat)(self.features, self.temporal_kernel, self.dtype, self.groups, name=f"block_{i}")(x)
         if self.resample == "downsample":
             x = EncoderDownsample(self.dtype, name="downsample")(x)
         elif self.resample == "upsample":
@@ -126,13 +132,14 @@ class Encoder(nn.Module):
         last = len(config.channel_mult) - 1
         for i, mult in enumerate(config.channel_mult):
             resample = "downsample" if i < last else ""
-            x = Level(config.base_channels * mult, config.num_res_blocks, resample, dtype=dtype, name=f"down_{i}")(x)
-        x = Middle(dtype=dtype, implementation=self.implementation, name="mid")(x)
-        x = nn.silu(layers.group_norm("norm_out", _EPSILON, dtype)(x))
+            width, groups = config.base_channels * mult, config.norm_groups
+            x = Level(width, config.num_res_blocks, resample, dtype=dtype, groups=groups, name=f"down_{i}")(x)
+        x = Middle(dtype=dtype, implementation=self.implementation, groups=config.norm_groups, name="mid")(x)
+        x = nn.silu(layers.group_norm("norm_out", _EPSILON, dtype, config.norm_groups)(x))
         return layers.conv(2 * config.latent_channels, "conv_out", dtype)(x)
 
 
-class TemporalOutput(nn.Conv):
+class TemporalOutput(layers.Conv):
     """The temporal decoder's last layer: a 3x3 convolution per frame, then one along time between the image channels."""
 
     temporal_kernel: int = 3
@@ -151,6 +158,7 @@ class Decoder(nn.Module):
     config: VAEConfig
     dtype: Any = jnp.float32
     implementation: str = "auto"
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
@@ -158,11 +166,12 @@ class Decoder(nn.Module):
         kernel = config.video_kernel_size[0] if config.decoder == "temporal" else 0
         widths = [config.base_channels * mult for mult in config.channel_mult]
         x = layers.conv(widths[-1], "conv_in", dtype)(z)
-        x = Middle(kernel, dtype, self.implementation, name="mid")(x)
+        groups = config.norm_groups
+        x = Middle(kernel, dtype, self.implementation, groups, name="mid")(x)
         for i in reversed(range(len(widths))):
             resample = "upsample" if i else ""
-            x = Level(widths[i], config.num_res_blocks + 1, resample, kernel, dtype, name=f"up_{i}")(x)
-        x = nn.silu(layers.group_norm("norm_out", _EPSILON, dtype)(x))
+            x = Level(widths[i], config.num_res_blocks + 1, resample, kernel, dtype, groups, self.remat, name=f"up_{i}")(x)
+        x = nn.silu(layers.group_norm("norm_out", _EPSILON, dtype, config.norm_groups)(x))
         if not kernel:
             return layers.conv(config.out_channels, "conv_out", dtype)(x)
         pad = ((1, 1), (1, 1))
@@ -175,15 +184,16 @@ class FirstStage(nn.Module):
     config: VAEConfig
     dtype: Any = jnp.float32
     implementation: str = "auto"
+    remat: str = "none"
 
     def setup(self):
         config, dtype = self.config, self.dtype
         self.encoder = Encoder(config, dtype, self.implementation)
-        self.decoder = Decoder(config, dtype, self.implementation)
+        self.decoder = Decoder(config, dtype, self.implementation, self.remat)
         if config.quant_conv:
-            self.quant_conv = nn.Conv(2 * config.latent_channels, (1, 1), dtype=dtype)
+            self.quant_conv = layers.Conv(2 * config.latent_channels, (1, 1), dtype=dtype)
         if config.post_quant_conv:
-            self.post_quant_conv = nn.Conv(config.latent_channels, (1, 1), dtype=dtype)
+            self.post_quant_conv = layers.Conv(config.latent_channels, (1, 1), dtype=dtype)
 
     def moments(self, images: Array) -> Array:
         moments = self.encoder(images.astype(self.dtype))
@@ -204,14 +214,16 @@ class VAE(nn.Module):
       config: sizes and which parts there are.
       dtype: compute type (float32 is what the reference runs).
       attention: see `models.attention.attention`.
+      remat: what the backward pass keeps of the decoder's residual blocks, see `models.remat`.
     """
 
     config: VAEConfig
     dtype: Any = jnp.float32
     attention: str = "auto"
+    remat: str = "none"
 
     def setup(self):
-        self.first_stage_model = FirstStage(self.config, self.dtype, self.attention)
+        self.first_stage_model = FirstStage(self.config, self.dtype, self.attention, self.remat)
 
     def raw_moments(self, images: Array) -> Array:
         """Images `[N, H, W, 3]` in [-1, 1] to mean and unclamped log variance side by side, `[N, h, w, 2 * latent]` float32."""

@@ -12,6 +12,7 @@ from keysync_jax.config import UNetConfig
 from keysync_jax.errors import KeySyncError
 from keysync_jax.models import layers
 from keysync_jax.models.layout import unet_layout
+from keysync_jax.models.remat import rematerialised
 from keysync_jax.models.resblock import VideoResBlock
 from keysync_jax.models.transformer import SpatialVideoTransformer
 
@@ -28,11 +29,13 @@ class VideoUNet(nn.Module):
       config: sizes and how audio enters.
       dtype: type of convolutions and matrix products; parameters, norms' statistics, softmax and time embeddings are float32.
       attention: see `models.attention.attention`.
+      remat: what the backward pass keeps of each block, see `models.remat`.
     """
 
     config: UNetConfig
     dtype: Any = jnp.float32
     attention: str = "auto"
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -71,10 +74,20 @@ class VideoUNet(nn.Module):
 
         def resblock(name: str, features: int, epsilon: float = epsilon) -> VideoResBlock:
             kernel = config.video_kernel_size[0]
-            return VideoResBlock(features, kernel, config.merge_strategy, config.merge_factor, epsilon, dtype, name=name)
+            return rematerialised(VideoResBlock, self.remat)(
+                features,
+                kernel,
+                config.merge_strategy,
+                config.merge_factor,
+                epsilon,
+                dtype,
+                config.temporal_layers,
+                config.norm_groups,
+                name=name,
+            )
 
         def transformer(name: str, features: int) -> SpatialVideoTransformer:
-            return SpatialVideoTransformer(
+            return rematerialised(SpatialVideoTransformer, self.remat)(
                 features // config.num_head_channels,
                 config.num_head_channels,
                 config.transformer_depth,
@@ -84,6 +97,8 @@ class VideoUNet(nn.Module):
                 max_period=config.max_time_embed_period,
                 dtype=dtype,
                 implementation=self.attention,
+                temporal=config.temporal_layers,
+                groups=config.norm_groups,
                 name=name,
             )
 
@@ -111,7 +126,7 @@ class VideoUNet(nn.Module):
                 h = transformer(f"{name}_1", block.out_channels)(h, context, image_only_indicator)
             if block.upsample:
                 h = layers.Upsample(dtype, name=f"{name}_{block.upsample}")(h)
-        h = nn.silu(layers.group_norm("out_0", epsilon, dtype)(h))
+        h = nn.silu(layers.group_norm("out_0", epsilon, dtype, config.norm_groups)(h))
         return layers.conv(config.out_channels, "out_2", dtype)(h).astype(jnp.float32)
 
     def _check(self, x: Array, context: Array) -> None:
@@ -121,6 +136,9 @@ class VideoUNet(nn.Module):
         if context.shape[-1] != config.context_dim:
             width = context.shape[-1]
             raise KeySyncError(f"U-Net context {context.shape} has width {width}; the config says context_dim {config.context_dim}")
+        widths = [config.model_channels * mult for mult in config.channel_mult]
+        if any(width % config.norm_groups for width in widths):
+            raise KeySyncError(f"U-Net channels {widths} are not all multiples of norm_groups {config.norm_groups}")
         factor = 2 ** (len(config.channel_mult) - 1)
         if x.shape[2] % factor or x.shape[3] % factor:
             size, levels = f"{x.shape[2]}x{x.shape[3]}", len(config.channel_mult)

@@ -1,0 +1,41 @@
+"""What the backward pass keeps of the forward pass, as one enumeration.
+
+Blocks of the U-Net are rematerialised one by one. `saved` in `models.layers` tags the outputs of convolutions and attention, which are
+the expensive things to compute again: `dots_with_no_batch_dims_saveable` alone would recompute every convolution.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+
+class Remat(enum.Enum):
+    """Rematerialisation policy, from most memory to least."""
+
+    NONE = "none"  # keep everything
+    DOTS = "dots"  # keep matrix products and convolutions, the S x S logits of attention included
+    CONV_AWARE = "conv_aware"  # keep matrix products but no S x S logits, convolutions and attention outputs (the default)
+    NAMES = "names"  # keep convolutions and attention outputs
+    FULL = "full"  # keep only what enters a block
+
+
+def policy(remat: Remat) -> Callable | None:
+    """The `jax.checkpoint` policy; None recomputes everything."""
+    named = jax.checkpoint_policies.save_only_these_names("conv", "attention")
+    policies = jax.checkpoint_policies
+    return {
+        Remat.DOTS: policies.dots_saveable,
+        Remat.CONV_AWARE: policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named),
+        Remat.NAMES: named,
+        Remat.FULL: None,
+    }[remat]
+
+
+def rematerialised(module: type[nn.Module], remat: str) -> type[nn.Module]:
+    """`module` with the policy of that name around its call; parameter names do not change."""
+    choice = Remat(remat)
+    return module if choice is Remat.NONE else nn.remat(module, policy=policy(choice))

@@ -1,0 +1,121 @@
+"""`keysync plan`: what a recipe needs on given devices."""
+
+from __future__ import annotations
+
+import json
+
+from keysync_jax.verbs import add_verb
+
+_EXAMPLES = """\
+  keysync plan --config keyframe --topology h200x8 --config.mesh.fsdp=8 --config.data.batch_size=32
+  keysync plan --config keyframe --topology v5e:4x4 --config.mesh.fsdp=16 --config.data.batch_size=16 --config.remat=full
+  keysync plan --config keyframe --topology v5e:4x4 --config.mesh.fsdp=16 --config.remat=full --compile    (needs libtpu, a quarter hour)
+  keysync plan --config interpolation --topology cpu:8 --json"""
+
+
+def add_plan(verbs) -> None:
+    """Add `keysync plan`."""
+    p = add_verb(verbs, "plan", _plan, "memory, FLOPs and time of a recipe on devices you need not have", _EXAMPLES)
+    p.add_argument("--config", required=True, metavar="NAME", help="recipe: a shipped name, a .py file, or a run's config.json")
+    p.add_argument("--config.KEY", dest="_", metavar="VALUE", help="set a key of the recipe, for example --config.mesh.fsdp=8")
+    p.add_argument("--topology", required=True, metavar="T", help="v5e:4x4, v5p:2x2x2 (TPU chips), h200x8, a100x8 (GPUs) or cpu:8")
+    p.add_argument("--compile", action="store_true", help="compile the step for the TPU topology (libtpu) and say what it takes per chip")
+    p.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _plan(args) -> int:
+    from keysync_jax import recipes
+    from keysync_jax.training import plan as plans
+    from keysync_jax.training.config import train_config
+
+    topology = plans.parse_topology(args.topology)
+    config = train_config(recipes.load(args.config, args.overrides), args.config)
+    mesh = plans.tpu_mesh(config, topology) if args.compile else None  # a missing libtpu is said before anything else
+    plan = plans.make_plan(config, topology)
+    if not args.json:
+        _print(plan, config)
+    compiled = None if mesh is None else plans.compile_plan(config, topology)
+    if args.json:
+        print(json.dumps(plans.as_json(plan, compiled), indent=2))
+    elif compiled is not None:
+        _print_compiled(compiled, topology)
+    return 0
+
+
+def _print(plan, config) -> None:
+    from rich.console import Console
+
+    from keysync_jax.parallel.sharding import rows_table
+
+    console, topology = Console(highlight=False), plan.topology
+    mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items())
+    device = topology.device
+    held = f", {device.memory / 2**30:.0f} GiB each" if device.memory else ""
+    console.print(f"{topology.devices} x {device.name}{held}; mesh {mesh}; batch {plan.batch_size} ({config.dtype}, remat {config.remat})")
+    trained, frozen = plan.parameters["trained"], plan.parameters["frozen"]
+    console.print(f"{trained:,} parameters are trained, {frozen:,} are frozen\n")
+    console.print(rows_table(plan.rows, f"train state on {mesh}"))
+    console.print(_flops_table(plan))
+    console.print(_memory_table(plan))
+    if plan.peak is None:
+        console.print(f"no peak is known of {device.name} in {config.dtype}, so no least time")
+    else:
+        console.print(
+            f"least time of a step: {plan.compute_seconds:.4g} s at {plan.peak.flops / 1e12:.0f} TFLOP/s, the peak of {plan.peak.name}, "
+            f"+ {plan.update_seconds:.4g} s to move the {plan.update_bytes / 1e9:.3g} GB of an update at full bandwidth "
+            f"= at most {plan.steps_per_second:.3g} steps/s, {plan.steps_per_second * plan.batch_size:.3g} samples/s"
+        )
+    console.print(f"(traced in {plan.seconds:.0f} s)")
+
+
+def _flops_table(plan):
+    from rich.table import Table
+
+    table = Table(title="TFLOP (counted in the traced program, 2 per multiply-add)", title_justify="left")
+    table.add_column("part")
+    for name in ("per sample", "per step"):
+        table.add_column(name, justify="right")
+    labels = {
+        "forward": "forward", "backward": "backward", "pixels": "pixel loss", "recompute": "recomputed by the backward pass",
+        "pixels_recompute": "recomputed for the pixel loss",
+    }  # fmt: skip
+    for name, value in plan.flops._asdict().items():
+        if value or name in ("forward", "backward"):
+            table.add_row(labels[name], f"{value / plan.batch_size / 1e12:.4g}", f"{value / 1e12:.4g}")
+    table.add_section()
+    table.add_row("model (for MFU)", f"{plan.flops.model / plan.batch_size / 1e12:.4g}", f"{plan.flops.model / 1e12:.4g}")
+    table.add_row("all", f"{plan.flops.total / plan.batch_size / 1e12:.4g}", f"{plan.flops.total / 1e12:.4g}")
+    return table
+
+
+def _memory_table(plan):
+    from rich.table import Table
+
+    from keysync_jax.parallel.sharding import gib
+
+    table = Table(title="GiB per device", title_justify="left")
+    for name, justify in (("part", "left"), ("GiB", "right"), ("", "left")):
+        table.add_column(name, justify=justify)
+    memory = plan.memory
+    table.add_row("train state", gib(memory.state), "exact, from the shardings")
+    table.add_row("batch", gib(memory.batch), "exact")
+    table.add_row("gradients", gib(memory.gradients), "estimated: laid out as the parameters")
+    table.add_row("gathered parameters", gib(memory.gathered), "estimated: the two largest blocks")
+    waiting = f"{gib(memory.residuals)} of them wait for the backward pass"
+    table.add_row("activations", gib(memory.activations), f"estimated before fusion; {waiting}")
+    table.add_section()
+    of = plan.topology.device.memory
+    verdict = "" if not of else f"of {of / 2**30:.1f} GiB: " + ("fits" if memory.total < 0.95 * of else "may not fit; --compile knows")
+    table.add_row("all", gib(memory.total), verdict)
+    return table
+
+
+def _print_compiled(compiled, topology) -> None:
+    from keysync_jax.parallel.sharding import gib
+
+    print(
+        f"compiled for {topology.name} in {compiled.compile_seconds:.0f} s (lowered in {compiled.lower_seconds:.0f} s); GiB per chip: "
+        f"arguments {gib(compiled.arguments)}, temporaries {gib(compiled.temporaries)}, outputs {gib(compiled.outputs)} of which "
+        f"{gib(compiled.aliased)} in place, code {gib(compiled.code)}; together {gib(compiled.total)} "
+        f"of {topology.device.memory / 2**30:.1f}: {'fits' if compiled.total <= topology.device.memory else 'does not fit'}"
+    )

@@ -1,0 +1,1 @@
+"""The trainer: objective, optimizer, step, loop, checkpoints and what a person sees of them."""

@@ -1,0 +1,58 @@
+"""Batches of a run, for this process."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data_pipeline.source.frames import FrameConfig, FrameReader
+from data_pipeline.source.loader import Batches
+from data_pipeline.source.mixture import ClipFilter, DatasetChoice
+from data_pipeline.source.sample import WindowReader, check_stage, source_config
+from keysync_jax.errors import UsageError
+from keysync_jax.training.config import TrainConfig
+
+
+def make_reader(config: TrainConfig, split: str | None = None) -> WindowReader | FrameReader:
+    """Opens the datasets; `split` other than the training split reads the validation data.
+
+    Raises:
+      UsageError: no dataset is named.
+      KeySyncError: nothing to read, or data that do not fit the stage (encoder, resolution, pixels), by name.
+    """
+    data = config.data
+    if not data.datasets:
+        raise UsageError("config.data.datasets is empty; name at least one dataset, for example --config.data.datasets=DIR")
+    validate = split is not None and split != data.split
+    paths = (data.validation,) if validate and data.validation else data.datasets
+    split = split or data.split
+    if config.model == "vae":
+        crop = 0 if validate else data.crop
+        return FrameReader(FrameConfig(paths, split, config.resolution, crop, data.frames_per_clip, config.seed))
+    chosen = ClipFilter(min_scores=dict(data.min_scores), sources=tuple(data.sources))
+    weights = data.weights if data.weights and len(paths) == len(data.weights) else (1.0,) * len(paths)
+    datasets = [DatasetChoice(path, split, weight, chosen) for path, weight in zip(paths, weights, strict=True)]
+    windows = {"identity": data.identity} | (
+        {"spacing": data.spacing, "min_spacing": min(data.min_spacing, data.spacing)} if config.stage.stage == "keyframe" else {}
+    )
+    reader = WindowReader(
+        source_config(
+            config.stage, datasets, windows, seed=config.seed, sampling=data.sampling, flip=not validate and data.flip,
+            box_jitter=0.0 if validate else data.box_jitter, use_occluder=data.use_occluder,
+            pixel_frames=config.pixel_frames if config.uses_pixels else 0,
+        )
+    )  # fmt: skip
+    check_stage(reader, config.stage)
+    return reader
+
+
+def make_batches(config: TrainConfig, reader: WindowReader | FrameReader, first_step: int, host: int, hosts: int) -> Batches:
+    """This host's batches from a step on."""
+    data = config.data
+    return Batches(
+        reader, data.batch_size, first_step, host, hosts, threads=data.threads, workers=data.workers, prefetch=data.prefetch
+    )  # fmt: skip
+
+
+def step_arrays(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a step reads of a batch; numbers that only say where a sample came from stay on the host."""
+    return {name: value for name, value in batch.items() if name not in ("frames", "dataset", "clip")}

@@ -1,0 +1,181 @@
+"""The training loop: read it from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from typing import Any
+
+import jax
+
+from keysync_jax.config import to_dict
+from keysync_jax.errors import KeySyncError
+from keysync_jax.inference.runtime import use_compile_cache
+from keysync_jax.parallel.distributed import sync
+from keysync_jax.parallel.mesh import check_batch, train_mesh
+from keysync_jax.parallel.sharding import data_share, global_batch, sharding_table, state_shardings
+from keysync_jax.training import checkpoints, data, initial, lpips, profiling, resume
+from keysync_jax.training import state as states
+from keysync_jax.training.checkpoints import Checkpoints
+from keysync_jax.training.config import TrainConfig
+from keysync_jax.training.metrics import Meter, MetricLog, due, line
+from keysync_jax.training.objective import DiffusionObjective, Objective, VaeObjective
+from keysync_jax.training.optimizer import make_optimizer
+from keysync_jax.training.profiling import ProfileWindow
+from keysync_jax.training.step import make_train_step
+from keysync_jax.training.watch import Watch
+
+# Exit status of a run that SIGTERM ended after it had saved its state: not 0, so that a scheduler starts it again.
+TERMINATED = 128 + signal.SIGTERM
+
+
+def make_objective(config: TrainConfig, vae: Any) -> Objective:
+    """The loss that the config asks for."""
+    distance = lpips.load(config.lpips) if config.uses_lpips else None
+    if config.model == "vae":
+        return VaeObjective(config, distance)
+    return DiffusionObjective(config, vae, distance)
+
+
+def train(config: TrainConfig, workdir: str, *, stop_after: int | None = None, profile_steps: tuple[int, int] | None = None) -> int:
+    """Run until `config.num_steps`, from the last checkpoint of `workdir` if there is one.
+
+    Args:
+      config: the run.
+      workdir: where everything of the run goes.
+      stop_after: end after so many updates of this call.
+      profile_steps: (a, b) records the updates a + 1 to b with the profiler.
+
+    Returns:
+      The number of updates done.
+
+    Raises:
+      KeySyncError: data or weights that do not fit the config, a checkpoint of another model, too many non-finite steps, or a last
+        checkpoint that could not be written.
+      SystemExit: SIGTERM came; the state is saved (status `TERMINATED`).
+    """
+    use_compile_cache()
+    config, notes = initial.resolve(config, workdir)
+    log = MetricLog(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb, run=dataclasses.asdict(config))
+    mesh = train_mesh(config.mesh)
+    check_batch(mesh, config.data.batch_size, config.optimizer.accumulate)
+    log.say(f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {' × '.join(f'{k} {v}' for k, v in mesh.shape.items())}")
+
+    for note in notes:
+        log.say(note)
+
+    # ---------------------------------------------------------------------------------------------------------------- data
+    reader = data.make_reader(config)
+    initial.check_latents(config, reader)
+
+    # ------------------------------------------------------------------------------------------------------- model and state
+    tx = make_optimizer(config.optimizer)
+    abstract = initial.abstract_weights(config)
+    objective = make_objective(config, abstract.vae)
+    ema = config.optimizer.ema_decay > 0
+    shapes = jax.eval_shape(lambda p, f: states.create(p, f, tx, ema), abstract.params, abstract.frozen)
+    shardings = state_shardings(mesh, shapes)
+    if mesh.size > 1:
+        log.say(sharding_table(mesh, shapes))
+    abstract_state = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+
+    with Checkpoints(workdir, config.checkpoint, warn=log.say) as saved:
+        # Which weights, by priority: 1. this run's last checkpoint; 2. what config.init says.
+        latest = saved.latest()
+        if latest is not None:
+            log.say(f"continuing from step {latest} of {workdir}")
+            for change in resume.changes(saved.meta(latest), config, f"checkpoint {latest} of {workdir}"):
+                log.say(f"the recipe changed: {change}")
+            frozen = checkpoints.restore_frozen(workdir, abstract_state.frozen)
+            state, counters = saved.restore(latest, abstract_state)
+            state = state.replace(frozen=frozen)
+            if counters["data"] != reader.fingerprint:
+                log.say("[yellow]the data are not those of the checkpoint: the order of samples starts anew from this step[/yellow]")
+        else:
+            log.say(f"weights: {config.init.kind} {config.init.path}")
+            weights = initial.initial_weights(config)
+            for note in weights.notes:
+                log.say(note)
+            params, frozen = jax.device_put((weights.params, weights.frozen), (shardings.params, shardings.frozen))
+            state = jax.jit(lambda p, f: states.create(p, f, tx, ema), out_shardings=shardings)(params, frozen)
+            checkpoints.save_frozen(workdir, state.frozen)
+            del weights, params, frozen
+        checkpoints.write_config(workdir, to_dict(config))
+        count = sum(x.size for x in jax.tree.leaves(state.params))
+        held = sum(x.size for x in jax.tree.leaves(state.frozen))
+        log.say(f"{count:,} parameters are trained, {held:,} are frozen")
+
+        # ----------------------------------------------------------------------------------------------------------- compile
+        first = int(state.step)
+        step_fn = jax.jit(make_train_step(objective, tx, config.optimizer, config.seed), donate_argnums=0, out_shardings=(shardings, None))
+        with data.make_batches(config, reader, first, *data_share(mesh)) as batches, jax.set_mesh(mesh):
+            watch = Watch(config, mesh, objective, abstract.vae, log, workdir)
+            log.say("compiling the step …")
+            begin = time.perf_counter()
+            batch = global_batch(mesh, data.step_arrays(next(batches)))
+            traced = step_fn.trace(state, batch)
+            compiled = traced.lower().compile()
+            speed = profiling.step_speed(traced.jaxpr, config)
+            log.say(f"compiled in {time.perf_counter() - begin:.0f} s; {profiling.describe(speed)}")
+
+            # ----------------------------------------------------------------------------------------------------------- train
+            done, stopping, pending = first, False, None
+            last = config.num_steps if stop_after is None else min(config.num_steps, first + stop_after)
+            meter = Meter(first, last, config.data.batch_size, speed, "frames" if config.model == "vae" else "clips")
+            window = ProfileWindow(workdir, profile_steps, log.say)
+            for step in range(first, last):
+                with window.step(step):
+                    state, metrics = compiled(state, batch)
+                done = step + 1
+                if done < last:
+                    waiting = time.perf_counter()
+                    host_batch = next(batches)
+                    meter.waited(time.perf_counter() - waiting)
+                    batch = global_batch(mesh, data.step_arrays(host_batch))
+                # Metrics are read one step late, so that the device always has the next step to do.
+                pending = _report(config, log, meter, pending, (done, metrics))
+                window.after(done, state)
+                stopping = saved.reached_preemption(done)
+                if done % config.checkpoint.every == 0 or done == last or stopping:
+                    saved.save(state, _counters(config, state, done, reader.fingerprint), resume.describe(config))
+                saved.check()
+                if stopping:
+                    break
+                watch(done, state, meter)
+            window.close()
+            _report(config, log, meter, pending, None)
+            watch.curve()
+        saved.wait()
+        sync("end of training")  # a process that ends early would be taken for dead
+        if stopping and done < last:
+            log.say(f"SIGTERM: stopped after step {done} of {last}, which is saved; the same command continues from there")
+            log.close()
+            raise SystemExit(TERMINATED)
+        log.say(f"done: {last} steps")
+    log.close()
+    return last
+
+
+def _counters(config: TrainConfig, state: states.TrainState, step: int, fingerprint: str) -> dict[str, Any]:
+    return {"step": step, "skipped": int(state.skipped), "data": fingerprint, "batch_size": config.data.batch_size}
+
+
+def _report(config: TrainConfig, log: MetricLog, meter: Meter, pending: Any, current: Any) -> Any:
+    """Look at the metrics of the step before; returns the current ones, None after the last step."""
+    if pending is None:
+        return current
+    step, metrics = pending
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    meter.add(values)
+    if not values["finite"]:
+        log.say(f"[red]step {step}: loss or gradient is not finite; the update was left out ({values['skipped']:.0f} in a row)[/red]")
+        if values["skipped"] >= config.optimizer.max_skipped:
+            raise KeySyncError(
+                f"step {step}: {values['skipped']:.0f} updates in a row were not finite; look at the data and lower optimizer.learning_rate"
+            )
+    if due(step, config.log.every) or current is None:
+        values = meter.take(step)
+        log.say(line(step, values, meter))
+        log.write(step, values)
+    return current

@@ -1,0 +1,338 @@
+"""What a recipe needs on given devices, computed without any: parameters, placement, FLOPs, memory and the fastest possible step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.parallel import mesh as meshes
+from keysync_jax.parallel import sharding
+from keysync_jax.training import activations, flops, initial
+from keysync_jax.training import state as states
+from keysync_jax.training.config import TrainConfig
+from keysync_jax.training.objective import DiffusionObjective, Objective, VaeObjective
+from keysync_jax.training.optimizer import make_optimizer
+from keysync_jax.training.step import make_train_step
+
+# Attention kernel of each platform, as `models.attention` chooses it there.
+_ATTENTION = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
+
+
+class Topology(NamedTuple):
+    """Devices by kind and number, for example 16 of "v5e" (`v5e:4x4`)."""
+
+    name: str
+    kind: str
+    devices: int
+
+    @property
+    def device(self) -> flops.Device:
+        return flops.DEVICES[self.kind]
+
+
+class Memory(NamedTuple):
+    """Bytes per device.
+
+    Attributes:
+      state, batch: exact, from the shardings.
+      gradients, gathered, activations: estimated. Gradients of all trained leaves, laid out as these are; the parameters of the two
+        largest blocks in the compute type, gathered for use; `activations.estimate`.
+      residuals: the part of `activations` that waits for the backward pass.
+    """
+
+    state: int
+    batch: int
+    gradients: int
+    gathered: int
+    activations: int
+    residuals: int
+
+    @property
+    def total(self) -> int:
+        return self.state + self.batch + self.gradients + self.gathered + self.activations
+
+
+class Plan(NamedTuple):
+    """See `make_plan`. FLOPs are those of one step over all devices; seconds those of a step."""
+
+    topology: Topology
+    mesh: dict[str, int]
+    batch_size: int
+    parameters: dict[str, int]
+    rows: list[sharding.Row]
+    flops: flops.Flops
+    memory: Memory
+    peak: flops.Peak | None
+    compute_seconds: float | None
+    update_bytes: int
+    update_seconds: float | None
+    seconds: float
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """No step can be faster: arithmetic at the peak, then the optimizer at full bandwidth."""
+        return None if self.compute_seconds is None else 1 / (self.compute_seconds + self.update_seconds)
+
+
+def parse_topology(text: str) -> Topology:
+    """`v5e:4x4`, `v5p:2x2x2` (chips of a TPU slice), `h200x8` (GPUs) or `cpu:8`.
+
+    Raises:
+      UsageError: something else.
+    """
+    match = re.fullmatch(r"([a-z0-9-]+?)(?::(\d+(?:x\d+)*)|x(\d+))?", text.strip().lower())
+    if not match or match[1] not in flops.DEVICES:
+        raise UsageError(f"topology {text!r} is unknown; write v5e:4x4, v5p:2x2x2, h200x8 or cpu:8 ({', '.join(flops.DEVICES)})")
+    count = math.prod(int(n) for n in (match[2] or match[3] or "1").split("x"))
+    if count < 1:
+        raise UsageError(f"topology {text!r} has no devices")
+    return Topology(text.strip().lower(), match[1], count)
+
+
+def batch_shapes(config: TrainConfig, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a step reads, as `data_pipeline.source` delivers it."""
+    if config.model == "vae":
+        side = config.data.crop or config.resolution
+        shapes = {"images": (side, side, config.vae.in_channels), "mouth": (side, side, 1)}
+    else:
+        stage, channels = config.stage, config.stage.unet.out_channels
+        latent = (stage.latent_size, stage.latent_size, channels)
+        shapes = {
+            "latents": (stage.num_frames, *latent),
+            "audio": (stage.num_frames, 2, stage.audio_feature_dim),
+            "masks": (stage.num_frames, *latent[:2], 1),
+            "cond_frames": latent if stage.stage == "keyframe" else (2, *latent),
+        }
+        if config.uses_pixels:
+            shapes["original_frames"] = (config.pixel_frames, stage.resolution, stage.resolution, 3)
+            shapes["original_indices"] = (config.pixel_frames,)
+    types = {"original_indices": jnp.int32}
+    return {name: jax.ShapeDtypeStruct((batch_size, *shape), types.get(name, jnp.float32)) for name, shape in shapes.items()}
+
+
+class Program(NamedTuple):
+    """A training step with the shapes it takes."""
+
+    step: Any
+    objective: Objective
+    state: states.TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def make_program(config: TrainConfig, batch_size: int | None = None) -> Program:
+    """The step of a recipe with abstract arguments; `batch_size` other than the recipe's for a share of it.
+
+    Raises:
+      KeySyncError: the recipe names weights of a loss that cannot be read.
+    """
+    from keysync_jax.training import lpips
+
+    tx = make_optimizer(config.optimizer)
+    weights = initial.abstract_weights(config)
+    ema = config.optimizer.ema_decay > 0
+    shapes = jax.eval_shape(lambda p, f: states.create(p, f, tx, ema), weights.params, weights.frozen)
+    distance = lpips.load(config.lpips) if config.uses_lpips else None
+    objective = VaeObjective(config, distance) if config.model == "vae" else DiffusionObjective(config, weights.vae, distance)
+    step = make_train_step(objective, tx, config.optimizer, config.seed)
+    return Program(step, objective, shapes, batch_shapes(config, batch_size or config.data.batch_size))
+
+
+def make_plan(config: TrainConfig, topology: Topology) -> Plan:
+    """Traces the recipe's step abstractly; seconds at full size.
+
+    Raises:
+      KeySyncError: mesh, devices and batch do not fit each other.
+    """
+    begin = time.perf_counter()
+    sizes = meshes.mesh_shape((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), topology.devices)
+    mesh = AbstractMesh(sizes, meshes.AXES)
+    meshes.check_batch(mesh, config.data.batch_size, config.optimizer.accumulate)
+    parts = meshes.batch_parts(mesh)
+    # One microbatch of one device, through the attention whose products the tracer sees; the rest is multiples of it.
+    share = config.microbatch // parts
+    small = dataclasses.replace(
+        config, attention="xla", data=dataclasses.replace(config.data, batch_size=share),
+        optimizer=dataclasses.replace(config.optimizer, accumulate=1),
+    )  # fmt: skip
+    program = make_program(small)
+    params, frozen = program.state.params, program.state.frozen
+    gradient = jax.make_jaxpr(_gradient(program.objective))(params, frozen, program.batch)
+    counted = flops.count_step(gradient, decoder_is_network=config.model == "vae").scaled(parts * config.optimizer.accumulate)
+    rows = sharding.sharding_rows(mesh, program.state)
+    memory = _memory(config, mesh, program.state, rows, activations.estimate(gradient))
+    peak = flops.peak(topology.device, config.dtype)
+    trained = _count(params)
+    # Read parameters, two moments, gradient and average; write all but the gradient.
+    update = 4 * trained * (9 if program.state.ema is not None else 7)
+    return Plan(
+        topology=topology,
+        mesh=dict(zip(meshes.AXES, sizes, strict=True)),
+        batch_size=config.data.batch_size,
+        parameters={"trained": trained, "frozen": _count(frozen)},
+        rows=rows,
+        flops=counted,
+        memory=memory,
+        peak=peak,
+        compute_seconds=counted.total / (peak.flops * topology.devices) if peak else None,
+        update_bytes=update,
+        update_seconds=update / mesh.shape[meshes.FSDP_AXIS] / topology.device.bandwidth if topology.device.bandwidth else None,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _gradient(objective: Objective) -> Any:
+    def gradient(params: Any, frozen: Any, batch: Any) -> Any:
+        drawn = objective.draw(jax.random.key(0), batch)
+        return jax.grad(lambda p: objective.loss(p, frozen, batch, drawn)[0])(params)
+
+    return gradient
+
+
+def _memory(config: TrainConfig, mesh: Any, state: states.TrainState, rows: list[sharding.Row], work: activations.Activations) -> Memory:
+    batch = batch_shapes(config, config.data.batch_size)
+    over = sharding.batch_sharding(mesh)
+    blocks: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.frozen)):
+        block = "/".join(sharding.leaf_name(path).split("/")[1:4])
+        blocks[block] = blocks.get(block, 0) + math.prod(leaf.shape) * jnp.dtype(config.dtype).itemsize
+    gathered = sum(sorted(blocks.values())[-2:]) if mesh.shape[meshes.FSDP_AXIS] > 1 else 0
+    return Memory(
+        state=sum(row.bytes_per_device for row in rows),
+        batch=sum(math.prod(over.shard_shape(x.shape)) * x.dtype.itemsize for x in batch.values()),
+        gradients=sum(row.bytes_per_device for row in rows if row.item == "params"),
+        gathered=gathered,
+        activations=work.peak,
+        residuals=work.residuals,
+    )
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+# -- ahead-of-time compilation ------------------------------------------------------------------------------------------------------
+
+
+class Compiled(NamedTuple):
+    """Bytes per chip as the compiler plans them, and the seconds it took.
+
+    Attributes:
+      arguments: train state and batch.
+      temporaries: everything the step needs besides.
+      outputs: new state and metrics, of which `aliased` bytes take the place of arguments.
+      code: the program.
+    """
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    aliased: int
+    code: int
+    lower_seconds: float
+    compile_seconds: float
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.outputs - self.aliased + self.code
+
+
+def tpu_mesh(config: TrainConfig, topology: Topology) -> Mesh:
+    """The recipe's mesh over the devices of a TPU slice that need not be here.
+
+    Raises:
+      KeySyncError: libtpu is not installed, or does not know the topology.
+    """
+    if topology.device.platform != "tpu":
+        raise UsageError(f"--compile needs a TPU topology such as v5e:4x4, not {topology.name}")
+    # libtpu looks for the machine it runs on; there is none.
+    here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": _accelerator(topology)}
+    for name, value in here.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    slices = {"num_slices": config.mesh.slices} if config.mesh.slices > 1 else {}
+    if topology.devices % config.mesh.slices:
+        raise KeySyncError(f"{topology.name} has {topology.devices} chips, which mesh.slices {config.mesh.slices} does not divide")
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **slices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise KeySyncError(f"compiling for {topology.name} needs libtpu (pip install 'jax[tpu]'), which says: {reason}") from error
+    return meshes.train_mesh(config.mesh, found.devices)
+
+
+def _accelerator(topology: Topology) -> str:
+    chips = topology.devices
+    return {"v5e": f"v5litepod-{chips}", "v6e": f"v6e-{chips}"}.get(topology.kind, f"{topology.kind}-{2 * chips}")
+
+
+def lower_step(config: TrainConfig, mesh: Mesh, platform: str | None = None) -> jax.stages.Lowered:
+    """The step as the training loop compiles it, with abstract arguments laid out on the mesh.
+
+    Args:
+      config: the recipe; attention "auto" becomes the kernel of `platform`.
+      mesh: of `train_mesh`; its devices may be those of a topology.
+      platform: "tpu", "gpu" or "cpu" to lower for another platform than JAX runs on.
+    """
+    if platform and config.attention == "auto":
+        config = dataclasses.replace(config, attention=_ATTENTION[platform])
+    meshes.check_batch(mesh, config.data.batch_size, config.optimizer.accumulate)
+    program = make_program(config)
+    shardings = sharding.state_shardings(mesh, program.state)
+    over = sharding.batch_sharding(mesh)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), program.state, shardings)
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over) for name, x in program.batch.items()}
+    with jax.set_mesh(mesh):
+        traced = jax.jit(program.step, donate_argnums=0, out_shardings=(shardings, None)).trace(state, batch)
+        return traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
+
+
+def compile_plan(config: TrainConfig, topology: Topology) -> Compiled:
+    """Compiles the step for a TPU slice through libtpu, without a TPU; a quarter of an hour at full size on two idle cores.
+
+    Raises:
+      KeySyncError: libtpu is missing, or the step does not fit the chips.
+    """
+    mesh = tpu_mesh(config, topology)
+    begin = time.perf_counter()
+    lowered = lower_step(config, mesh, "tpu")
+    between = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0][:300]
+        raise KeySyncError(f"the step does not fit {topology.name}: {reason}; take a stronger config.remat or a wider mesh") from error
+    end = time.perf_counter()
+    found = compiled.memory_analysis()
+    return Compiled(
+        found.argument_size_in_bytes, found.temp_size_in_bytes, found.output_size_in_bytes, found.alias_size_in_bytes,
+        found.generated_code_size_in_bytes, between - begin, end - between,
+    )  # fmt: skip
+
+
+def as_json(plan: Plan, compiled: Compiled | None = None) -> dict[str, Any]:
+    """Plain values, bytes and FLOPs in full."""
+    out = plan._asdict() | {
+        "topology": plan.topology._asdict() | {"device": plan.topology.device.name, "memory": plan.topology.device.memory},
+        "rows": [row._asdict() for row in plan.rows],
+        "flops": plan.flops._asdict() | {"model": plan.flops.model, "total": plan.flops.total},
+        "flops_per_sample": {name: value / plan.batch_size for name, value in plan.flops._asdict().items()},
+        "memory": plan.memory._asdict() | {"total": plan.memory.total},
+        "peak": None if plan.peak is None else plan.peak._asdict(),
+        "steps_per_second": plan.steps_per_second,
+    }
+    if compiled is not None:
+        out["compiled"] = compiled._asdict() | {"total": compiled.total}
+    return out

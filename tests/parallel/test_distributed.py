@@ -1,0 +1,106 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from keysync_jax.errors import UsageError
+from keysync_jax.parallel import distributed
+
+WORKER = Path(__file__).with_name("hosts_worker.py")
+
+
+def port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def worker(address, count, number, seconds, timeout=120):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, str(WORKER), address, str(count), str(number), str(seconds), str(timeout)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_alone_nothing_happens(monkeypatch):
+    for name in (distributed.COORDINATOR, distributed.NUM_PROCESSES, distributed.PROCESS_ID):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(distributed, "detected", lambda environ: None)
+    called = []
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **kw: called.append(kw))
+    distributed.start()
+    assert not called
+
+
+def test_environment_is_as_good_as_flags(monkeypatch):
+    called = []
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **kw: called.append(kw))
+    monkeypatch.setenv(distributed.COORDINATOR, "10.0.0.1:99")
+    monkeypatch.setenv(distributed.NUM_PROCESSES, "4")
+    monkeypatch.setenv(distributed.PROCESS_ID, "0")
+    distributed.start(process_id=3)  # a flag wins
+    assert called[0]["coordinator_address"] == "10.0.0.1:99"
+    assert (called[0]["num_processes"], called[0]["process_id"]) == (4, 3)
+    assert called[0]["heartbeat_timeout_seconds"] + called[0]["shutdown_timeout_seconds"] < 30
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("h:1", None, None), "--num-processes"),
+        (("h:1", 2, 2), "counts from 0 to 1"),
+        (("h", 2, 1), "host:port"),
+    ],
+)
+def test_half_a_start_is_refused(arguments, words, monkeypatch):
+    for name in (distributed.COORDINATOR, distributed.NUM_PROCESSES, distributed.PROCESS_ID):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match=words):
+        distributed.start(*arguments)
+
+
+@pytest.mark.parametrize(
+    "environ, cluster",
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7"}, None),  # a shell within an allocation is not a step of it
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "Slurm"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, "TPU"),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a", "TPU_WORKER_HOSTNAMES": "a"}, "TPU"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, "Kubernetes"),
+    ],
+)
+def test_clusters(environ, cluster, tmp_path):
+    assert distributed.detected(environ, devices=tmp_path) == cluster
+
+
+def test_nobody_answers():
+    """Fatal, and one line."""
+    process = worker(f"127.0.0.1:{port()}", 2, 1, 1, timeout=3)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_end_when_one_dies(victim):
+    address = f"127.0.0.1:{port()}"
+    processes = [worker(address, 2, i, 120) for i in range(2)]
+    try:
+        assert [p.stdout.readline().split() for p in processes] == [["joined", str(i), "2", "2"] for i in range(2)]
+        processes[victim].send_signal(signal.SIGKILL)
+        begin = time.monotonic()
+        assert processes[1 - victim].wait(timeout=60) != 0
+        assert time.monotonic() - begin < 30
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

@@ -1,0 +1,61 @@
+"""A training step on eight devices is the step on one: in a process of its own, since the number of CPU devices is fixed at start."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("mesh_worker.py")
+# Compiling is what takes the time here, and nothing runs twice.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def run_worker(*meshes):
+    environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, str(WORKER), *meshes], env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
+
+
+@pytest.fixture(scope="module")
+def fast():
+    return run_worker("2x2x2+2")
+
+
+def check(out, mesh):
+    one, found = out["1x1x1"], out[mesh]
+    assert one["grad_norm"] > 0.01  # else everything below would be 0 = 0
+    assert found["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    assert found["params"]["absolute"] <= 1e-5
+    assert found["ema"]["absolute"] <= 1e-5
+    assert found["mu"]["relative"] <= 1e-5
+    # What the program was compiled for is what the table says, to the byte.
+    assert found["shardings_match"]
+    assert found["argument_bytes"] == found["table_bytes"]
+
+
+def test_all_axes_with_accumulation(fast):
+    check(fast, "2x2x2+2")
+    assert fast["2x2x2+2"]["sharded_leaves"] > 50
+
+
+def test_constraints_under_set_mesh(fast):
+    """JAX ignores the mesh of a bare `with mesh:` here, without a word: the loop has to enter it with `jax.set_mesh`."""
+    assert fast["traps"]["set_mesh"] > 30
+    assert fast["traps"]["bare"] == 0
+
+
+@pytest.mark.slow
+def test_every_mesh():
+    meshes = ("8x1x1", "1x8x1", "2x4x1", "2x2x2", "1x8x1+2", "2x4x1+2")
+    out = run_worker(*meshes)
+    for mesh in meshes:
+        check(out, mesh)
+    # Parameters are gathered; activations stay where their samples are.
+    assert out["1x8x1"]["activations_exchanged"] == 0
+    assert out["2x4x1"]["activations_exchanged"] == 0
+    assert out["8x1x1"]["sharded_leaves"] == 0

@@ -1,0 +1,187 @@
+"""Starting points: what a run takes from where, and what is drawn at random."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_starts as tiny
+from tiny_runs import write_dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "converters"))
+import checkpoints as weights  # noqa: E402
+
+from converters import model_directory, sgm  # noqa: E402
+from converters.parts import part_table  # noqa: E402
+from converters.table import to_torch  # noqa: E402
+from keysync_jax.config import to_dict  # noqa: E402
+from keysync_jax.errors import KeySyncError  # noqa: E402
+from keysync_jax.training import checkpoints, data, initial, runs  # noqa: E402
+from keysync_jax.training.config import TrainConfig  # noqa: E402
+from keysync_jax.training.state import merge  # noqa: E402
+
+LABEL = "model.diffusion_model.label_emb.0.0.weight"
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+AUDIO = {"conditioner.embedders.2.linear.weight", "conditioner.embedders.2.linear.bias"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write_model(tmp_path_factory.mktemp("start") / "model", "keyframe").path
+
+
+@pytest.fixture(scope="module")
+def svd(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("svd")
+    return {"file": weights.save_svd_file(folder / "svd.safetensors"), "folder": weights.save_svd_folder(folder / "svd")}
+
+
+def whole(found, stage):
+    """Torch-layout tensors of a start, trained and frozen together."""
+    frozen = {name: tree for name, tree in found.frozen.items() if name != "first_stage_model"}
+    return dict(to_torch(part_table(stage), merge(found.params, frozen)))
+
+
+@pytest.mark.parametrize("container", ["file", "folder"])
+@pytest.mark.parametrize("stage", ["keyframe", "interpolation"])
+def test_svd_start_draws_only_what_svd_cannot_give(svd, stage, container):
+    pixels = tiny.LossConfig(pixel_weight=1.0)
+    config = TrainConfig(stage=weights.STAGES[stage], loss=pixels, init=tiny.start_from("svd", svd[container]))
+    found = initial.initial_weights(config)
+    ours, theirs = whole(found, config.stage), weights.svd_tensors()
+    drawn = {LABEL} | AUDIO | ({FIRST, "model.learned_mask"} if stage == "interpolation" else set())
+    for key, value in ours.items():
+        same = key in theirs and theirs[key].shape == value.shape and np.array_equal(theirs[key], value)
+        assert same == (key not in drawn), key
+    assert np.abs(ours[LABEL]).max() <= 1 / np.sqrt(32) and ours[LABEL].std() > 0.05  # torch's default range
+    if stage == "interpolation":
+        assert not ours["model.learned_mask"].any()
+        assert np.abs(ours[FIRST]).max() <= 1 / 9
+    assert any(all(key in note for key in drawn) and "drawn at random" in note for note in found.notes)
+    # The pixel loss decodes with SVD's own decoder.
+    decoder = dict(to_torch(part_table(weights.VAE, ("decoder",)), found.frozen))
+    assert found.vae.latent_scale == 0.18215 and all(np.array_equal(value, theirs[key]) for key, value in decoder.items())
+
+
+def test_svd_start_refuses_what_is_not_svd(svd, tmp_path):
+    wide = dataclasses.replace(weights.STAGES["keyframe"].unet, context_dim=48)
+    config = TrainConfig(stage=dataclasses.replace(weights.STAGES["keyframe"], unet=wide), init=tiny.start_from("svd", svd["file"]))
+    with pytest.raises(KeySyncError, match=r"does not fit the recipe: \d+ tensors of the wrong shape: .*attn2.to_k.weight is .*32"):
+        initial.initial_weights(config)
+    heads = dataclasses.replace(weights.STAGES["keyframe"].unet, num_head_channels=16)
+    config = TrainConfig(stage=dataclasses.replace(weights.STAGES["keyframe"], unet=heads), init=tiny.start_from("svd", svd["folder"]))
+    with pytest.raises(KeySyncError, match="attention heads of 32.*set it to 32"):
+        initial.initial_weights(config)
+    hubert = weights.save_hf_encoder(tmp_path / "hubert", weights.HUBERT)
+    with pytest.raises(KeySyncError, match="no U-Net of Stable Video Diffusion, but HuBERT"):
+        initial.initial_weights(dataclasses.replace(config, init=tiny.start_from("svd", hubert)))
+
+
+def test_svd_also_starts_a_vae(svd):
+    config = TrainConfig(model="vae", vae=weights.VAE, init=tiny.start_from("svd", svd["folder"]))
+    found, theirs = initial.initial_weights(config), weights.svd_tensors()
+    assert all(np.array_equal(value, theirs[key]) for key, value in to_torch(part_table(weights.VAE), found.params))
+    with pytest.raises(KeySyncError, match=r"set --config.vae.base_channels=32 \(is 64\)"):
+        initial.initial_weights(dataclasses.replace(config, vae=dataclasses.replace(weights.VAE, base_channels=64)))
+
+
+def test_model_start_is_the_model(model):
+    config, notes = initial.resolve(tiny.recipe(pixels=True, init=tiny.start_from("model", model)))
+    assert config.stage.latent_scale == tiny.SCALE and config.vae == tiny.VAE and "0.25 instead of 0.18215" in notes[0]
+    found = initial.initial_weights(config)
+    stored = model_directory.load(model, complete=False)
+    ours, theirs = whole(found, config.stage), stored.tensors("keyframe")
+    assert all(np.array_equal(value, theirs[key]) for key, value in ours.items())
+    # Frozen are the temporal layers and the decoder, trained is everything else.
+    frozen = {name for name, _ in to_torch(part_table(config.stage), merge(found.params, found.frozen)) if sgm.is_frozen(name)}
+    names = tiny.leaves(found.frozen)
+    assert len([n for n in names if not n.startswith("first_stage_model")]) == len(frozen) > 0
+    assert {n.split("/")[1] for n in names if n.startswith("first_stage_model")} == {"decoder"}
+    abstract = initial.abstract_weights(config)
+    initial.checked(found.params, abstract.params, "params")
+    initial.checked(found.frozen, abstract.frozen, "frozen")
+
+
+def test_model_start_refuses_another_network(model):
+    narrow = dataclasses.replace(tiny.KEYFRAME, unet=dataclasses.replace(tiny.UNET, num_head_channels=32, context_dim=8))
+    with pytest.raises(KeySyncError) as error:
+        initial.initial_weights(dataclasses.replace(tiny.recipe(init=tiny.start_from("model", model)), stage=narrow))
+    assert "--config.stage.unet.num_head_channels=16 (is 32), --config.stage.unet.context_dim=16 (is 8)" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_interpolation_can_start_from_keyframes(model):
+    config = tiny.recipe("interpolation", init=tiny.start_from("model", model))
+    found = initial.initial_weights(config)
+    ours, theirs = whole(found, config.stage), model_directory.load(model, complete=False).tensors("keyframe")
+    different = {key for key, value in ours.items() if key not in theirs or not np.array_equal(theirs[key], value)}
+    assert different == {FIRST, "model.learned_mask"}
+    assert FIRST in found.notes[1]
+
+
+def test_run_start_takes_only_the_weights(model, tmp_path):
+    first = tiny.recipe(pixels=True, init=tiny.start_from("model", model))
+    tiny.save_run(tmp_path / "first", first, step=7, nudge=0.5)
+    last, mean = (initial.initial_weights(tiny.recipe(init=tiny.start_from("run", tmp_path / "first", ema=ema))) for ema in (False, True))
+    stored = checkpoints.Checkpoints(tmp_path / "first", read_only=True)
+    for found, ema in ((last, False), (mean, True)):
+        wanted = tiny.leaves(stored.weights(7, initial.abstract_weights(first).params, ema=ema))
+        got = tiny.leaves(found.params)
+        assert wanted.keys() == got.keys() and all(np.array_equal(wanted[n], got[n]) for n in got)
+    stored.close()
+    name = "model/diffusion_model/out_2/bias"
+    assert np.allclose(tiny.leaves(last.params)[name] - tiny.leaves(mean.params)[name], 0.25)
+    assert "step 7" in last.notes[0] and "averaged" in mean.notes[0]
+    # A stage that started from a run finds its VAE where that run found it.
+    config, _ = initial.resolve(tiny.recipe(pixels=True, init=tiny.start_from("run", tmp_path / "first")))
+    assert config.vae == tiny.VAE
+    for init, message in (
+        (tiny.start_from("run", tmp_path / "first", step=8), "no checkpoint of step 8; there are 7|no checkpoint of step 8"),
+        (tiny.start_from("run", tmp_path), "not a training run"),
+    ):
+        with pytest.raises(KeySyncError, match=message):
+            initial.initial_weights(tiny.recipe(init=init))
+    with pytest.raises(KeySyncError, match="trains a stage, this run a vae"):
+        initial.initial_weights(TrainConfig(model="vae", vae=tiny.VAE, init=tiny.start_from("run", tmp_path / "first")))
+
+
+def test_scratch_says_so():
+    found = initial.initial_weights(tiny.recipe())
+    assert "drawn at random, seed 23" in found.notes[0]
+    assert found.vae is None and not any("first_stage" in name for name in found.frozen)
+
+
+def test_the_vae_decides_scale_and_size(model, tmp_path):
+    config, notes = initial.resolve(tiny.recipe(init=tiny.InitConfig(vae=str(model))))
+    assert config.stage.latent_scale == tiny.SCALE and len(notes) == 1
+    assert initial.resolve(config) == (config, [])  # nothing left to take
+    large = dataclasses.replace(tiny.KEYFRAME, resolution=128)
+    with pytest.raises(KeySyncError, match=r"resolution is 128, but latents of config.stage.latent_size=8 are 64 pixels"):
+        initial.resolve(dataclasses.replace(config, stage=large))
+    with pytest.raises(KeySyncError, match="does not exist"):
+        initial.resolve(tiny.recipe(init=tiny.InitConfig(vae=str(tmp_path / "nowhere"))))
+    # A run that goes on needs the VAE's directory no more.
+    checkpoints.write_config(tmp_path / "run", to_dict(config))
+    gone = tiny.recipe(pixels=True, init=tiny.InitConfig(vae=str(tmp_path / "nowhere")))
+    again, _ = initial.resolve(gone, tmp_path / "run")
+    assert again.stage.latent_scale == tiny.SCALE and initial.abstract_weights(again).vae == tiny.VAE
+
+
+def test_pixel_loss_without_vae():
+    with pytest.raises(KeySyncError, match="config.init.vae"):
+        initial.initial_weights(tiny.recipe(pixels=True))
+
+
+def test_data_of_another_scale_are_refused(tmp_path, model, monkeypatch):
+    config, _ = initial.resolve(tiny.recipe(dataset=write_dataset(tmp_path / "data"), init=tiny.InitConfig(vae=str(model))))
+    reader = data.make_reader(config)
+    initial.check_latents(config, reader)  # a dataset that does not say is taken at its word
+    monkeypatch.setattr(type(reader.stores[0]), "info", lambda self, column: {"scale": 0.18215})
+    with pytest.raises(KeySyncError, match=r"data holds latents at scale 0.18215, the stage works at 0.25"):
+        initial.check_latents(config, reader)
+
+
+def test_runs_are_recognised(model, tmp_path):
+    assert not runs.is_run(model) and not runs.is_run(tmp_path) and not runs.is_run("hub:a/b")
+    assert runs.last_step(tmp_path) is None

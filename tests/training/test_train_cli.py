@@ -1,0 +1,183 @@
+"""`keysync train` and `keysync export` from the command line: bad input is one clear line with the right exit status."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_starts as tiny
+from tiny_runs import write_dataset
+
+from data_pipeline.source.clips import FrameStore
+from keysync_jax import recipes
+from keysync_jax.cli import main
+from keysync_jax.config import to_dict
+from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.training import checkpoints, runs
+from keysync_jax.training.config import train_config
+
+
+@pytest.fixture
+def keysync(capsys):
+    """Runs the command; returns (exit status, the one error line or "", what was printed)."""
+
+    def run(*words):
+        try:
+            status = main([str(w) for w in words])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        out, error = capsys.readouterr()
+        assert "Traceback" not in error
+        lines = [line for line in error.splitlines() if ": error:" in line]
+        assert len(lines) == (status != 0), error
+        return status, "".join(lines), out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("cli") / "data")
+
+
+@pytest.fixture(scope="module")
+def recipe_file(dataset, tmp_path_factory):
+    """The tiny recipe as a run's config.json, which `--config` takes too."""
+    path = tmp_path_factory.mktemp("recipe") / "config.json"
+    path.write_text(json.dumps(to_dict(tiny.recipe(dataset=dataset))))
+    return path
+
+
+def train(recipe_file, workdir, *overrides, more=()):
+    return ("train", "--config", recipe_file, "--workdir", workdir, *more, *(f"--config.{o}" for o in overrides))
+
+
+def test_check_says_what_would_happen_and_does_nothing(keysync, recipe_file, tmp_path):
+    status, _, out = keysync(*train(recipe_file, tmp_path / "run", more=["--check"]))
+    assert status == 0 and "drawn at random, seed 23" in out and "parameters are trained" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "status", "words"),
+    [
+        (["data.batchsize=3"], 2, "config has no key 'data.batchsize'; there are batch_size, box_jitter"),
+        (["num_steps=many"], 2, "config key 'num_steps' is 2; 'many' is no int"),
+        (["optimizer=3"], 2, "'optimizer' is a section; set one of optimizer.accumulate"),
+        (["num_steps"], 2, "write --config.num_steps=VALUE"),
+        (["optimizer.ema_decay=1.5"], 1, "optimizer.ema_decay is 1.5"),
+        (["data.datasets=()"], 2, "config.data.datasets is empty"),
+        (["data.datasets=nowhere"], 1, "nowhere"),
+        (["stage.audio_encoder=hubert"], 1, "holds no tokens of audio encoder 'hubert'; it has log_mel"),
+        (["stage.audio_feature_dim=9"], 1, "log_mel tokens have 8 numbers, the stage expects 9"),
+        (["stage.latent_size=16"], 1, "has latents of (8, 8), the stage is for (16, 16)"),
+        (["data.columns=valence"], 2, "no key 'data.columns'"),
+        (["loss.pixel_weight=1.0"], 1, "jpeg"),
+        (["init.kind=svd"], 1, "init.kind 'svd' needs init.path"),
+        (["init.kind=svd", "init.path=nowhere"], 1, "nowhere does not exist"),
+        (["init.kind=model", "init.path=nowhere"], 1, "nowhere does not exist"),
+        (["init.kind=run", "init.path=nowhere"], 1, "nowhere is not a training run"),
+        (["init.vae=nowhere"], 1, "nowhere does not exist"),
+    ],
+)
+def test_bad_recipes(overrides, status, words, keysync, recipe_file, tmp_path):
+    found, line, _ = keysync(*train(recipe_file, tmp_path / "run", *overrides, more=["--check"]))
+    assert (found, words in line) == (status, True), line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["mesh.data=3"], "mesh"),
+        (["mesh.fsdp=2", "mesh.data=1"], "mesh"),
+        (["data.batch_size=3", "optimizer.accumulate=2"], "3 is not a multiple of optimizer.accumulate 2"),
+    ],
+)
+def test_meshes_that_do_not_fit(overrides, words, keysync, recipe_file, tmp_path):
+    status, line, _ = keysync(*train(recipe_file, tmp_path / "run", *overrides))
+    assert status in (1, 2) and words in line
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--profile_steps", "10"], "write two step numbers A:B"),
+        (["--profile_steps", "10:10"], "A below B"),
+        (["--coordinator", "localhost:1234"], "--num-processes"),
+    ],
+)
+def test_bad_options(more, words, keysync, recipe_file, tmp_path):
+    status, line, _ = keysync(*train(recipe_file, tmp_path / "run", more=more))
+    assert status == 2 and words in line
+
+
+def test_unknown_recipe(keysync, tmp_path):
+    status, line, _ = keysync("train", "--config", "keyfrme", "--workdir", tmp_path)
+    assert status == 2 and "no recipe 'keyfrme'; shipped ones are" in line
+    (tmp_path / "broken.json").write_text("{")
+    status, line, _ = keysync("train", "--config", tmp_path / "broken.json", "--workdir", tmp_path)
+    assert status == 1 and "broken.json cannot be read" in line
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    status, line, _ = keysync("train", "--config", tmp_path / "broken.py", "--workdir", tmp_path)
+    assert status == 1 and "broken.py, line 1" in line
+
+
+def test_checkpoint_of_another_model(keysync, recipe_file, tmp_path):
+    config = train_config(recipes.load(str(recipe_file), ["--config.stage.unet.num_head_channels=32"]))
+    tiny.save_run(tmp_path / "run", config)
+    status, line, _ = keysync(*train(recipe_file, tmp_path / "run"))
+    assert status == 1 and "of another model" in line and "stage.unet.num_head_channels 32 -> 16" in line
+
+
+def test_nan_in_a_record(keysync, recipe_file, tmp_path, monkeypatch):
+    original = FrameStore._reader
+
+    def reader(self, group, split):
+        found = original(self, group, split)
+        monkeypatch.setattr("data_pipeline.source.clips._finite", lambda value: not (np.asarray(value).shape == (2, tiny.MELS)))
+        return found
+
+    monkeypatch.setattr(FrameStore, "_reader", reader)
+    status, line, _ = keysync(*train(recipe_file, tmp_path / "run"))
+    assert status == 1 and "'audio_log_mel' is not finite; prepare the clip again" in line and "clip 'c" in line
+
+
+def test_lists_and_numbers_on_the_command_line(recipe_file):
+    def value(*overrides):
+        return train_config(recipes.load(str(recipe_file), [f"--config.{o}" for o in overrides])).data
+
+    assert value("data.datasets=one").datasets == ("one",)
+    assert value("data.datasets=one,gs://b/two").datasets == ("one", "gs://b/two")
+    assert value("data.datasets=a,b", "data.weights=0.25,1").weights == (0.25, 1.0)
+    assert value('data.datasets=("x",)').datasets == ("x",)
+    assert value("data.flip=true").flip is True
+    assert value("data.batch_size=1e2").batch_size == 100
+    assert value("data.min_scores={'quality': 0.5}").min_scores == {"quality": 0.5}
+    assert value("data.split=2024").split == "2024"
+    with pytest.raises(KeySyncError, match="datasets must hold str values, not 2024"):
+        value("data.datasets=2024")
+    with pytest.raises(UsageError, match="is no bool"):
+        value("data.flip=1")
+
+
+def test_export_of_a_run_that_has_not_saved(keysync, recipe_file, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    checkpoints.write_config(tmp_path / "run", json.loads(recipe_file.read_text()))
+    assert runs.is_run(tmp_path / "run")
+    status, line, _ = keysync("export", tmp_path / "run", "-o", tmp_path / "out")
+    assert status == 1 and "has no checkpoint yet" in line
+    status, line, _ = keysync("export", tmp_path / "nowhere", "--format", "model", "-o", tmp_path / "out")
+    assert status == 1 and "nowhere does not exist" in line
+
+
+def test_export_of_a_model_directory_wants_a_format(keysync, tmp_path):
+    path = tiny.write_model(tmp_path / "model", "keyframe").path
+    status, line, _ = keysync("export", path, "-o", tmp_path / "out")
+    assert status == 2 and "--format" in line
+    status, _, _ = keysync("export", path, "-o", tmp_path / "out", "--format", "keysync", "--container", "safetensors")
+    assert status == 0 and (tmp_path / "out" / "keyframe_dub.safetensors").exists()
+
+
+@pytest.mark.parametrize("verb", ["train", "export"])
+def test_help_shows_examples(verb, keysync):
+    status, _, out = keysync(verb, "--help")
+    assert status == 0 and out.count(f"keysync {verb}") >= 4
