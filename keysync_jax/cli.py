@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from keysync_jax import __version__, data_cli
+from keysync_jax import __version__, assets, bench_cli, data_cli, evaluate_cli, plan_cli, train_cli
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.verbs import add_verb
 
@@ -21,6 +21,7 @@ examples:
   keysync convert keyframe_dub.pt interpolation_dub.pt svd/ hubert/ WavLM-Base+.pt -o DIR
   keysync inspect DIR                                what a file or model directory holds
   keysync export DIR --format diffusers -o svd_out   back to PyTorch
+  keysync train --config keyframe --workdir runs/keyframe --config.data.datasets=data
 
 exit status: 0 done, 1 failed, 2 wrong usage.   keysync VERB --help explains a verb."""
 
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, status: int) -> int:
-    print(f"keysync: error: {error}", file=sys.stderr)
+    # One line, also where a library's message has several.
+    text = " ".join(line.strip() for line in str(error).splitlines())
+    print(f"keysync: error: {text}", file=sys.stderr)
     return status
 
 
@@ -65,28 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"keysync-jax {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for add in (_add_demo, _add_dub, _add_convert, _add_export, _add_inspect, _add_init, _add_verify):
+    for add in (evaluate_cli.add_demo, _add_dub, _add_convert, train_cli.add_export, _add_inspect, _add_init, _add_verify):
         add(verbs)
     data_cli.add_verbs(verbs)
+    for add in (train_cli.add_train, evaluate_cli.add_evaluate, plan_cli.add_plan, bench_cli.add_bench):
+        add(verbs)
     return parser
 
 
 # ------------------------------------------------------------------------------------------------------------------- dubbing
-
-
-def _add_demo(verbs) -> None:
-    p = add_verb(verbs, "demo", _demo, "make a short drawn clip and dub it with a tiny random model", "  keysync demo -o demo")
-    p.add_argument("-o", "--output", default="keysync_demo", metavar="DIR", help="folder for the clip, the dub and a picture strip")
-    p.add_argument("--seed", type=int, default=0)
-
-
-def _demo(args) -> int:
-    from keysync_jax.inference.demo import run_demo
-    from keysync_jax.inference.runtime import use_compile_cache
-
-    use_compile_cache()
-    run_demo(args.output, seed=args.seed)
-    return 0
 
 
 def _add_dub(verbs) -> None:
@@ -98,7 +88,7 @@ def _add_dub(verbs) -> None:
     p.add_argument("video", metavar="VIDEO", help="any container, size, rate, rotation; constant or variable frame rate")
     p.add_argument("audio", metavar="AUDIO", help="the new voice: an audio file, or a video whose track is used")
     p.add_argument("-o", "--output", required=True, metavar="OUT", help="output file: .mp4, .mkv or .mov")
-    p.add_argument("--model", required=True, metavar="DIR", help=_MODEL_HELP)
+    p.add_argument("--model", metavar="DIR", help=f"{_MODEL_HELP}, or demo: the bundled model, which draws cartoon mouths")
     p.add_argument("--report", metavar="JSON", help="write what was done to each shot, timings and settings")
     model = p.add_argument_group("generation")
     model.add_argument("--seed", type=int, default=23, help="noise seed; the same seed gives the same bytes (default 23)")
@@ -119,10 +109,14 @@ def _add_dub(verbs) -> None:
 
 
 def _dub(args) -> int:
+    if args.model is None:
+        raise UsageError(assets.NO_MODEL)
     from keysync_jax.inference.options import DubOptions
     from keysync_jax.inference.pipeline import KeySyncPipeline
     from keysync_jax.inference.runtime import use_compile_cache
 
+    if args.model == assets.NAME:
+        print(f"keysync: {assets.WARNING}", file=sys.stderr)
     use_compile_cache()
     options = DubOptions(
         seed=args.seed, steps=args.steps, audio_scale=args.audio_scale, identity_scale=args.identity_scale, mask=args.mask,
@@ -172,32 +166,6 @@ def _convert(args) -> int:
     return 0
 
 
-def _add_export(verbs) -> None:
-    p = add_verb(
-        verbs, "export", _export, "write a model directory in a PyTorch format",
-        "  keysync export DIR --format keysync -o out        keyframe_dub.pt and interpolation_dub.pt\n"
-        "  keysync export DIR --format diffusers -o out      SVD folder with unet/ and vae/",
-    )  # fmt: skip
-    p.add_argument("model", metavar="DIR", help=_MODEL_HELP)
-    p.add_argument("--format", required=True, choices=["keysync", "diffusers"])
-    p.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
-    p.add_argument("--container", choices=["pt", "safetensors"], default="pt", help="keysync format: file type (default pt)")
-    p.add_argument("--vae-copies", action="store_true", help="keysync format: add the optional VAE encoder copies")
-    p.add_argument("--stage", action="append", choices=["keyframe", "interpolation"], help="only this stage (repeat for both)")
-    p.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="type to store (default: as it is)")
-    p.add_argument("--force", action="store_true", help="replace an existing export")
-
-
-def _export(args) -> int:
-    from converters.export import export
-
-    export(
-        args.model, args.output, args.format, container=args.container, vae_copies=args.vae_copies, stages=args.stage, dtype=args.dtype,
-        force=args.force,
-    )  # fmt: skip
-    return 0
-
-
 def _add_inspect(verbs) -> None:
     p = add_verb(
         verbs, "inspect", _inspect, "say what a weights file, model directory or recipe holds",
@@ -225,7 +193,7 @@ def _inspect(args) -> int:
 
 def _add_init(verbs) -> None:
     p = add_verb(
-        verbs, "init", _init, "make a model directory with random weights, for trying things out",
+        verbs, "init", _init, "make a model directory with random weights, to try things out",
         "  keysync init --size tiny -o tiny",
     )  # fmt: skip
     p.add_argument("--size", required=True, choices=["tiny", "full"], help="tiny: 128-px crop, megabytes; full: the released layout, 14 GB")

@@ -1,55 +1,226 @@
-"""`keysync demo`: a drawn talker, another voice, a tiny random model, and the real job around them."""
+"""`keysync demo`: a drawn talker that no training has seen, another voice, the bundled model, and the real job around it.
+
+The clip goes through the same files, face detection, crop and compositing as anybody's video. Only the judging knows more: the drawing
+gives the true target, and the mouth is read back from the pixels with the drawing's own eye corners.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 
 from converters.initialize import initialize
-from data_pipeline.synthetic import make_clip, write_clip
+from data_pipeline.synthetic import write_clip
+from keysync_jax import assets
+from keysync_jax.errors import UsageError
+from keysync_jax.evaluation import lip_metrics, marks, talkers_clips
+from keysync_jax.evaluation.lip_metrics_plot import draw_curves, stack
+from keysync_jax.evaluation.talkers_clips import HeldOut
+from keysync_jax.inference import demo_record
 from keysync_jax.inference.job import DubResult
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.inference.pipeline import KeySyncPipeline
-from keysync_jax.media import audio, video
-from keysync_jax.media.strip import draw_strip, tint_changes
+from keysync_jax.media import audio, masks, video
+from keysync_jax.media.strip import draw_strip
 
-_FRAMES, _SIZE, _COLUMNS = 75, 512, 6
+FRAMES = 150  # 6 s
+SIZE = 256  # the model's crop is 128; twice that is pleasant to look at and the face detector misses fewer frames
+_COLUMNS = 6
+_EDGE = 92, 4  # margins of `draw_strip`, so that curves and waveform share their time axis
 
 
-def run_demo(folder: str | Path, seed: int = 0) -> DubResult:
-    """Make the clip, the voice and the model in `folder`, dub, and draw `strip.png`.
+class DemoResult(NamedTuple):
+    """What a demo did.
+
+    Attributes:
+      dub: the job's own result.
+      figures: by key; `marks.FOLLOW` says what they mean.
+      passed: no figure is below the model's recorded floor (True where nothing is recorded).
+    """
+
+    dub: DubResult
+    figures: dict[str, float]
+    passed: bool
+
+
+def run_demo(
+    folder: str | Path,
+    seed: int = 0,
+    model: str | os.PathLike | None = None,
+    *,
+    frames: int = FRAMES,
+    size: int = SIZE,
+    quiet: bool = False,
+) -> DemoResult:
+    """Make the clip and the voice in `folder`, dub, measure, and draw `strip.png`.
+
+    Args:
+      folder: gets clip.mp4, voice.wav, demo.mp4, report.json, figures.json and strip.png.
+      seed: another seed is another person with another voice.
+      model: model directory; default the bundled one, and where the package holds none, a tiny random one made for the occasion.
+      frames, size: of the clip.
+      quiet: no progress.
 
     Raises:
       KeySyncError: anything the dub itself refuses.
     """
-    console = Console(stderr=True)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    clip, voice, model = folder / "clip.mp4", folder / "voice.wav", folder / "model"
-
+    console = Console(stderr=True, quiet=quiet)
+    path = _model(model, Path(folder), seed, console)
+    recorded = demo_record.read(path)
+    pipeline = KeySyncPipeline.from_pretrained(path)
+    start = time.perf_counter()
     console.print("drawing a talker and inventing a second voice …")
-    write_clip(make_clip(seed, frames=_FRAMES, size=_SIZE), clip)
-    samples = make_clip(seed + 1, frames=_FRAMES, size=128).samples
-    audio.save_wav(voice, samples, 16000)
-    initialize("tiny", str(model), seed=seed, force=True)
+    clip = talkers_clips.held_out("demo", seed, 0, frames, size)
+    folder = Path(folder)
+    dub, measured = _dub(pipeline, clip, folder, seed, progress=not quiet)
+    # Clips of another length or size are no fair comparison.
+    judged = recorded if recorded and (recorded["frames"], recorded["size"]) == (frames, size) else None
+    floors = {} if judged is None else judged["floors"]
+    below = demo_record.below(measured.figures, floors)
 
-    result = KeySyncPipeline.from_pretrained(model)(
-        clip, voice, folder / "demo.mp4", options=DubOptions(seed=seed), report=folder / "report.json", progress=True
+    _draw(clip, measured, dub, folder / "strip.png")
+    report = _report(clip, seed, pipeline, measured, judged, below, time.perf_counter() - start)
+    (folder / "figures.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _show(console, report, dub, folder)
+    return DemoResult(dub, measured.figures, not below)
+
+
+def record(
+    folder: str | Path,
+    model: str | os.PathLike | None,
+    count: int,
+    *,
+    frames: int = FRAMES,
+    size: int = SIZE,
+    quiet: bool = False,
+) -> str:
+    """Dub the demo clips of seeds 0 to `count` - 1 and write what they reach into the model directory; returns a summary.
+
+    Raises:
+      UsageError: too few clips to tell how much they scatter.
+      KeySyncError: a model directory that cannot be written to, or anything the dub refuses.
+    """
+    if count < demo_record.FEWEST:
+        raise UsageError(f"--record {count}: at least {demo_record.FEWEST} clips are needed to tell how much single clips scatter")
+    path = assets.resolve(assets.NAME if model is None else model)
+    pipeline = KeySyncPipeline.from_pretrained(path)
+    console = Console(stderr=True, quiet=quiet)
+    rows = []
+    for seed in range(count):
+        clip = talkers_clips.held_out("demo", seed, 0, frames, size)
+        _, measured = _dub(pipeline, clip, Path(folder) / f"seed_{seed}", seed, progress=False)
+        rows.append(measured.figures)
+        console.print(f"seed {seed} of {count}: " + ", ".join(f"{k} {v:.3f}" for k, v in measured.figures.items()), highlight=False)
+    written = demo_record.write(path, rows, frames=frames, size=size, model=pipeline.describe())
+    return f"{written}: {count} clips, mean opening r {np.mean([row['opening_r'] for row in rows]):.3f}"
+
+
+def _model(model: str | os.PathLike | None, folder: Path, seed: int, console: Console) -> str:
+    """The model directory to dub with."""
+    if model is not None or assets.is_bundled():
+        return assets.resolve(assets.NAME if model is None else model)
+    console.print("[bold yellow]this package holds no trained demo model: a random one is made, and the mouth will be noise[/bold yellow]")
+    folder.mkdir(parents=True, exist_ok=True)
+    return initialize("tiny", folder / "model", seed=seed, force=True, console=console).path
+
+
+class _Measured(NamedTuple):
+    figures: dict[str, float]
+    frames: np.ndarray  # the dubbed ones, uint8 [T, H, W, 3]
+    opening: dict[str, np.ndarray]  # curves by name, in eye-corner distances
+
+
+def _dub(pipeline: KeySyncPipeline, clip: HeldOut, folder: Path, seed: int, progress: bool) -> tuple[DubResult, _Measured]:
+    """Write the clip and the voice, run the job on the files, measure its output."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_clip(clip.source, folder / "clip.mp4")
+    audio.save_wav(folder / "voice.wav", clip.target.samples, clip.target.sample_rate)
+    result = pipeline(
+        folder / "clip.mp4",
+        folder / "voice.wav",
+        folder / "demo.mp4",
+        options=DubOptions(seed=seed % 2**32),
+        report=folder / "report.json",
+        progress=progress,
     )
-    moments = np.linspace(0, _FRAMES - 1, _COLUMNS + 2).round().astype(int)[1:-1]
-    before, after = _frames(clip, moments), _frames(folder / "demo.mp4", moments)
-    changed = [tint_changes(b, a) for b, a in zip(before, after, strict=True)]
-    rows = [("input", before), ("regenerated", changed), ("output", after)]
-    draw_strip(rows, [m / 25 for m in moments], samples, _FRAMES / 25).save(folder / "strip.png")
+    frames = np.stack([frame.rgb() for frame in video.read(folder / "demo.mp4")])
+    source, target, output = (
+        talkers_clips.measure(clip.source),
+        talkers_clips.measure(clip.target),
+        talkers_clips.measure(clip.target, frames),
+    )
+    truth = talkers_clips.mouth_truth(clip, source, target)
+    figures = lip_metrics.follow_figures(*output, truth)
+    copied = lip_metrics.follow_figures(*source, truth)
+    figures = {key: figures[key] for key in demo_record.KEYS} | {"copied_opening_r": copied["opening_r"]}
+    curves = {"true target": clip.target.opening, "output": output.opening, "input": source.opening}
+    return result, _Measured(figures, frames, curves)
 
-    console.print(result.summary, highlight=False)
-    console.print(f"\nlook at [b]{folder / 'demo.mp4'}[/b] and [b]{folder / 'strip.png'}[/b]")
-    console.print("the model is tiny and [b]random: the mouth is noise[/b]; face, crop, timing, blending and audio are the real thing")
-    return result
+
+def _report(
+    clip: HeldOut, seed: int, pipeline: KeySyncPipeline, measured: _Measured, recorded: dict[str, Any] | None, below: list[str],
+    seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    description = pipeline.describe()
+    return marks.clean(
+        {
+            "kind": "demo",
+            "seed": seed,
+            "frames": clip.num_frames,
+            "size": clip.source.frames.shape[1],
+            "figures": measured.figures,
+            "marks": marks.judge(marks.FOLLOW, measured.figures),
+            "recorded": recorded,
+            "below_recorded": below,
+            "seconds": seconds,
+            "model": {"path": description["path"], "random": description["random"], **demo_record.hashes(description)},
+            "opening": {name: [float(v) for v in values] for name, values in measured.opening.items()},
+        }
+    )
 
 
-def _frames(path: Path, wanted: np.ndarray) -> list[np.ndarray]:
-    chosen = set(wanted.tolist())
-    return [frame.rgb() for frame in video.read(path) if frame.index in chosen]
+def _draw(clip: HeldOut, measured: _Measured, dub: DubResult, path: Path) -> None:
+    """Input, mask, output, target at the same moments; below them the voice and the openings."""
+    count = clip.num_frames
+    moments = np.linspace(0, count - 1, _COLUMNS + 2).round().astype(int)[1:-1]
+    size = clip.source.frames.shape[1]
+    stage = dub.report["model"]["parts"]["keyframe"]["config"]
+    region = masks.make_mask(clip.source.landmarks[moments], size, size, demo_record.mask_config(stage))
+    before = clip.source.frames[moments]
+    tinted = np.where(region[..., None] > 0, 0.5 * before + 0.5 * np.array([230, 60, 50]), before).astype(np.uint8)
+    rows = [("input", before), ("mask", tinted), ("output", measured.frames[moments]), ("target", clip.target.frames[moments])]
+    seconds = count / clip.source.fps
+    times = [m / clip.source.fps for m in moments]
+    strip = draw_strip([(name, list(frames)) for name, frames in rows], times, clip.target.samples, seconds)
+    left, right = _EDGE
+    curves = draw_curves(list(measured.opening.items()), seconds, "opening", strip.width, 150, left, right)
+    stack([strip, curves]).save(path)
+
+
+def _show(console: Console, report: dict[str, Any], dub: DubResult, folder: Path) -> None:
+    console.print(dub.summary, highlight=False)
+    columns = {"this clip": report["figures"]}
+    recorded = report["recorded"]
+    if recorded:
+        columns |= {f"recorded mean of {recorded['clips']}": recorded["mean"], "recorded floor": recorded["floors"]}
+    marks.show(
+        "lip-sync of the dubbed mouth, read from the pixels (the marks are meant for the mean over 50 clips: one clip scatters)",
+        marks.FOLLOW, columns, [("copied_opening_r", "for comparison, the input's own mouth: opening r")], ["this clip"], console,
+    )  # fmt: skip
+    console.print(f"\nlook at [b]{folder / 'demo.mp4'}[/b] and [b]{folder / 'strip.png'}[/b]; figures in {folder / 'figures.json'}")
+    if report["model"]["random"]:
+        console.print("[bold yellow]the model's weights are random[/bold yellow]: the mouth is noise; the rest is the real thing")
+    else:
+        console.print("this model draws [b]cartoon mouths[/b]; for real videos: keysync dub --help")
+    if report["below_recorded"]:
+        console.print(f"[bold red]below what this model is recorded to reach: {', '.join(report['below_recorded'])}[/bold red]")
+    elif recorded:
+        console.print("no figure is below what this model is recorded to reach")
+    else:
+        console.print("nothing is recorded for this model, so nothing is compared (keysync demo --record N does that)")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from converters import model_directory
+from keysync_jax import assets
 from keysync_jax.inference import job
 from keysync_jax.inference import report as reporting
 from keysync_jax.inference.audio_features import AudioFeatures
@@ -49,7 +50,7 @@ class KeySyncPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, **options: Any) -> KeySyncPipeline:
-        """Open a model directory: local, `gs://…`, or `hub:owner/name`.
+        """Open a model directory: local, `gs://…`, `hub:owner/name`, or "demo", the bundled one that draws cartoon mouths.
 
         Args:
           path: where it is.
@@ -58,7 +59,7 @@ class KeySyncPipeline:
         Raises:
           KeySyncError: no model directory there, a part missing, or parts that do not belong together.
         """
-        return cls(model_directory.load(path), **options)
+        return cls(model_directory.load(assets.resolve(path)), **options)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write the model directory to `path`; it must not exist or be empty."""

@@ -170,7 +170,7 @@ def test_help_fits_a_screen(capsys):
     assert any("keysync dub" in line for line in lines)
 
 
-@pytest.mark.parametrize("verb", ["demo", "dub", "convert", "export", "inspect", "init", "verify"])
+@pytest.mark.parametrize("verb", ["demo", "dub", "convert", "export", "inspect", "init", "verify", "train", "evaluate", "plan", "bench"])
 def test_every_verb_shows_an_example(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])

@@ -1,6 +1,6 @@
 """The full-size keyframe network really runs: one call on a small latent, on a CPU, within 24 GiB.
 
-    pytest -m slow -n 0 -s tests/models/test_full_size_network.py      about five minutes, 15 GiB of memory
+pytest -m slow -n 0 -s tests/models/test_full_size_network.py      about five minutes, 15 GiB of memory
 """
 
 import resource

@@ -1,0 +1,263 @@
+"""A model on drawn talkers, straight from arrays: exact landmarks, no files, windows of several clips in one stream.
+
+Crop, masks, window plan, samplers, VAE and compositing are the dub's own, so what is judged here is what a dub would show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters.model_directory import ModelDirectory
+from data_pipeline.synthetic.clip import TalkerClip
+from keysync_jax.config import StageConfig
+from keysync_jax.errors import KeySyncError
+from keysync_jax.inference.audio_features import AudioFeatures
+from keysync_jax.inference.generate import LatentCoder, StageSampler, StageSettings, Window
+from keysync_jax.inference.plan import KeyframeWindow, Plan, Slot, make_plan
+from keysync_jax.media import color, masks
+from keysync_jax.media import crop as cropping
+from keysync_jax.media.compositing import Compositor
+from keysync_jax.media.crop import Crop
+from keysync_jax.media.orientation import Orientation
+from keysync_jax.media.video import VideoInfo
+from keysync_jax.parallel.mesh import data_mesh
+
+MODES = ("dub", "keyframes", "one stage")
+# Room for the windows of one clip among the indices that key the noise.
+_WINDOWS_PER_CLIP = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """Guidance (audio, identity) of each stage."""
+
+    keyframe: tuple[float, float]
+    interpolation: tuple[float, float]
+
+    @property
+    def text(self) -> str:
+        first, second = (f"{audio:g}/{identity:g}" for audio, identity in (self.keyframe, self.interpolation))
+        return first if first == second else f"{first}:{second}"
+
+
+class Prepared(NamedTuple):
+    """A source clip as the network sees it."""
+
+    number: int
+    frames: np.ndarray  # uint8 [T, H, W, 3]
+    crop: Crop
+    known: np.ndarray  # [T, h, w, 4] scaled latents
+    masks: np.ndarray  # bool [T, h, w]
+
+
+class TalkerModel:
+    """The parts of a model directory that an evaluation needs, compiled once.
+
+    Args:
+      directory: the opened model directory.
+      mode: "dub" needs both stages, "keyframes" and "one stage" the keyframe stage alone.
+      steps: sampler steps; None is the model's own number.
+      microbatch: windows per device and call; None is 4 on a CPU and 16 elsewhere.
+      dtype: compute type; None is float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+      KeySyncError: the directory lacks a part.
+    """
+
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        mode: str = "dub",
+        *,
+        steps: int | None = None,
+        microbatch: int | None = None,
+        dtype: str | None = None,
+    ):
+        on_cpu = jax.default_backend() == "cpu"
+        self.mode = mode
+        self.microbatch = microbatch or (4 if on_cpu else 16)
+        self.dtype = dtype or ("float32" if on_cpu else "bfloat16")
+        names = ("keyframe", "interpolation") if mode == "dub" else ("keyframe",)
+        self.stages: dict[str, StageConfig] = {name: directory.stage(name) for name in names}
+        self.keyframe = self.stages["keyframe"]
+        self.steps = self.keyframe.num_steps if steps is None else steps
+        mesh = data_mesh()
+        self.group = max(8, self.microbatch * mesh.devices.size)  # clips whose windows are streamed together
+        self._samplers = {
+            name: StageSampler(
+                config, directory.params(name), mesh, num_steps=self.steps, dtype=jnp.dtype(self.dtype), microbatch=self.microbatch
+            )
+            for name, config in self.stages.items()
+        }
+        self._coder = LatentCoder(directory.vae, directory.params("vae"), mesh, microbatch=2 * self.microbatch)
+        encoders = {config.audio_encoder for config in self.stages.values()}
+        self._features = {name: AudioFeatures(directory.audio(name), directory.params(f"audio/{name}")) for name in sorted(encoders)}
+
+    def own_scales(self) -> Scales:
+        """The guidance written in the model's config."""
+        last = self.stages.get("interpolation", self.keyframe)
+        return Scales((self.keyframe.audio_scale, self.keyframe.identity_scale), (last.audio_scale, last.identity_scale))
+
+    def num_windows(self, frames: int) -> int:
+        """Windows that one dub of that many frames takes, for progress."""
+        if self.mode == "one stage":
+            return len(one_stage_windows(frames, self.keyframe.num_frames))
+        plan = make_plan(frames, self.keyframe.num_frames)
+        return len(plan.keyframe_windows) + (len(plan.segments) if self.mode == "dub" else 0)
+
+    def prepare(self, clips: Sequence[tuple[int, TalkerClip]], seed: int) -> list[Prepared]:
+        """Crops, masks and latents of source clips, as the dub makes them but with the exact landmarks."""
+        stage = self.keyframe
+        grid = (stage.latent_size, stage.latent_size)
+        crops = [place(clip) for _, clip in clips]
+        images = (
+            (number * _WINDOWS_PER_CLIP + i, image.astype(np.float32) / 127.5 - 1)
+            for (number, clip), crop in zip(clips, crops, strict=True)
+            for i, image in enumerate(cropping.extract(frame, crop, stage.resolution) for frame in clip.frames)
+        )
+        latents = self._coder.encode(images, seed)
+        out = []
+        for (number, clip), crop in zip(clips, crops, strict=True):
+            points = cropping.to_crop_space(clip.landmarks, crop, stage.resolution).astype(int)
+            region = masks.make_mask(points, stage.resolution, stage.resolution, stage.mask, target=grid) > 0
+            known = np.stack([next(latents) for _ in clip.frames])
+            out.append(Prepared(number, clip.frames, crop, known, region))
+        return out
+
+    def generate(
+        self, clips: Sequence[Prepared], voices: Sequence[np.ndarray], scales: Scales, seed: int, tick: Callable[[], None] = lambda: None
+    ) -> list[dict[int, np.ndarray]]:
+        """Latents `[h, w, 4]` by frame number, for each clip with its new voice.
+
+        Args:
+          clips: the sources.
+          voices: 16 kHz mono samples, one per clip.
+          scales: guidance.
+          seed: of the noise.
+          tick: called after each window.
+
+        Returns:
+          Every frame ("dub", "one stage"), or the frames where keyframes stand ("keyframes").
+        """
+        heard = [{name: encode(voice) for name, encode in self._features.items()} for voice in voices]
+        settings = {
+            "keyframe": StageSettings.of(seed, *scales.keyframe),
+            "interpolation": StageSettings.of(seed, *scales.interpolation),
+        }
+        if self.mode == "one stage":
+            return self._one_stage(clips, heard, settings["keyframe"], tick)
+        plans = [make_plan(len(clip.frames), self.keyframe.num_frames) for clip in clips]
+        rounds = [[w for w in plan.keyframe_windows if w.kept] for plan in plans]
+        found = self._first_stage(clips, heard, rounds, settings["keyframe"], tick)
+        step = self.keyframe.num_frames - 1
+        if self.mode == "keyframes":
+            # The last keyframe may stand for a place past the end of the clip, where it repeats the last frame.
+            return [{min(k * step, len(c.frames) - 1): z for k, z in keys.items()} for c, keys in zip(clips, found, strict=True)]
+        return self._second_stage(clips, heard, plans, found, settings["interpolation"], tick)
+
+    def compose(self, clips: Sequence[Prepared], latents: Sequence[dict[int, np.ndarray]]) -> Iterator[np.ndarray]:
+        """Per clip the dubbed frames uint8 `[K, H, W, 3]`, in order of frame number: the source outside the mask."""
+        images = self._coder.decode(table[frame] for table in latents for frame in sorted(table))
+        for clip, table in zip(clips, latents, strict=True):
+            info = array_info(clip.frames.shape[1])
+            compositor = Compositor(info)
+            frames = []
+            for number in sorted(table):
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(clip.frames[number]), format="gbrp")
+                frames.append(compositor.composite(picture, next(images), clip.crop, clip.masks[number]).to_ndarray(format="gbrp"))
+            yield np.stack(frames)
+
+    def outside(self, clip: Prepared) -> np.ndarray:
+        """bool `[T, H, W]`: pixels of the source that no masked cell covers; they must not change."""
+        height, width = clip.frames.shape[1:3]
+        cells = clip.masks.shape[1]
+        rows = np.floor((np.arange(height) + 0.5 - clip.crop.y0) / clip.crop.side * cells).astype(int)
+        columns = np.floor((np.arange(width) + 0.5 - clip.crop.x0) / clip.crop.side * cells).astype(int)
+        padded = np.pad(clip.masks, ((0, 0), (1, 1), (1, 1)))  # what lies outside the crop is outside the mask
+        rows, columns = (np.clip(index, -1, cells) + 1 for index in (rows, columns))
+        return ~padded[:, rows[:, None], columns[None, :]]
+
+    def _first_stage(
+        self, clips: Sequence[Prepared], heard: Sequence[dict], rounds: Sequence[Sequence[KeyframeWindow]], settings: StageSettings, tick
+    ) -> list[dict[int, np.ndarray]]:
+        """Latents by keyframe number, per clip."""
+        work = [(c, index, w) for c, own in enumerate(rounds) for index, w in enumerate(own)]
+        identity = [clip.known[0] for clip in clips]
+        features = [voice[self.keyframe.audio_encoder] for voice in heard]
+        windows = (_window(clips[c], index, w.frames, identity[c], features[c]) for c, index, w in work)
+        out: list[dict[int, np.ndarray]] = [{} for _ in clips]
+        for (c, _, w), latents in zip(work, self._samplers["keyframe"](windows, settings), strict=True):
+            out[c].update({number: latents[position] for position, number in w.kept})
+            tick()
+        return out
+
+    def _second_stage(
+        self, clips: Sequence[Prepared], heard: Sequence[dict], plans: Sequence[Plan], keyframes: list[dict[int, np.ndarray]],
+        settings: StageSettings, tick,
+    ) -> list[dict[int, np.ndarray]]:  # fmt: skip
+        work = [(c, k, s) for c, plan in enumerate(plans) for k, s in enumerate(plan.segments)]
+        encoder = self.stages["interpolation"].audio_encoder
+        windows = (
+            _window(clips[c], k, s.frames, np.concatenate([keyframes[c][k], keyframes[c][k + 1]], -1), heard[c][encoder])
+            for c, k, s in work
+        )
+        out: list[dict[int, np.ndarray]] = [{} for _ in clips]
+        for (c, k, s), latents in zip(work, self._samplers["interpolation"](windows, settings), strict=True):
+            # The ends are the keyframes themselves, as in the dub.
+            frames = [keyframes[c][k], *latents[1:-1], keyframes[c][k + 1]]
+            out[c].update(zip(s.outputs, frames, strict=False))
+            tick()
+        return out
+
+    def _one_stage(self, clips, heard, settings: StageSettings, tick) -> list[dict[int, np.ndarray]]:
+        rounds = [one_stage_windows(len(clip.frames), self.keyframe.num_frames) for clip in clips]
+        return self._first_stage(clips, heard, rounds, settings, tick)
+
+
+def one_stage_windows(frames: int, window: int) -> tuple[KeyframeWindow, ...]:
+    """Consecutive frames in windows of the keyframe stage, each behind its identity slot: the ablation without interpolation.
+
+    The `keyframe` of a slot is the frame itself. The last window is filled up with its last frame.
+    """
+    out = []
+    for start in range(0, frames, window - 1):
+        slots = [Slot(frame, frame) for frame in range(start, min(start + window - 1, frames))]
+        out.append(KeyframeWindow(tuple([Slot(0, None), *slots] + [Slot(slots[-1].frame, None)] * (window - 1 - len(slots)))))
+    return tuple(out)
+
+
+def _window(clip: Prepared, index: int, frames: tuple[int, ...], concat: np.ndarray, features: np.ndarray) -> Window:
+    if len(features) < len(clip.frames):
+        raise KeySyncError(f"the voice gives {len(features)} frames of features for a clip of {len(clip.frames)}")
+    at = list(frames)
+    mask = clip.masks[at][..., None].astype(np.float32)
+    return Window(np.int32(clip.number * _WINDOWS_PER_CLIP + index), concat, features[at], clip.known[at], mask)
+
+
+def place(clip: TalkerClip) -> Crop:
+    """The crop that a dub of this clip would choose, given its exact landmarks."""
+    size = clip.frames.shape[1]
+    return cropping.fixed_crop(clip.landmarks, (size, size))
+
+
+def array_info(size: int) -> VideoInfo:
+    """Description of square RGB pictures held in memory, for the compositor."""
+    return VideoInfo(
+        path="", width=size, height=size, rotation=0, orientation=Orientation(), display_matrix=(), display_width=size, display_height=size,
+        average_rate=Fraction(25), time_base=Fraction(1, 25), pix_fmt="gbrp", source_pix_fmt="gbrp", codec="rawvideo", color_space=0,
+        color_range=color.FULL_RANGE, color_primaries=1, color_transfer=1, duration_s=None, frames=None, has_audio=False,
+        start_time=Fraction(0), sample_aspect_ratio=Fraction(1), interlaced=False, planes=color.plane_format("gbrp", 0, 2, size, size),
+    )  # fmt: skip
+
+
+def describe(model: TalkerModel) -> dict[str, Any]:
+    """How the model was run, for the report."""
+    return {"mode": model.mode, "steps": model.steps, "dtype": model.dtype, "microbatch": model.microbatch, "device": str(jax.devices()[0])}

@@ -1,0 +1,309 @@
+"""Judging on drawn talkers: impostors whose verdict is known, and a tiny real model through the whole path."""
+
+import argparse
+import functools
+import json
+import types
+
+import numpy as np
+import pytest
+import tiny_talker_model
+
+from converters import model_directory
+from data_pipeline.synthetic.dataset import SynthSettings, plan_clip
+from keysync_jax import evaluate_cli
+from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.evaluation import lip_metrics, marks, talkers, talkers_clips, talkers_model
+from keysync_jax.evaluation.talkers_model import Scales, TalkerModel, one_stage_windows
+
+PLAIN = Scales((1.0, 1.0), (1.0, 1.0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once():
+    """Impostors look at the clips that the evaluation draws; each is drawn once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(talkers_clips, "held_out", functools.lru_cache(maxsize=None)(talkers_clips.held_out))
+        yield
+
+
+class Impostor:
+    """Stands where a model stands and answers with frames of its choice."""
+
+    mode, group, microbatch, steps, dtype = "dub", 8, 1, 10, "none"
+
+    def __init__(self, answer, test):
+        self._answer, self._test = answer, test
+
+    def prepare(self, clips, seed):
+        return [types.SimpleNamespace(number=number, frames=clip.frames) for number, clip in clips]
+
+    def generate(self, clips, voices, scales, seed, tick):
+        self._voices = voices
+        return [dict.fromkeys(range(len(clip.frames))) for clip in clips]
+
+    def compose(self, clips, latents):
+        for clip, voice in zip(clips, self._voices, strict=True):
+            held = talkers_clips.held_out(self._test.split, self._test.seed, clip.number, self._test.frames, self._test.size)
+            yield self._answer(held, voice, self._test)
+
+    def outside(self, clip):
+        mask = np.ones(clip.frames.shape[:3], bool)
+        mask[:, 60:, 20:108] = False
+        return mask
+
+
+def _truth(held, voice, test):
+    if voice is held.target.samples:
+        return held.target.frames
+    return talkers_clips.silent_target(test.split, test.seed, held, talkers_clips.silence_of(held.number)).frames
+
+
+def _copy(held, voice, test):
+    return held.source.frames
+
+
+def _late(held, voice, test):
+    return np.concatenate([held.target.frames[:1]] * 3 + [held.target.frames[:-3]])
+
+
+def _leaky(held, voice, test):
+    return held.target.frames if voice is held.target.samples else held.source.frames
+
+
+def _smeared(held, voice, test):
+    out = held.source.frames.copy()
+    out[:, 60:, 20:108] = 128
+    return out
+
+
+TEST = talkers.TalkerTest(clips=6, silent_clips=3)
+
+
+def _run(answer, test=TEST):
+    directory = types.SimpleNamespace(describe=lambda: {"path": "impostor"})
+    return talkers.evaluate(directory, test, Impostor(answer, test), [PLAIN])[0]
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return _run(_truth)
+
+
+def test_the_true_target_passes_every_mark(truth):
+    assert truth["passed"] and len(truth["marks"]) == len(marks.TALKERS)
+    output = truth["columns"]["output"]
+    assert output["opening_r"] > 0.99 and output["silence_open"] <= 0.01 and output["closed"] == 1 and output["flicker"] == 1
+    baseline = truth["columns"]["truth"]
+    assert {key: output[key] for key in baseline if key in output} == {key: baseline[key] for key in baseline if key in output}
+    assert truth["pooled"]["output"]["opening_r"] > 0.98
+
+
+def test_copying_the_input_fails():
+    report = _run(_copy)
+    verdicts = {row["key"]: row["passed"] for row in report["marks"]}
+    assert verdicts == {
+        "measurer_opening_r": True, "measurer_width_r": True, "opening_r": False, "width_r": False, "lag": False, "closed": False,
+        "partial_r": False, "silence_open": False, "silence_input_open": True, "outside_change": True,
+    }  # fmt: skip
+    assert abs(report["columns"]["output"]["opening_r"]) < 0.35 and not report["passed"]
+    baseline, output = report["columns"]["copied input"], report["columns"]["output"]
+    assert baseline["opening_r"] == output["opening_r"] and baseline["silence_open"] == output["silence_open"] >= 0.4
+
+
+def test_a_late_mouth_is_found_late():
+    report = _run(_late, talkers.TalkerTest(clips=2, silent_clips=0))
+    output = report["columns"]["output"]
+    assert output["lag"] == output["lag_signed"] == 3 and output["lag_within_1"] == 0
+    assert "silence_open" not in {row["key"] for row in report["marks"]}
+
+
+def test_a_leak_under_silence_is_found(truth):
+    report = _run(_leaky)
+    assert report["columns"]["output"]["silence_open"] >= 0.4
+    assert report["columns"]["output"]["opening_r"] == truth["columns"]["output"]["opening_r"]
+    assert set(report["silence"]["kinds"]) == set(talkers_clips.SILENCES)
+
+
+def test_a_smear_is_neither_closed_nor_silent():
+    output = _run(_smeared, talkers.TalkerTest(clips=2, silent_clips=2))["columns"]["output"]
+    assert output["found"] == 0 and output["closed"] == 0 and output["silence_open"] == 1
+
+
+def test_the_loudness_meter_fails(truth):
+    meter = truth["columns"]["loudness meter"]
+    assert meter["opening_r"] > 0.3 and abs(meter["partial_r"]) < 0.05
+
+
+def test_held_out_seeds_meet_no_other_set():
+    def used(split, seed):
+        return {s for number in range(200) for s in talkers_clips.seeds_of(split, seed, number)}
+
+    sets = [used("test", 0), used("validation", 0), used("demo", 0), used("test", 1)]
+    plans = [plan_clip(i, SynthSettings(seed=seed)) for seed in (0, 1, 2026) for i in range(200)]
+    sets.append({s for plan in plans for s in (plan.identity_seed, plan.audio_seed, plan.motion_seed)} | set(range(100_000)))
+    for i, one in enumerate(sets):
+        for other in sets[i + 1 :]:
+            assert not one & other
+
+
+def test_a_held_out_clip_is_one_person_with_two_voices():
+    clip = talkers_clips.held_out("test", 0, 1, 60, 64)
+    again = talkers_clips.held_out.__wrapped__("test", 0, 1, 60, 64)
+    np.testing.assert_array_equal(clip.target.frames, again.target.frames)
+    assert clip.source.identity == clip.target.identity
+    np.testing.assert_array_equal(clip.source.landmarks[:, 17:48], clip.target.landmarks[:, 17:48])  # the jaw moves with the mouth
+    assert abs(np.corrcoef(clip.source.samples, clip.target.samples)[0, 1]) < 0.1
+    maximum = clip.source.opening.max()
+    assert lip_metrics.is_open(clip.source.opening, maximum).mean() >= 0.4
+    quiet = talkers_clips.silent_target("test", 0, clip, "digital silence")
+    assert not quiet.samples.any() and quiet.opening.max() == 0
+    with pytest.raises(UsageError, match="no split called 'train'"):
+        talkers_clips.held_out("train", 0, 1)
+
+
+@pytest.mark.parametrize("frames", [1, 3, 4, 50])
+def test_one_stage_makes_every_frame_once(frames):
+    windows = one_stage_windows(frames, 4)
+    kept = [(w.frames[position], number) for w in windows for position, number in w.kept]
+    assert kept == [(f, f) for f in range(frames)]
+    assert all(len(w.slots) == 4 and w.slots[0] == (0, None) for w in windows)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_talker_model.make(tmp_path_factory.mktemp("talker_model") / "model")
+
+
+@pytest.fixture(scope="module")
+def small():
+    return talkers.TalkerTest(clips=2, silent_clips=1, seconds=0.8, size=64)
+
+
+@pytest.fixture(scope="module")
+def dubbing(tiny, small):
+    """Two guidances on the same clips with the same noise."""
+    directory = model_directory.load(tiny)
+    model = TalkerModel(directory, microbatch=2)
+    ticks = []
+    scales = [model.own_scales(), Scales((4.0, 1.0), (1.5, 1.0)), model.own_scales()]
+    return model, ticks, talkers.evaluate(directory, small, model, scales, lambda: ticks.append(1))
+
+
+def test_a_real_model_runs_through(dubbing, small):
+    model, ticks, (first, other, again) = dubbing
+    assert len(ticks) == talkers.total_windows(small, model, 3) == 3 * 3 * 10  # 3 keyframe windows and 7 segments per dub
+    assert first["columns"]["output"]["outside_change"] == 0
+    assert first["columns"]["output"]["flicker"] > 1.5  # a random model's mouth is noise
+    assert first["guidance"] == "1.5/1" and other["guidance"] == "4/1:1.5/1"
+    assert first["per_clip"] == again["per_clip"] and first["per_clip"] != other["per_clip"]
+    assert [row["clip"] for row in first["per_clip"]] == [0, 1] and len(first["silence"]["per_clip"]) == 1
+    assert json.loads(json.dumps(first)) == first
+
+
+def test_compose_changes_the_mask_and_nothing_else(dubbing, small):
+    model = dubbing[0]
+    clip = talkers_clips.held_out("test", 0, 0, small.frames, 64)
+    prepared = model.prepare([(0, clip.source)], 0)
+    plain = np.stack([next(iter(prepared)).known[0]] * 2)
+    (frames,) = model.compose(prepared, [{3: plain[0], 7: plain[1]}])
+    outside = model.outside(prepared[0])[[3, 7]]
+    difference = np.abs(frames.astype(int) - clip.source.frames[[3, 7]]).max(-1)
+    assert difference[outside].max() == 0 and difference[~outside].mean() > 5
+    # The region is the box under the eyes, and it covers the mouth.
+    lips = clip.source.landmarks[3, 48:68].astype(int)
+    assert not outside[0][lips[:, 1], lips[:, 0]].any() and outside[0][: int(clip.source.landmarks[3, 27, 1]) - 8].all()
+
+
+def test_keyframes_only_needs_no_interpolation_stage(tiny, small):
+    whole = model_directory.load(tiny)
+    parts = {name: part for name, part in whole.parts.items() if name != "interpolation"}
+    directory = model_directory.ModelDirectory(whole.path, parts, whole.index)
+    model = TalkerModel(directory, "keyframes", microbatch=2)
+    test = talkers.TalkerTest(clips=1, silent_clips=0, seconds=0.8, size=64, mode="keyframes")
+    report = talkers.evaluate(directory, test, model, [PLAIN])[0]
+    assert {row["key"] for row in report["marks"]} == {mark.key for mark in marks.KEYFRAMES}
+    clip = model.prepare([(0, talkers_clips.held_out("test", 0, 0, test.frames, 64).source)], 0)
+    (found,) = model.generate(clip, [np.zeros(640 * test.frames, np.float32)], PLAIN, 0)
+    assert sorted(found) == [0, 3, 6, 9, 12, 15, 18, 19]  # the last one stands for what lies past the end
+    with pytest.raises(KeySyncError, match="has no part interpolation"):
+        TalkerModel(directory, "dub")
+
+
+class _Faithful:
+    """A coder that keeps everything, or everything but the mouth's motion."""
+
+    def __init__(self, *args, frozen=False, **kwargs):
+        self._frozen = frozen
+
+    def encode(self, frames, seed):
+        return [image for _, image in frames]
+
+    def decode(self, latents):
+        return [((latents[0] if self._frozen else image) + 1) / 2 for image in latents]
+
+
+def test_the_vae_gate(tiny, monkeypatch):
+    directory = model_directory.load(tiny)
+    monkeypatch.setattr(talkers, "_resolution", lambda *_: 128)
+    monkeypatch.setattr(talkers, "LatentCoder", _Faithful)
+    test = talkers.TalkerTest(clips=2, seconds=4)
+    good = talkers.evaluate_vae(directory, test)
+    assert good["passed"] and good["columns"]["decoded"]["pixel_error"] < 0.01
+    monkeypatch.setattr(talkers, "LatentCoder", functools.partial(_Faithful, frozen=True))
+    assert not talkers.evaluate_vae(directory, test)["passed"]
+
+
+def _command(*words):
+    parser = argparse.ArgumentParser()
+    evaluate_cli.add_evaluate(parser.add_subparsers())
+    args = parser.parse_args(["evaluate", *map(str, words)])
+    return args.run(args)
+
+
+def test_command_vae_writes_json_and_gates(tiny, tmp_path, capsys):
+    small = ["--clips", 1, "--seconds", 0.8, "--size", 64, "--microbatch", 4]
+    words = ["--vae", "--model", tiny, *small, "--quiet", "-o", tmp_path / "vae.json"]
+    assert _command(*words) == 0  # a missed mark is a result, not an error
+    assert _command(*words, "--gate") == 1
+    report = json.loads((tmp_path / "vae.json").read_text())
+    assert report["kind"] == "vae" and report["columns"]["decoded"]["opening_r"] < 0.9
+    assert "marks are missed" in capsys.readouterr().out
+
+
+def test_command_compares_guidances(tiny, tmp_path, capsys):
+    _command(
+        "--talkers", "--model", tiny, "--keyframes-only", "--clips", 1, "--silent-clips", 0, "--seconds", 0.8, "--size", 64,
+        "--guidance-grid", "5/2,1/1", "-o", tmp_path / "grid.json", "--quiet", "--microbatch", 2,
+    )  # fmt: skip
+    runs = json.loads((tmp_path / "grid.json").read_text())["runs"]
+    assert [run["guidance"] for run in runs] == ["5/2", "1/1"]
+    assert all(run["test"]["split"] == "validation" for run in runs)
+    assert "best correlation of the opening" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--talkers"], "need --model"),
+        (["--vae", "--model", "x", "--guidance-grid", "5/2"], "--guidance-grid does not go with --vae"),
+        (["--video", "a.mp4", "--model", "x"], "--model does not go with --video"),
+        (["--talkers", "--model", "x", "--plot", "a.png"], "--plot does not go with --talkers"),
+        (["--talkers", "--model", "x", "--split", "test", "--guidance-grid", "5/2"], "validation split"),
+        (["--talkers", "--model", "x", "--keyframes-only", "--one-stage"], "contradict"),
+        (["--talkers", "--model", "x", "--guidance-grid", "5-2"], "must read like 5/2"),
+        (["--talkers", "--model", "x", "--guidance-grid", "5/2:1/1:1/1"], "must read like 5/2"),
+        (["--talkers", "--model", "x", "--clips", "0"], "at least 1"),
+        (["--talkers", "--model", "x", "--clips", "3", "--silent-clips", "4"], "between 0 and --clips"),
+        (["--talkers", "--model", "nowhere"], "nowhere does not exist"),
+        (["--talkers", "--model", "x", "-o", "no/such/folder/a.json"], "does not exist; create it"),
+    ],
+)
+def test_wrong_commands_say_what_is_wrong(words, message):
+    with pytest.raises(KeySyncError, match=message):
+        _command(*words)
+
+
+def test_scales_of_both_stages():
+    assert talkers_model.Scales((5, 2), (5, 2)).text == "5/2"
+    assert [s.text for s in evaluate_cli.parse_grid("5/2, 2.5/1.5:1/1")] == ["5/2", "2.5/1.5:1/1"]

@@ -1,0 +1,148 @@
+"""LipLeak, mouth aspect ratio and sharpness: on landmarks and pictures made by hand, then on a drawn clip's file."""
+
+import argparse
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.synthetic import make_clip, write_clip
+from keysync_jax import evaluate_cli
+from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.evaluation import video_metrics
+from keysync_jax.evaluation.lip_metrics_plot import COLOURS, draw_curves, stack
+from keysync_jax.evaluation.video_metrics import FrameFigures
+
+
+def _face(gap, width=40.0, centre_gap=None):
+    """Landmarks with inner lips `width` wide and `gap` apart (62-66: `centre_gap`), outer ones 10 wider and 12 further apart."""
+    points = np.zeros((68, 2))
+    points[60], points[64] = (0, 0), (width, 0)
+    for upper, lower, x in ((61, 67, 10), (62, 66, 20), (63, 65, 30)):
+        own = centre_gap if upper == 62 and centre_gap is not None else gap
+        points[upper], points[lower] = (x, -own / 2), (x, own / 2)
+    points[48], points[54] = (-5, 0), (width + 5, 0)
+    points[51], points[57] = (20, -gap / 2 - 6), (20, gap / 2 + 6)
+    return points
+
+
+def test_mouth_ratio_by_its_three_definitions():
+    face = _face(8, centre_gap=14)
+    assert video_metrics.mouth_ratio(face) == pytest.approx((8 + 14 + 8) / 3 / 40)
+    assert video_metrics.mouth_ratio(face, "inner centre") == pytest.approx(14 / 40)
+    assert video_metrics.mouth_ratio(face, "outer") == pytest.approx(20 / 50)
+    assert video_metrics.mouth_ratio(_face(0)) == 0
+    angle = np.array([[0.8, -0.6], [0.6, 0.8]])
+    assert video_metrics.mouth_ratio(3.7 * face @ angle + 100) == pytest.approx(video_metrics.mouth_ratio(face))
+    with pytest.raises(UsageError, match="no mouth aspect ratio called 'lips'"):
+        video_metrics.mouth_ratio(face, "lips")
+
+
+def test_lip_leak_counts_frames_above_the_threshold():
+    ratios = video_metrics.mouth_ratio(np.stack([_face(g) for g in (0, 4, 9.9, 10, 10.1, 16, 20, 30)]))
+    assert video_metrics.lip_leak(ratios) == 4 / 8  # ten of forty is exactly .25, which is not above
+    assert video_metrics.lip_leak(np.append(ratios, [np.nan] * 5)) == 4 / 8
+    sweep = [video_metrics.lip_leak(ratios, bound) for bound in video_metrics.SWEEP]
+    assert sweep == sorted(sweep, reverse=True) and sweep[0] > sweep[-1]
+    assert video_metrics.lip_leak(np.zeros(9)) == 0
+    with pytest.raises(KeySyncError, match="no frame has a face"):
+        video_metrics.lip_leak(np.full(4, np.nan))
+
+
+def test_variance_of_laplacian():
+    point = np.zeros((9, 9))
+    point[4, 4] = 1
+    values = np.zeros(81)
+    values[:5] = (-4, 1, 1, 1, 1)
+    assert video_metrics.laplacian_variance(point) == pytest.approx(values.var())
+    assert video_metrics.laplacian_variance(np.full((9, 9), 77)) == 0
+    edge = np.zeros((5, 5))
+    edge[:, 0] = 3  # mirrored without repeating the border: the neighbour beyond column 0 is column 1
+    expected = np.zeros((5, 5))
+    expected[:, 0], expected[:, 1] = -6, 3
+    assert video_metrics.laplacian_variance(edge) == pytest.approx(expected.var())
+    noise = np.random.default_rng(0).uniform(0, 255, (32, 32))
+    blurred = (noise + np.roll(noise, 1, 0) + np.roll(noise, 1, 1)) / 3
+    assert video_metrics.laplacian_variance(blurred) < 0.5 * video_metrics.laplacian_variance(noise)
+
+
+def test_gray_is_what_eight_bit_gray_is():
+    rgb = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 20, 30]]], np.uint8)
+    np.testing.assert_array_equal(video_metrics.to_gray(rgb), [[76, 150, 29, 18]])
+
+
+def _figures(ratios):
+    ratios = np.asarray(ratios, float)
+    flat = np.ones(len(ratios))
+    return FrameFigures(np.arange(len(ratios)) / 25, dict.fromkeys(video_metrics.RATIOS, ratios), 2 * flat, 3 * flat)
+
+
+def test_comparison_uses_frames_with_a_face_in_both():
+    ours, theirs = _figures([0.1, 0.3, np.nan, 0.5, 0.2]), _figures([0.2, 0.6, 0.9, 1.0])
+    both = video_metrics.compare(ours, theirs)
+    assert both["frames_compared"] == 3 and both["frames_apart"] == 1
+    assert both["ratio_r"] == pytest.approx(1) and both["ratio_difference"] == pytest.approx((0.1 + 0.3 + 0.5) / 3)
+    assert both["open_difference"] == pytest.approx(2 / 4 - 3 / 4)
+    with pytest.raises(KeySyncError, match="fewer than two frames"):
+        video_metrics.compare(_figures([0.1, np.nan, np.nan]), theirs)
+
+
+def test_curves_are_drawn_where_the_values_are():
+    half = np.concatenate([np.zeros(50), np.ones(50)])
+    picture = np.asarray(draw_curves([("a", half), ("b", np.full(100, np.nan))], 4, "x", 500, 120))
+    inked = (picture == COLOURS[0]).all(-1)[22:]  # below the legend
+    left, right = inked[:, 100:280], inked[:, 310:]
+    assert np.flatnonzero(left.any(1)).mean() > np.flatnonzero(right.any(1)).mean() + 50
+    assert not (picture == COLOURS[1]).all(-1)[22:].any()
+    assert stack([Image.new("RGB", (10, 4)), Image.new("RGB", (8, 3))]).size == (10, 7)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    path = tmp_path_factory.mktemp("judged") / "talker.mp4"
+    clip = make_clip(11, frames=24, size=256)
+    write_clip(clip, path)
+    return path, clip
+
+
+def _command(*words):
+    parser = argparse.ArgumentParser()
+    evaluate_cli.add_evaluate(parser.add_subparsers())
+    args = parser.parse_args(["evaluate", *map(str, words)])
+    return args.run(args)
+
+
+def test_command_on_a_video_with_known_mouth(video, tmp_path, capsys):
+    path, clip = video
+    files = [tmp_path / name for name in ("a.json", "a.csv", "a.png")]
+    assert _command("--video", path, "--reference", path, "--audio-silent", "-o", files[0], "--series", files[1], "--plot", files[2],
+                    "--quiet") == 0  # fmt: skip
+    report = json.loads(files[0].read_text())
+    exact = video_metrics.mouth_ratio(clip.landmarks)
+    assert report["lip_leak"] == report["generated"]["open"] == pytest.approx((exact > 0.25).mean(), abs=0.13)
+    assert report["comparison"]["ratio_r"] == 1 and report["comparison"]["sharpness_difference"] == 0
+    assert list(report["generated"]["sweep"].values()) == sorted(report["generated"]["sweep"].values(), reverse=True)
+    rows = list(csv.DictReader(files[1].open()))
+    assert len(rows) == 24 and [float(r["time"]) for r in rows[:2]] == [0.0, 0.04]
+    seen = [(float(r["ratio_inner"]), e) for r, e in zip(rows, exact, strict=True) if r["ratio_inner"]]
+    assert len(seen) >= 20 and np.corrcoef(np.array(seen).T)[0, 1] > 0.9
+    assert Image.open(files[2]).width >= 190
+    assert "LipLeak" in capsys.readouterr().out
+
+
+def test_bad_input_gets_one_clear_line(video, tmp_path):
+    text = tmp_path / "notes.mp4"
+    text.write_text("minutes of a meeting\n" * 40)
+    for words, message in (
+        (["--video", tmp_path / "nowhere.mp4"], "nowhere.mp4"),
+        (["--video", text], "notes.mp4"),
+        (["--video", video[0], "--threshold", "3"], "--threshold 3"),
+        (["--video", video[0], "--series", tmp_path / "a.txt"], r"write \.csv or \.json"),
+        (["--video", video[0], "--plot", tmp_path / "a.gif"], r"write a \.png"),
+        (["--video", video[0], "--series", tmp_path / "no" / "a.csv"], "does not exist; create it"),
+    ):
+        with pytest.raises(KeySyncError, match=message) as caught:
+            _command(*words, "--quiet")
+        assert "\n" not in str(caught.value)
