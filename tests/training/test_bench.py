@@ -20,6 +20,7 @@ def test_the_medium_network_has_59_7_million_parameters():
     assert (stage.num_frames, stage.latent_size, stage.unet.model_channels) == (14, 32, 64)
 
 
+@pytest.mark.slow
 def test_cases_report_everything(tmp_path, capsys):
     path = tmp_path / "bench.json"
     cases = [
@@ -43,6 +44,7 @@ def test_cases_report_everything(tmp_path, capsys):
     assert len(lines) == 2 and "train, tiny, float32" in lines[0] and "compiled in" in lines[0]
 
 
+@pytest.mark.slow
 def test_the_pixel_loss_is_counted_apart():
     plain, pixels = (bench.program(bench.Case("train", "tiny", pixels=with_pixels)) for with_pixels in (False, True))
     without, found = (flops.count_step(jax.make_jaxpr(p.function)(*p.arguments)) for p in (plain, pixels))

@@ -49,6 +49,7 @@ def test_killed_in_a_step_and_in_a_save_it_ends_bit_equal(tmp_path, dataset):
     assert (killed / "frozen").is_dir() and len(set(a.values())) == STEPS
 
 
+@pytest.mark.slow
 def test_saved_on_eight_devices_it_continues_on_four(tmp_path, dataset):
     options = ("data.batch_size=8", "checkpoint.every=10", "num_steps=11", "optimizer.warmup_steps=0")
     eight, four = tmp_path / "eight", tmp_path / "four"

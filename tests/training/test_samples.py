@@ -197,6 +197,7 @@ def test_an_autoencoder_shows_the_beginnings_of_videos(mesh, tmp_path):
     assert rate == 25 and len(frames) == 56 and frames[0].shape == (64, 64, 3)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_and_without_being_watched(config, tmp_path):
     train(config, str(tmp_path / "watched"), profile_steps=(1, 2))
     alone = dataclasses.replace(config, log=LogConfig(every=1, validate_every=0, samples_every=0))
