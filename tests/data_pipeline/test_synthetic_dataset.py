@@ -51,7 +51,7 @@ def test_written_clip_reads_back(tmp_path, name):
 
 
 def test_other_suffix_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"\.mp4 or \.mkv"):
+    with pytest.raises(UsageError, match=r"\.mp4, \.mkv or \.npy"):
         write_clip(make_clip(5, frames=2, size=64), tmp_path / "clip.avi")
 
 
