@@ -24,6 +24,7 @@ from keysync_jax.media.crop import Crop, extract
 
 # Frames the VAE sees at once. Part of what the same bytes mean: XLA may choose other kernels for another size.
 MICROBATCH = 4
+_CPU_THREADS = "4"  # likewise
 _FAR = 50  # frames that are decoded on the way to the next clip rather than opening the file again
 
 
@@ -246,6 +247,11 @@ def entry_name(group: Group, clip: str) -> str:
     return clip if group.name == BASE else f"{clip}.{group.name}"
 
 
-def limit_gpu_memory() -> None:
-    """Several workers share an accelerator: none may take all of its memory at once. Before JAX starts."""
+def settle_jax() -> None:
+    """What a worker wants of JAX; to be called before it starts.
+
+    Several workers share an accelerator: none may take all of its memory at once. And on a CPU, XLA splits sums over as many threads as
+    there are cores, which changes their last bits: with a fixed number, machines of different size write the same bytes.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ["NPROC"] = _CPU_THREADS

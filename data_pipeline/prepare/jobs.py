@@ -123,7 +123,7 @@ class Encode(beam.DoFn):
         self._plan, self._folders, self._written, self._handle = plan, folders, written, handle
 
     def setup(self) -> None:
-        feature_stages.limit_gpu_memory()
+        feature_stages.settle_jax()
         self._encoders = self._handle.acquire(lambda: _Opened(feature_stages.Encoders(self._plan))).value
 
     def process(self, item: Item) -> Iterator[str]:
@@ -225,7 +225,7 @@ class WriteShard(beam.DoFn):
         self._plan, self._folders, self._handle = plan, folders, handle
 
     def setup(self) -> None:
-        feature_stages.limit_gpu_memory()
+        feature_stages.settle_jax()
         self._encoders = self._handle.acquire(lambda: _Opened(feature_stages.Encoders(self._plan))).value
 
     def process(self, element: tuple[Group, Shard]) -> Iterator[str]:

@@ -87,8 +87,7 @@ def prepare(
     flags = jobs.beam_flags(workers, beam)
     jobs.worker_environment()
     with _only_run(folders):
-        for folder in (folders.analyses, folders.frame_tables, folders.features, folders.encoded):
-            folder.remove_leftovers()
+        folders.remove_leftovers()
         written = state.written_clips(output, plan.groups)
         ids = {item.id for item in items}
         with Watch(quiet) as watch:

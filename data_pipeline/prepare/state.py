@@ -55,6 +55,11 @@ class Folders:
     def shard_times(self) -> WorkFolder:
         return WorkFolder(epath.Path(self.work) / "shard_times")
 
+    def remove_leftovers(self) -> None:
+        """Temporary files of runs that were killed, in every folder. Call it only while no worker writes."""
+        for folder in (self.analyses, self.frame_tables, self.features, self.encoded, self.shard_errors, self.shard_times):
+            folder.remove_leftovers()
+
 
 def default_work(output: str | os.PathLike) -> str:
     return os.fspath(epath.Path(output) / ".work")
