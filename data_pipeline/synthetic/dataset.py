@@ -21,6 +21,7 @@ from data_pipeline.synthetic.clip import TalkerOptions, make_clip
 from data_pipeline.synthetic.occluders import OCCLUDERS
 from data_pipeline.synthetic.write import sidecar, write_atomically, write_clip
 from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.progress import Bars
 
 MANIFEST_FIELDS = ("path", "speaker", "split", "source", "consent", "licence")
 SOURCE, CONSENT, LICENCE = "synthetic-talkers", "not needed (drawn)", "CC0-1.0"
@@ -209,18 +210,8 @@ def synth_dataset(
     plans = [plan_clip(i, settings) for i in range(n)]
     todo = [i for i, plan in enumerate(plans) if not _finished(folder / plan.name, plan)]
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("drawing talkers"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=quiet) as progress:
-        task = progress.add_task("", total=n, completed=n - len(todo))
+    with Bars(quiet) as progress:
+        task = progress.add_task("drawing talkers", total=n, completed=n - len(todo))
         for _ in _run(todo, folder, settings, workers):
             progress.advance(task)
     return SynthSummary(_write_manifest(folder, plans), len(todo), n - len(todo), n * settings.frames / 25)

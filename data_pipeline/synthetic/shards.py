@@ -26,6 +26,7 @@ from data_pipeline.shard_plan import Piece
 from data_pipeline.shards import write_group
 from data_pipeline.synthetic.write import VOICE, sidecar
 from keysync_jax.errors import KeySyncError
+from keysync_jax.progress import Bars
 
 
 def write_shards(manifest: str | Path, output: str, model: str, *, microbatch: int = 64, seed: int = 0, progress: bool = True) -> int:
@@ -37,7 +38,7 @@ def write_shards(manifest: str | Path, output: str, model: str, *, microbatch: i
       model: model directory with a VAE and speech encoders.
       microbatch: frames that the VAE encodes at once.
       seed: of the posterior samples.
-      progress: show a bar.
+      progress: show how much is done.
 
     Returns:
       How many clips were written.
@@ -45,8 +46,6 @@ def write_shards(manifest: str | Path, output: str, model: str, *, microbatch: i
     Raises:
       KeySyncError: no clip, clips that are not square arrays of one size, or a model without VAE or speech encoder.
     """
-    from rich.progress import track
-
     from converters import model_directory
     from keysync_jax.inference.audio_features import AudioFeatures
     from keysync_jax.inference.generate import LatentCoder
@@ -66,17 +65,22 @@ def write_shards(manifest: str | Path, output: str, model: str, *, microbatch: i
     coder = LatentCoder(directory.vae, directory.params("vae"), data_mesh(), microbatch=microbatch)
     encoders = {name: AudioFeatures(config, directory.params(f"audio/{name}")) for name, config in plan.encoders.items()}
 
-    values: dict[str, dict[str, np.ndarray]] = {}
-    for name, path in track(list(paths.items()), "encode", disable=not progress):
+    def encode(name: str, path: Path) -> dict[str, np.ndarray]:
         frames = np.load(path, mmap_mode="r")
         if frames.shape[1:] != (size, size, 3):
             raise KeySyncError(f"{path}: frames are {frames.shape[1:]}, those of the first clip {(size, size, 3)}; use one size")
         images = ((i, frame.astype(np.float32) / 127.5 - 1.0) for i, frame in enumerate(frames))
         latents = np.stack(list(coder.encode(images, derived_seed(seed, name))))
         samples = np.load(sidecar(path, VOICE))
-        values[name] = {LATENT: checked_float16(latents, name), LANDMARKS: np.load(sidecar(path, "landmarks.npy"))}
-        for encoder, features in encoders.items():
-            values[name][AUDIO_PREFIX + encoder] = checked_float16(features(samples), f"{name}: {encoder}")
+        tokens = {AUDIO_PREFIX + kind: checked_float16(features(samples), f"{name}: {kind}") for kind, features in encoders.items()}
+        return {LATENT: checked_float16(latents, name), LANDMARKS: np.load(sidecar(path, "landmarks.npy")), **tokens}
+
+    values: dict[str, dict[str, np.ndarray]] = {}
+    with Bars(quiet=not progress) as bars:
+        task = bars.add_task("encode", total=len(paths))
+        for name, path in paths.items():
+            values[name] = encode(name, path)
+            bars.advance(task)
 
     def load(piece: Piece) -> dict[str, np.ndarray]:
         return {name: array[piece.start : piece.stop] for name, array in values[piece.clip].items()}

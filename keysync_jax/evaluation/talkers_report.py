@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from keysync_jax.evaluation import marks
 from keysync_jax.evaluation.talkers import marks_of
+from keysync_jax.progress import Bars
 
 _EXTRA = (
     ("lag_within_1", "clips with a lag within ± 1 frame"),
@@ -22,9 +22,8 @@ _EXTRA = (
 
 @contextlib.contextmanager
 def progress(label: str, total: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    """A bar on stderr with the time left."""
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bars:
+    """How much of one job is done, with the time left."""
+    with Bars(quiet) as bars:
         task = bars.add_task(label, total=total)
         yield lambda: bars.advance(task)
 

@@ -6,8 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from keysync_jax.progress import Bars
 
 
 class StageProgress:
@@ -15,11 +14,7 @@ class StageProgress:
 
     def __init__(self, show: bool = True):
         self.seconds: dict[str, float] = {}
-        # On stderr: stdout belongs to results.
-        self._bars = Progress(
-            TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=Console(stderr=True), disable=not show,
-        )  # fmt: skip
+        self._bars = Bars(quiet=not show)
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None) -> Iterator[Callable[[], None]]:

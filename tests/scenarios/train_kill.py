@@ -59,9 +59,16 @@ def equal(left: Path, right: Path, step: int = STEPS) -> None:
 # ------------------------------------------------------------------------------------------------------------------ one process
 
 
+def uninterrupted(folder: Path, dataset: str) -> Path:
+    """The run that the others are compared with."""
+    whole = folder / "whole"
+    if not (whole / "checkpoints" / str(STEPS)).exists():
+        finish(whole, dataset, *WIDE)
+    return whole
+
+
 def one_process(folder: Path, dataset: str) -> None:
-    whole, killed = folder / "whole", folder / "killed"
-    finish(whole, dataset, *WIDE)
+    whole, killed = uninterrupted(folder, dataset), folder / "killed"
     process = tiny.start(killed, dataset, *WIDE)
     tiny.wait_for(lambda: tiny.saved_steps(killed) and max(tiny.losses(killed)) >= 7, process, 1200)
     kill(process)
@@ -77,7 +84,7 @@ def one_process(folder: Path, dataset: str) -> None:
 
 
 def sigterm(folder: Path, dataset: str) -> None:
-    whole, stopped = folder / "whole", folder / "stopped"
+    whole, stopped = uninterrupted(folder, dataset), folder / "stopped"
     process = tiny.start(stopped, dataset, *WIDE)
     tiny.wait_for(lambda: max(tiny.losses(stopped), default=0) >= 12, process, 1200)
     process.send_signal(signal.SIGTERM)
@@ -89,7 +96,7 @@ def sigterm(folder: Path, dataset: str) -> None:
 
 def full_disk(folder: Path, dataset: str) -> None:
     """The kernel refuses writes beyond 64 KiB per file (EFBIG) from the second save to the fourth, as ENOSPC on a full disk."""
-    whole, full = folder / "whole", folder / "full"
+    whole, full = uninterrupted(folder, dataset), folder / "full"
     process, log = tiny.start(full, dataset, *WIDE), folder / "full.log"
     tiny.wait_for(lambda: tiny.saved_steps(full) == [5], process, 1200)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
@@ -248,7 +255,7 @@ PARTS = {"one_process": one_process, "sigterm": sigterm, "full_disk": full_disk,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for data, runs and logs; must not exist (except with --only)")
-    parts_help = "run this part only, repeat for more (sigterm and full_disk compare with a run that one_process made)"
+    parts_help = "run this part only, repeat for more"
     parser.add_argument("--only", action="append", choices=list(PARTS), help=parts_help)
     args = parser.parse_args()
     if args.folder.exists() and not args.only:
