@@ -9,7 +9,7 @@ from keysync_jax.verbs import add_verb
 _EXAMPLES = """\
   keysync plan --config keyframe --topology h200x8 --config.mesh.fsdp=8 --config.data.batch_size=32
   keysync plan --config keyframe --topology v5e:4x4 --config.mesh.fsdp=16 --config.data.batch_size=16 --config.remat=full
-  keysync plan --config keyframe --topology v5e:4x4 --config.mesh.fsdp=16 --config.remat=full --compile    (needs libtpu, a quarter hour)
+  keysync plan --config keyframe --topology v5e:4x4 --config.mesh.fsdp=16 --config.remat=full --compile    (needs libtpu)
   keysync plan --config interpolation --topology cpu:8 --json"""
 
 
@@ -19,24 +19,30 @@ def add_plan(verbs) -> None:
     p.add_argument("--config", required=True, metavar="NAME", help="recipe: a shipped name, a .py file, or a run's config.json")
     p.add_argument("--config.KEY", dest="_", metavar="VALUE", help="set a key of the recipe, for example --config.mesh.fsdp=8")
     p.add_argument("--topology", required=True, metavar="T", help="v5e:4x4, v5p:2x2x2 (TPU chips), h200x8, a100x8 (GPUs) or cpu:8")
-    p.add_argument("--compile", action="store_true", help="compile the step for the TPU topology (libtpu) and say what it takes per chip")
+    p.add_argument(
+        "--compile", nargs="?", const="memory", choices=["memory", "whole"],
+        help="compile the step for the TPU topology (libtpu): until its memory is placed, or to the end (over an hour at full size)",
+    )  # fmt: skip
     p.add_argument("--json", action="store_true", help="machine-readable")
 
 
 def _plan(args) -> int:
     from keysync_jax import recipes
+    from keysync_jax.training import ahead_of_time
     from keysync_jax.training import plan as plans
     from keysync_jax.training.config import train_config
 
     topology = plans.parse_topology(args.topology)
     config = train_config(recipes.load(args.config, args.overrides), args.config)
-    mesh = plans.tpu_mesh(config, topology) if args.compile else None  # a missing libtpu is said before anything else
+    if args.compile:
+        ahead_of_time.check_libtpu(topology)  # said before anything else
     plan = plans.make_plan(config, topology)
     if not args.json:
         _print(plan, config)
-    compiled = None if mesh is None else plans.compile_plan(config, topology)
+    compiled = ahead_of_time.compile_step(config, topology, whole=args.compile == "whole") if args.compile else None
     if args.json:
-        print(json.dumps(plans.as_json(plan, compiled), indent=2))
+        more = {} if compiled is None else {"compiled": compiled._asdict() | {"total": compiled.total}}
+        print(json.dumps(plans.as_json(plan) | more, indent=2))
     elif compiled is not None:
         _print_compiled(compiled, topology)
     return 0
@@ -113,9 +119,9 @@ def _memory_table(plan):
 def _print_compiled(compiled, topology) -> None:
     from keysync_jax.parallel.sharding import gib
 
+    code = "the program's own bytes not counted" if compiled.code is None else f"program {gib(compiled.code)}"
     print(
-        f"compiled for {topology.name} in {compiled.compile_seconds:.0f} s (lowered in {compiled.lower_seconds:.0f} s); GiB per chip: "
-        f"arguments {gib(compiled.arguments)}, temporaries {gib(compiled.temporaries)}, outputs {gib(compiled.outputs)} of which "
-        f"{gib(compiled.aliased)} in place, code {gib(compiled.code)}; together {gib(compiled.total)} "
-        f"of {topology.device.memory / 2**30:.1f}: {'fits' if compiled.total <= topology.device.memory else 'does not fit'}"
+        f"compiled for {topology.name} in {compiled.seconds:.0f} s; GiB per chip: arguments {gib(compiled.arguments)}, "
+        f"temporaries {gib(compiled.temporaries)}, {code}; together {gib(compiled.total)} of {topology.device.memory / 2**30:.1f}: "
+        f"{'fits' if compiled.total <= topology.device.memory else 'does not fit'}"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 import time
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.errors import UsageError
 from keysync_jax.parallel import mesh as meshes
 from keysync_jax.parallel import sharding
 from keysync_jax.training import activations, flops, initial
@@ -219,62 +218,6 @@ def _count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-# -- ahead-of-time compilation ------------------------------------------------------------------------------------------------------
-
-
-class Compiled(NamedTuple):
-    """Bytes per chip as the compiler plans them, and the seconds it took.
-
-    Attributes:
-      arguments: train state and batch.
-      temporaries: everything the step needs besides.
-      outputs: new state and metrics, of which `aliased` bytes take the place of arguments.
-      code: the program.
-    """
-
-    arguments: int
-    temporaries: int
-    outputs: int
-    aliased: int
-    code: int
-    lower_seconds: float
-    compile_seconds: float
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.temporaries + self.outputs - self.aliased + self.code
-
-
-def tpu_mesh(config: TrainConfig, topology: Topology) -> Mesh:
-    """The recipe's mesh over the devices of a TPU slice that need not be here.
-
-    Raises:
-      KeySyncError: libtpu is not installed, or does not know the topology.
-    """
-    if topology.device.platform != "tpu":
-        raise UsageError(f"--compile needs a TPU topology such as v5e:4x4, not {topology.name}")
-    # libtpu looks for the machine it runs on; there is none.
-    here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": _accelerator(topology)}
-    for name, value in here.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    slices = {"num_slices": config.mesh.slices} if config.mesh.slices > 1 else {}
-    if topology.devices % config.mesh.slices:
-        raise KeySyncError(f"{topology.name} has {topology.devices} chips, which mesh.slices {config.mesh.slices} does not divide")
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **slices)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [""])[0][:160]
-        raise KeySyncError(f"compiling for {topology.name} needs libtpu (pip install 'jax[tpu]'), which says: {reason}") from error
-    return meshes.train_mesh(config.mesh, found.devices)
-
-
-def _accelerator(topology: Topology) -> str:
-    chips = topology.devices
-    return {"v5e": f"v5litepod-{chips}", "v6e": f"v6e-{chips}"}.get(topology.kind, f"{topology.kind}-{2 * chips}")
-
-
 def lower_step(config: TrainConfig, mesh: Mesh, platform: str | None = None) -> jax.stages.Lowered:
     """The step as the training loop compiles it, with abstract arguments laid out on the mesh.
 
@@ -296,35 +239,9 @@ def lower_step(config: TrainConfig, mesh: Mesh, platform: str | None = None) -> 
         return traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
 
 
-def compile_plan(config: TrainConfig, topology: Topology) -> Compiled:
-    """Compiles the step for a TPU slice through libtpu, without a TPU; a quarter of an hour at full size on two idle cores.
-
-    Raises:
-      KeySyncError: libtpu is missing, or the step does not fit the chips.
-    """
-    mesh = tpu_mesh(config, topology)
-    begin = time.perf_counter()
-    lowered = lower_step(config, mesh, "tpu")
-    between = time.perf_counter()
-    try:
-        with jax.set_mesh(mesh):
-            compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = str(error).splitlines()[0][:300]
-        raise KeySyncError(f"the step does not fit {topology.name}: {reason}; take a stronger config.remat or a wider mesh") from error
-    end = time.perf_counter()
-    found = compiled.memory_analysis()
-    return Compiled(
-        found.argument_size_in_bytes, found.temp_size_in_bytes, found.output_size_in_bytes, found.alias_size_in_bytes,
-        found.generated_code_size_in_bytes, between - begin, end - between,
-    )  # fmt: skip
-
-
-def as_json(plan: Plan, compiled: Compiled | None = None) -> dict[str, Any]:
+def as_json(plan: Plan) -> dict[str, Any]:
     """Plain values, bytes and FLOPs in full."""
-    out = plan._asdict() | {
+    return plan._asdict() | {
         "topology": plan.topology._asdict() | {"device": plan.topology.device.name, "memory": plan.topology.device.memory},
         "rows": [row._asdict() for row in plan.rows],
         "flops": plan.flops._asdict() | {"model": plan.flops.model, "total": plan.flops.total},
@@ -333,6 +250,3 @@ def as_json(plan: Plan, compiled: Compiled | None = None) -> dict[str, Any]:
         "peak": None if plan.peak is None else plan.peak._asdict(),
         "steps_per_second": plan.steps_per_second,
     }
-    if compiled is not None:
-        out["compiled"] = compiled._asdict() | {"total": compiled.total}
-    return out

@@ -1,0 +1,105 @@
+"""What libtpu is asked and what is read from it. Without libtpu itself, a large download: a stand-in writes the dumps of a real one."""
+
+import importlib.util
+import sys
+import textwrap
+import time
+
+import pytest
+
+from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.training import ahead_of_time
+from keysync_jax.training.config import TrainConfig
+from keysync_jax.training.plan import parse_topology
+
+V5E = parse_topology("v5e:2x2")
+# Cut from the dumps of libtpu 0.0.42.1.
+USAGE = """\
+Memory Space: default (color=0)
+Total bytes: 198542336 (189.34MiB)
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+    7.00MiB(  2%);    7.00MiB;     24281088;                1; f32[14,1,1024,128]
+Memory Space: vmem (color=1)
+Total bytes: 117440512 (112.00MiB)
+"""
+ASSIGNMENT = """\
+BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <2 reduce_sum.2 @0> (size=512,offset=0): f32[]{:T(128)}
+allocation 1: size 917504, parameter 707, shape |f32[1,14,32,32,4]| at ShapeIndex {}:
+ value: <58644 param.244 @0> (size=917504,offset=0): f32[1,14,32,32,4]{3,4,2,1,0:T(4,128)}
+allocation 3: size 196608, parameter 2, shape |f32[768,64]| at ShapeIndex {}, maybe-live-out:
+ value: <58796 param.258 @0> (size=196608,offset=0): f32[768,64]{0,1:T(8,128)}
+allocation 709: size 186418176, preallocated-temp:
+"""
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Sets what the child process does: Python that may call `dump(ending, text)`."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(ahead_of_time, "_LOOK_SECONDS", 0.05)
+    prelude = """
+        import os, pathlib, re, sys, time
+        folder = pathlib.Path(re.search(r"--xla_dump_to=(\\S+)", os.environ["XLA_FLAGS"]).group(1))
+        folder.mkdir()
+        def dump(ending, text):
+            (folder / ("module_0003.jit_step.cl_1." + ending)).write_text(text)
+        """
+
+    def use(program):
+        text = textwrap.dedent(prelude) + textwrap.dedent(program)
+        monkeypatch.setattr(ahead_of_time, "_command", lambda recipe, topology: [sys.executable, "-c", text])
+
+    return use
+
+
+PLACED = f"""
+dump("after_optimizations-buffer-assignment.txt", {ASSIGNMENT!r})
+dump("after_optimizations-memory-usage-report.txt", {USAGE!r})
+dump("after_optimizations_after_buffer_assignment.txt", "HloModule")
+"""
+
+
+def test_the_compiler_is_stopped_once_its_buffers_are_placed(compiler):
+    compiler(PLACED + "time.sleep(600)")
+    begin = time.monotonic()
+    found = ahead_of_time.compile_step(TrainConfig(), V5E, quiet=True)
+    assert found.arguments == 917504 + 196608 and found.total == 198542336 and found.code is None
+    assert time.monotonic() - begin < 60
+
+
+def test_the_whole_program_is_waited_for(compiler):
+    compiler(PLACED + """time.sleep(0.5); print('{"code": 7000}')""")
+    found = ahead_of_time.compile_step(TrainConfig(), V5E, whole=True, quiet=True)
+    assert found.code == 7000 and found.total == 198542336 + 7000 and found.seconds >= 0.5
+
+
+def test_what_the_compiler_says_is_the_error(compiler):
+    compiler('sys.exit("error: the step does not fit v5e:2x2: RESOURCE_EXHAUSTED")')
+    with pytest.raises(KeySyncError, match=r"^the step does not fit v5e:2x2"):
+        ahead_of_time.compile_step(TrainConfig(), V5E, quiet=True)
+    compiler("os.abort()")
+    with pytest.raises(KeySyncError, match="ended with status -6"):
+        ahead_of_time.compile_step(TrainConfig(), V5E, quiet=True)
+
+
+def test_a_plan_in_an_unknown_form_is_not_guessed_at(compiler):
+    compiler(PLACED.replace("Total bytes", "Sum") + "time.sleep(600)")
+    with pytest.raises(KeySyncError, match="--compile=whole"):
+        ahead_of_time.compile_step(TrainConfig(), V5E, quiet=True)
+
+
+def test_one_is_told_what_the_compiler_does(compiler, capsys, monkeypatch):
+    monkeypatch.setattr(ahead_of_time, "_LINE_SECONDS", 0.01)
+    compiler('dump("before_optimizations.txt", "HloModule"); time.sleep(1)' + PLACED)
+    ahead_of_time.compile_step(TrainConfig(), V5E)
+    assert "s: the compiler optimises the program" in capsys.readouterr().err
+
+
+def test_without_libtpu_or_a_tpu_it_is_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(KeySyncError, match=r"needs libtpu, which is not installed \(pip install 'jax\[tpu\]'\)"):
+        ahead_of_time.compile_step(TrainConfig(), V5E)
+    with pytest.raises(UsageError, match="v5e:4x4"):
+        ahead_of_time.compile_step(TrainConfig(), parse_topology("h200x8"))
