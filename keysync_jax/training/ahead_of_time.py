@@ -12,9 +12,11 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -121,7 +123,7 @@ def read_assignment(dump: Path) -> tuple[int, int]:
 
 
 def _command(recipe: Path, topology: Topology) -> list[str]:
-    return [sys.executable, "-m", __name__, str(recipe), topology.name]
+    return [sys.executable, "-m", __name__, str(recipe), topology.name, str(os.getpid())]
 
 
 def _environment(dump: Path, topology: Topology) -> dict[str, str]:
@@ -182,6 +184,18 @@ def _accelerator(topology: Topology) -> str:
     return {"v5e": f"v5litepod-{chips}", "v6e": f"v6e-{chips}"}.get(topology.kind, f"{topology.kind}-{2 * chips}")
 
 
+def end_with(parent: int, folder: Path) -> None:
+    """In the child: a compiler whose starter was killed must not go on for an hour. Removes its folder and ends."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _compile(recipe: str, name: str) -> int:
     """In the child: bytes of the program."""
     topology = parse_topology(name)
@@ -199,8 +213,10 @@ def _compile(recipe: str, name: str) -> int:
 
 
 if __name__ == "__main__":
+    recipe_path, topology_name, starter = sys.argv[1:]
+    end_with(int(starter), Path(recipe_path).parent)
     try:
-        print(json.dumps({"code": _compile(*sys.argv[1:])}))
+        print(json.dumps({"code": _compile(recipe_path, topology_name)}))
     except KeySyncError as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(1)

@@ -1,9 +1,12 @@
 """What libtpu is asked and what is read from it. Without libtpu itself, a large download: a stand-in writes the dumps of a real one."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +106,38 @@ def test_without_libtpu_or_a_tpu_it_is_one_line(monkeypatch):
         ahead_of_time.compile_step(TrainConfig(), V5E)
     with pytest.raises(UsageError, match="v5e:4x4"):
         ahead_of_time.compile_step(TrainConfig(), parse_topology("h200x8"))
+
+
+def test_the_compiler_ends_when_its_starter_is_killed(tmp_path):
+    folder, ready = tmp_path / "compile", tmp_path / "ready"
+    folder.mkdir()
+    child = (
+        "import os, pathlib, time; from keysync_jax.training import ahead_of_time as a; a._LOOK_SECONDS = 0.05; "
+        f"a.end_with(os.getppid(), pathlib.Path({str(folder)!r})); pathlib.Path({str(ready)!r}).touch(); time.sleep(600)"
+    )
+    starter = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); p.wait()"
+    process = subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    wait_for(ready.exists)
+    assert folder.exists()
+    process.kill()
+    process.wait()
+    wait_for(lambda: not folder.exists())
+    wait_for(lambda: not running(pid))
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A process that has ended and that nobody waits for any more is still listed.
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
