@@ -105,7 +105,7 @@ def test_floor_lies_under_every_recorded_clip():
     values = [0.82, 0.74, 0.79, 0.85, 0.66, 0.80]
     for key in ("opening_r", "closed"):
         bound = demo_record.floor(key, values)
-        assert bound <= min(values) - 0.02 and bound < np.mean(values) - 2.9 * np.std(values, ddof=1) + 0.02
+        assert bound <= min(values) - (0.15 if key == "closed" else 0.02) and bound < np.mean(values) - 2.9 * np.std(values, ddof=1) + 0.02
     steady = demo_record.floor("opening_r", [0.8, 0.801, 0.799, 0.8])
     assert steady == pytest.approx(0.779)  # the margin under the worst, where nothing scatters
     assert demo_record.floor("opening_r", [0.2, -0.3, 0.1]) >= -1 and demo_record.floor("closed", [0.1, 0.0]) == 0
