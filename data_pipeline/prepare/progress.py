@@ -8,13 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from keysync_jax import progress
 
 log = logging.getLogger(__name__)
 
 _SECONDS = 1.0  # between two looks; a look may list a folder
-_LINE_SECONDS = 30.0  # between two lines when stderr is no terminal
 
 
 class Watch:
@@ -22,10 +20,7 @@ class Watch:
 
     def __init__(self, quiet: bool = False):
         self._quiet = quiet
-        self._bars = Progress(
-            TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), console=Console(stderr=True), disable=quiet or not sys.stderr.isatty(),
-        )  # fmt: skip
+        self._bars = progress.Bars(quiet)
         self._followed: list[tuple[str, int, Callable[[], int], int]] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -66,6 +61,6 @@ class Watch:
             new = done - self._first.setdefault(name, done)
             left = f", {(total - done) * (now - self._began) / new:.0f} s left" if 0 < new and done < total else ""
             lines.append(f"{name} {done}/{total}{left}")
-        if not self._quiet and not sys.stderr.isatty() and (last or now - self._line >= _LINE_SECONDS):
+        if not self._quiet and not sys.stderr.isatty() and (last or now - self._line >= progress.LINE_SECONDS):
             self._line = now
             print(f"keysync prepare: {now - self._began:.0f} s: {'; '.join(lines)}", file=sys.stderr, flush=True)

@@ -7,7 +7,6 @@ memory. So it runs in a process of its own, writes down its buffer assignment, a
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
@@ -24,6 +23,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from keysync_jax.config import to_dict
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.parallel import mesh as meshes
 from keysync_jax.training.config import TrainConfig, train_config
@@ -88,7 +88,7 @@ def compile_step(config: TrainConfig, topology: Topology, *, whole: bool = False
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="keysync_compile_") as folder:
         recipe, dump = Path(folder, "config.json"), Path(folder, "dump")
-        recipe.write_text(json.dumps(dataclasses.asdict(config)))
+        recipe.write_text(json.dumps(to_dict(config)))
         output, errors = Path(folder, "output"), Path(folder, "errors")
         with output.open("w") as out, errors.open("w") as err:
             child = subprocess.Popen(_command(recipe, topology), env=_environment(dump, topology), stdout=out, stderr=err)
@@ -102,13 +102,12 @@ def compile_step(config: TrainConfig, topology: Topology, *, whole: bool = False
             lines = [line for line in errors.read_text(errors="replace").splitlines() if line.startswith("error: ")]
             reason = lines[-1].removeprefix("error: ") if lines else f"the compiler ended with status {child.returncode}"
             raise KeySyncError(reason)
-        arguments, total = read_assignment(dump)
-        code = json.loads(output.read_text().splitlines()[-1])["code"] if whole else None
-    return Compiled(arguments, total - arguments, code, time.perf_counter() - begin)
+        sizes = json.loads(output.read_text().splitlines()[-1]) if whole else read_assignment(dump)
+    return Compiled(**sizes, seconds=time.perf_counter() - begin)
 
 
-def read_assignment(dump: Path) -> tuple[int, int]:
-    """Bytes of the arguments, and of everything, in a chip's memory, from XLA's dumped buffer assignment.
+def read_assignment(dump: Path) -> dict[str, int | None]:
+    """The sizes of `Compiled` from XLA's dumped buffer assignment.
 
     Raises:
       KeySyncError: this libtpu writes its plan in another way.
@@ -119,7 +118,8 @@ def read_assignment(dump: Path) -> tuple[int, int]:
     sizes = re.findall(r"^allocation \d+: size (\d+), parameter ", assignment.read_text() if assignment else "", re.MULTILINE)
     if total is None or not sizes:
         raise KeySyncError("libtpu's memory plan has a form that is not known here; --compile=whole takes the long way")
-    return sum(map(int, sizes)), int(total.group(1))
+    arguments = sum(map(int, sizes))
+    return {"arguments": arguments, "temporaries": int(total.group(1)) - arguments, "code": None}
 
 
 def _command(recipe: Path, topology: Topology) -> list[str]:
@@ -196,27 +196,33 @@ def end_with(parent: int, folder: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _compile(recipe: str, name: str) -> int:
-    """In the child: bytes of the program."""
+def _compile(recipe: str, name: str) -> dict[str, int]:
+    """In the child: the sizes of `Compiled` from the whole program."""
     topology = parse_topology(name)
     config = train_config(json.loads(Path(recipe).read_text()), recipe)
     mesh = tpu_mesh(config, topology)
     lowered = lower_step(config, mesh, "tpu")
     try:
         with jax.set_mesh(mesh):
-            return lowered.compile().memory_analysis().generated_code_size_in_bytes
+            found = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).splitlines()[0][:300]
         raise KeySyncError(f"the step does not fit {name}: {reason}; take a stronger config.remat or a wider mesh") from error
+    new = found.output_size_in_bytes - found.alias_size_in_bytes  # results that take no argument's place
+    return {
+        "arguments": found.argument_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes + new,
+        "code": found.generated_code_size_in_bytes,
+    }
 
 
 if __name__ == "__main__":
     recipe_path, topology_name, starter = sys.argv[1:]
     end_with(int(starter), Path(recipe_path).parent)
     try:
-        print(json.dumps({"code": _compile(recipe_path, topology_name)}))
+        print(json.dumps(_compile(recipe_path, topology_name)))
     except KeySyncError as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(1)
