@@ -21,6 +21,7 @@ _SEARCH = (0.70, 1.02)  # rows that hold part of the lips in every mouth, open o
 _BAND = 0.07  # half width of the column band in which the opening is measured
 _SEAM, _DARK = 0.25, 0.55  # share of lip luminance lost: a closed lip line reaches the first, a gap the second
 _PALE, _TEETH = 0.30, 0.65  # share of lip redness lost where teeth begin and where they are
+_CHIN = 0.2  # height of skin that is more than teeth can be
 
 
 class MouthMeasure(NamedTuple):
@@ -76,6 +77,20 @@ def _extent(profile: np.ndarray, threshold: float, inside: slice) -> tuple[float
     return low, high
 
 
+def _above_chin(profile: np.ndarray, strip: np.ndarray, threshold: float, tone: float, inside: slice) -> np.ndarray:
+    """The red profile up to the chin's skin: the shade below the chin may be as red as lips, and would enclose the chin with them.
+
+    Between the lips it is dark, or pale for the height of the teeth; skin is neither red nor dark for longer than that.
+    """
+    skin = (profile <= threshold) & (strip > (1 - _DARK) * tone)
+    run = 0
+    for row in range(inside.start + int(np.argmax(profile[inside])), len(profile)):
+        run = run + 1 if skin[row] else 0
+        if run >= _CHIN * SAMPLES_PER_UNIT:
+            return profile[: row + 1]
+    return profile
+
+
 def _enclosed(profile: np.ndarray) -> np.ndarray:
     """Soft filling: every sample becomes the lesser of the maximum above it and the maximum below it, itself included."""
     return np.minimum(np.maximum.accumulate(profile), np.maximum.accumulate(profile[::-1])[::-1])
@@ -113,7 +128,8 @@ def measure_mouth(frames: np.ndarray, landmarks: np.ndarray) -> MouthMeasure:
         return MouthMeasure(opening, width, found)
     for i in range(count):
         smooth = gaussian_filter(red[i], (1.2, 2.5))
-        lips = _extent(_enclosed(smooth[: search.stop + 40, band].mean(axis=1)), threshold, search)
+        across = smooth[:, band].mean(axis=1), luminance[i][:, band].mean(axis=1)
+        lips = _extent(_enclosed(_above_chin(*across, threshold, tone, search)), threshold, search)
         if lips is None:
             continue
         top, bottom = int(np.floor(lips[0])), int(np.ceil(lips[1])) + 1

@@ -45,6 +45,19 @@ def test_closed_is_read_as_closed_and_a_copied_mouth_as_wrong():
     assert np.corrcoef(other.opening, voice.opening)[0, 1] > 0.98
 
 
+def test_a_shade_under_the_chin_as_red_as_lips_is_not_a_lip():
+    clip = make_clip(61_003, frames=60)
+    shaded = clip.frames.astype(np.float32)
+    rows = np.arange(shaded.shape[1])[:, None]
+    for frame, points in zip(shaded, clip.landmarks, strict=True):
+        chin = np.interp(np.arange(shaded.shape[2]), points[3:14, 0], points[3:14, 1], left=1e9, right=1e9)
+        below = (rows > chin - 2) & (rows < chin + 6)  # a band: what is under it need not be red
+        frame[below] *= [0.75, 0.45, 0.5]
+    found, plain = (measure_mouth(f.astype(np.uint8), clip.landmarks) for f in (shaded, clip.frames))
+    assert np.corrcoef(found.opening, clip.opening)[0, 1] > 0.98
+    assert np.abs(found.opening - plain.opening).max() < 0.05
+
+
 def test_a_frame_without_a_mouth_is_not_found():
     clip = make_clip(61_002, frames=4)
     found = measure_mouth(np.full_like(clip.frames, 128), clip.landmarks)
