@@ -6,6 +6,7 @@ Defaults are the reference's keyframe recipe (paper Table 7 and the released cod
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from keysync_jax.config import StageConfig, VAEConfig, from_dict
@@ -165,6 +166,8 @@ class InitConfig:
       ema: of a run: start from the averaged weights.
       vae: model directory whose VAE decodes for the pixel loss and for sample pictures; empty takes it from `path`.
       zero_init: scratch: start the layers at zero that the reference starts at zero.
+      redraw: svd, model, run: regular expressions; the tensors in whose names (the reference's) one is found are drawn anew, for
+        example `conditioner` for tokens of another audio encoder.
     """
 
     kind: str = "scratch"
@@ -173,11 +176,18 @@ class InitConfig:
     ema: bool = False
     vae: str = ""
     zero_init: bool = True
+    redraw: tuple[str, ...] = ()
 
     def __post_init__(self):
         kinds = ("scratch", "svd", "model", "run")
         _require(self.kind in kinds, f"init.kind is {self.kind!r}; choose one of {', '.join(kinds)}")
         _require(self.kind == "scratch" or bool(self.path), f"init.kind {self.kind!r} needs init.path")
+        _require(self.kind != "scratch" or not self.redraw, "init.redraw is of no use with init.kind 'scratch': all is drawn anew")
+        for pattern in self.redraw:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise KeySyncError(f"init.redraw: {pattern!r} is no regular expression: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -337,6 +339,8 @@ def _from_stage(config: TrainConfig, other: StageConfig, tensors: Any, where: st
 def _compose(config: TrainConfig, tensors: Any, new: set[str], spare: set[str], where: str) -> tuple[Tree, list[str]]:
     """A stage from `tensors` (torch layout); those in `new` are drawn where they are missing or of another shape, `spare` may be left over.
 
+    What `config.init.redraw` names is drawn in any case.
+
     Raises:
       KeySyncError: anything else is missing, unexpected or mis-shaped.
     """
@@ -352,6 +356,7 @@ def _compose(config: TrainConfig, tensors: Any, new: set[str], spare: set[str], 
     if wrong:
         raise KeySyncError(f"config.init.path: {where} does not fit the recipe: {wrong}")
     drawn = [*found.wrong, *found.missing]
+    drawn += [key for key in _redrawn(config, [e.torch_key for e in table]) if key not in drawn]
     values = dict(fresh(table, config.seed, keys=drawn, zero_init=config.init.zero_init, constants=stage_constants(stage)).lazy_items())
     if stage.filler == "random" and "model.learned_mask" in values:
         shape = values["model.learned_mask"].shape
@@ -361,6 +366,23 @@ def _compose(config: TrainConfig, tensors: Any, new: set[str], spare: set[str], 
     notes += [f"drawn at random, seed {config.seed}: {some(drawn)}"] * bool(drawn)
     notes += [f"left out: {some(found.unexpected, 3)}"] * bool(found.unexpected)
     return params, notes
+
+
+def _redrawn(config: TrainConfig, keys: Sequence[str]) -> list[str]:
+    from converters import sgm
+
+    out: list[str] = []
+    for pattern in config.init.redraw:
+        matches = [key for key in keys if re.search(pattern, key)]
+        if not matches:
+            raise KeySyncError(f"config.init.redraw: {pattern!r} is found in no tensor's name; the first is {keys[0]}")
+        held = [key for key in matches if config.freeze == "temporal" and sgm.is_frozen(key)]
+        if held:
+            raise KeySyncError(
+                f"config.init.redraw: {pattern!r} is found in {held[0]}, which would stay random: freeze 'temporal' holds it"
+            )
+        out += matches
+    return out
 
 
 def _to_flax(table: Any, tensors: Any) -> Tree:

@@ -103,6 +103,20 @@ def test_model_start_is_the_model(model):
     initial.checked(found.frozen, abstract.frozen, "frozen")
 
 
+def test_named_tensors_are_drawn_anew(model):
+    init = dataclasses.replace(tiny.start_from("model", model), redraw=("^conditioner", r"label_emb\.0\.2"))
+    found = initial.initial_weights(tiny.recipe(init=init))
+    ours, theirs = whole(found, tiny.KEYFRAME), model_directory.load(model, complete=False).tensors("keyframe")
+    wanted = AUDIO | {LABEL.replace("0.0.weight", "0.2.weight"), LABEL.replace("0.0.weight", "0.2.bias")}
+    assert {key for key, value in ours.items() if not np.array_equal(theirs[key], value)} == wanted
+    assert any("drawn at random" in note and all(key in note for key in wanted) for note in found.notes)
+    for pattern, words in (("nothing_of_it", "found in no tensor's name"), ("attn2", "time_stack.*would stay random: freeze 'temporal'")):
+        with pytest.raises(KeySyncError, match=words):
+            initial.initial_weights(tiny.recipe(init=dataclasses.replace(init, redraw=(pattern,))))
+    with pytest.raises(KeySyncError, match="no regular expression"):
+        dataclasses.replace(init, redraw=("(",))
+
+
 def test_model_start_refuses_another_network(model):
     narrow = dataclasses.replace(tiny.KEYFRAME, unet=dataclasses.replace(tiny.UNET, num_head_channels=32, context_dim=8))
     with pytest.raises(KeySyncError) as error:
