@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -25,6 +22,7 @@ from data_pipeline.prepare.settings import Curation, Output
 from data_pipeline.prepare.state import Folders
 from data_pipeline.prepare.work import Entry, write_text
 from keysync_jax.errors import KeySyncError
+from keysync_jax.locking import only_process
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +84,7 @@ def prepare(
     epath.Path(folders.work).mkdir(parents=True, exist_ok=True)
     flags = jobs.beam_flags(workers, beam)
     jobs.worker_environment()
-    with _only_run(folders):
+    with only_process(folders.work, f"another keysync prepare is at work in {folders.work}; wait for it or give another --work"):
         folders.remove_leftovers()
         written = state.written_clips(output, plan.groups)
         ids = {item.id for item in items}
@@ -173,17 +171,3 @@ def _write(
 
 def _count(folder: Any, ids: set[str]) -> int:
     return len(ids.intersection(folder.names()))
-
-
-@contextlib.contextmanager
-def _only_run(folders: Folders) -> Iterator[None]:
-    """Refuse a second run in the same work folder (local folders only; the lock ends with the process)."""
-    if "://" in folders.work:
-        yield
-        return
-    with open(Path(folders.work) / "lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise KeySyncError(f"another keysync prepare is at work in {folders.work}; wait for it or give another --work") from None
-        yield

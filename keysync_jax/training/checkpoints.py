@@ -72,13 +72,20 @@ class Checkpoints:
         self._terminated = False
         self._old_handler: Any = None
         _quiet_orbax()
+        self._config = config
+        if not read_only and jax.process_index() == 0:
+            self._strays = not remove_unfinished(self._directory)
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        config, write = self._config, not self._read_only
+        keep = {"max_to_keep": config.keep_last, "keep_period": config.keep_every or None} if write else {}
         handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS} | {name: ocp.JsonCheckpointHandler() for name in _JSON}
-        keep = {} if read_only else {"max_to_keep": config.keep_last, "keep_period": config.keep_every or None}
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             str(self._directory),
             options=ocp.CheckpointManagerOptions(
-                **keep, enable_async_checkpointing=True, create=not read_only, cleanup_tmp_directories=not read_only,
-                read_only=read_only, save_interval_steps=0 if read_only else 1,
+                **keep, enable_async_checkpointing=True, create=write, cleanup_tmp_directories=write, read_only=not write,
+                save_interval_steps=1 if write else 0,
             ),
             item_names=(*_ARRAYS, *_JSON),
             item_handlers=handlers,
@@ -152,7 +159,7 @@ class Checkpoints:
     def _remove_strays(self) -> None:
         """Once more, when no save is under way: threads of a failed one may have gone on writing for a while."""
         if self._strays and jax.process_index() == 0:
-            remove_unfinished(self._directory)
+            remove_unfinished(self._directory)  # what does not go now, the next start removes
         self._strays = False
 
     def _fail(self, error: Exception) -> None:
@@ -160,7 +167,13 @@ class Checkpoints:
         self._strays = True
         if jax.process_index() == 0:
             remove_unfinished(self._directory)
-        self._manager.reload()  # also takes back the old checkpoints that would have made way
+        # Also takes back the old checkpoints that would have made way.
+        if jax.process_count() > 1:
+            self._manager.reload()
+        else:  # another manager: should Orbax's cleaning up of an earlier run have failed, this one's every save would
+            with contextlib.suppress(*_WRITE_ERRORS):
+                self._manager.close()
+            self._manager = self._open()
         last = self.latest()
         self._failed = f"the checkpoint of step {step} could not be written ({_reason(error)}); " + (
             "there is none yet" if last is None else f"the last good one is step {last}"
@@ -330,20 +343,21 @@ def restore_frozen(workdir: epath.PathLike, abstract: Tree) -> Tree:
             raise KeySyncError(f"{path} cannot be read: {_reason(error)}; restore it or start a new run") from error
 
 
-def remove_unfinished(directory: epath.PathLike) -> None:
-    """Delete what a save that did not end left in a folder."""
+def remove_unfinished(directory: epath.PathLike) -> bool:
+    """Delete what a save that did not end left in a folder; False where something is still being written there."""
     gone = 0
     for _ in range(50):
         left = list(epath.Path(directory).glob(_UNFINISHED))
         gone = 0 if left else gone + 1
         if gone == 2:
-            return
+            return True
         for path in left:
             # Other threads of the failed save may still be writing into it: once more, until it stays away.
             with contextlib.suppress(OSError):
                 path.rmtree(missing_ok=True)
         time.sleep(0.05)
     logging.getLogger(__name__).warning("%s could not be removed; the next start will", ", ".join(map(str, left)))
+    return False
 
 
 def write_config(workdir: epath.PathLike, values: dict[str, Any]) -> None:

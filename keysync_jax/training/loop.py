@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax
 from keysync_jax.config import to_dict
 from keysync_jax.errors import KeySyncError
 from keysync_jax.inference.runtime import use_compile_cache
+from keysync_jax.locking import only_process
 from keysync_jax.parallel.distributed import sync
 from keysync_jax.parallel.mesh import check_batch, train_mesh
 from keysync_jax.parallel.sharding import data_share, global_batch, sharding_table, state_shardings
@@ -28,6 +30,7 @@ from keysync_jax.training.watch import Watch
 
 # Exit status of a run that SIGTERM ended after it had saved its state: not 0, so that a scheduler starts it again.
 TERMINATED = 128 + signal.SIGTERM
+_SECONDS_TO_LEAVE = 120  # for a run that was stopped and is still saving
 
 
 def make_objective(config: TrainConfig, vae: Any) -> Objective:
@@ -80,7 +83,7 @@ def train(config: TrainConfig, workdir: str, *, stop_after: int | None = None, p
         log.say(sharding_table(mesh, shapes))
     abstract_state = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
 
-    with Checkpoints(workdir, config.checkpoint, warn=log.say) as saved:
+    with _alone(workdir, log), Checkpoints(workdir, config.checkpoint, warn=log.say) as saved:
         # Which weights, by priority: 1. this run's last checkpoint; 2. what config.init says.
         latest = saved.latest()
         if latest is not None:
@@ -155,6 +158,14 @@ def train(config: TrainConfig, workdir: str, *, stop_after: int | None = None, p
         log.say(f"done: {last} steps")
     log.close()
     return last
+
+
+def _alone(workdir: str, log: MetricLog) -> AbstractContextManager[None]:
+    """Two trainings in one workdir would delete each other's checkpoints; one that was just stopped may still be writing its last."""
+    if jax.process_index():
+        return nullcontext()
+    refusal = f"another training is at work in {workdir}; stop it or give another --workdir"
+    return only_process(workdir, refusal, wait_s=_SECONDS_TO_LEAVE, say=log.say)
 
 
 def _counters(config: TrainConfig, state: states.TrainState, step: int, fingerprint: str) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import resource
 import shutil
 import signal
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +172,39 @@ def test_a_failing_write_keeps_the_last_good_checkpoint_and_the_next_save_is_tri
         assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4"]
         found = saved.weights(4, abstract_of(state_of(0, 0, width=20_000)).params)
         assert np.array_equal(found["bias"], np.full(20_000, 4, np.float32))
+
+
+def test_saves_work_again_once_what_kept_an_old_one_alive_is_gone(tmp_path):
+    """A stopped run may still be writing while the next one starts and removes what it finds half-written."""
+    left, said, gone = tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp" / "params" / "d", [], threading.Event()
+
+    left.mkdir(parents=True)
+    for n in range(3000):  # removing these takes a while, in which others appear
+        (left / f"old{n}").touch()
+
+    def write():
+        for n in itertools.count():
+            with contextlib.suppress(OSError):
+                left.mkdir(parents=True, exist_ok=True)
+                (left / str(n)).touch()
+            if gone.is_set():
+                return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        with Checkpoints(tmp_path, warn=said.append) as saved:
+            time.sleep(1)  # Orbax cleans up in the background
+            gone.set()
+            writer.join()
+            save(saved, 2, 2)
+            saved.check()
+            save(saved, 3, 3)
+            saved.wait()
+            assert saved.latest() == 3
+    finally:
+        gone.set()
+    assert not list((tmp_path / "checkpoints").glob("*tmp*")) and len(said) <= 1
 
 
 def test_frozen_leaves_appear_whole_or_not_at_all(tmp_path):
