@@ -131,6 +131,24 @@ def roughness(generated: np.ndarray, true: np.ndarray) -> float:
     return second_difference(generated) / max(second_difference(true), 1e-12)
 
 
+def input_leak(generated: np.ndarray, true: np.ndarray, source: np.ndarray) -> float:
+    """How much of the input video's mouth comes through: the weight of its opening beside the true one in the generated opening.
+
+    Least squares of `generated` on a constant, `true` and `source`. A copied input scores 1, a perfect dub 0. It tells how strongly the
+    input shows where the share of open frames under silence (LipLeak) is still zero.
+
+    Args:
+      generated, true, source: `[T]` in one unit; a constant `true` (silence) is allowed.
+
+    Returns:
+      NaN where the input's mouth does not move, or for fewer than four frames.
+    """
+    basis = np.stack([np.ones(len(generated)), _series(true), _series(source)], axis=1)
+    if len(generated) < 4 or basis[:, 2].std() < 1e-9:
+        return math.nan
+    return float(np.linalg.lstsq(basis, _series(generated), rcond=1e-9)[0][2])
+
+
 class MouthTruth(NamedTuple):
     """What a generated mouth is held against. Lengths are in any one unit; `maximum` is the speaker's largest opening in it."""
 
@@ -139,6 +157,7 @@ class MouthTruth(NamedTuple):
     closed: np.ndarray  # bool [T]: frames of m, b and p in which the true mouth is measured as closed
     loudness: np.ndarray  # [T] dB of the driving voice
     maximum: float
+    source: np.ndarray  # [T] opening measured in the input video
 
 
 def follow_figures(opening: np.ndarray, width: np.ndarray, found: np.ndarray, truth: MouthTruth, lag: bool = True) -> dict[str, float]:
@@ -151,13 +170,15 @@ def follow_figures(opening: np.ndarray, width: np.ndarray, found: np.ndarray, tr
       lag: whether the frames follow one another, so that lag and smoothness mean something.
 
     Returns:
-      "opening_r", "width_r", "closed" (NaN without closed frames), "partial_r", and with `lag` "lag" (frames) and "roughness".
+      "opening_r", "width_r", "closed" (NaN without closed frames), "partial_r", "input_leak"; with `lag` also "lag" (frames) and
+      "roughness".
     """
     out = {
         "opening_r": correlation(opening, truth.opening),
         "width_r": correlation(width, truth.width),
         "closed": closed_share(opening, found, truth.closed, truth.maximum),
         "partial_r": partial_correlation(opening, truth.opening, truth.loudness),
+        "input_leak": input_leak(opening, truth.opening, truth.source),
     }
     if lag:
         out["lag"] = best_lag(cross_correlation(opening, truth.opening))

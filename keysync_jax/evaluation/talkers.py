@@ -232,8 +232,10 @@ class _Run:
         self.output.add(clip.number, measure_mouth(frames, clip.target.landmarks[at]), _take(truth, at), more, lag=whole)
 
     def add_silence(self, clip: HeldOut, target: TalkerClip, truth: MouthTruth, frames: np.ndarray, at: list[int]) -> None:
-        share = _open_share(measure_mouth(frames, target.landmarks[at]), truth)
-        self.silence.append({"clip": clip.number, "kind": talkers_clips.silence_of(clip.number), "open": share})
+        mouth = measure_mouth(frames, target.landmarks[at])
+        leak = lip_metrics.input_leak(mouth.opening, np.zeros(len(at)), truth.source[at])
+        share = _open_share(mouth, truth)
+        self.silence.append({"clip": clip.number, "kind": talkers_clips.silence_of(clip.number), "open": share, "leak": leak})
 
     def add_baselines(self, clip: HeldOut) -> MouthTruth:
         source, target = talkers_clips.measure(clip.source), talkers_clips.measure(clip.target)
@@ -259,6 +261,7 @@ def _report(about: dict[str, Any], scale: Scales, run: _Run, shared: _Run, test:
         for name, values in (("output", [s["open"] for s in run.silence]), ("copied input", inputs),
                              ("truth", [s["truth"] for s in shared.silence])):  # fmt: skip
             columns[name]["silence_open"], columns[name]["silence_open_error"] = mean_and_error(values)
+        columns["output"]["silence_leak"], columns["output"]["silence_leak_error"] = mean_and_error([s["leak"] for s in run.silence])
         columns["output"]["silence_input_open"] = columns["copied input"]["silence_input_open"] = mean_and_error(inputs)[0]
         for kind in talkers_clips.SILENCES:
             values = [s["open"] for s in run.silence if s["kind"] == kind]
@@ -299,7 +302,7 @@ def _open_share(mouth: MouthMeasure, truth: MouthTruth) -> float:
 
 
 def _take(truth: MouthTruth, at: list[int]) -> MouthTruth:
-    return truth._replace(**{name: getattr(truth, name)[at] for name in ("opening", "width", "closed", "loudness")})
+    return truth._replace(**{name: getattr(truth, name)[at] for name in ("opening", "width", "closed", "loudness", "source")})
 
 
 def _flicker(frames: np.ndarray, target: np.ndarray, outside: np.ndarray) -> float:

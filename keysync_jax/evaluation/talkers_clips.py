@@ -101,7 +101,7 @@ def mouth_truth(clip: HeldOut, source: MouthMeasure, target: MouthMeasure) -> Mo
     maximum = float(max(source.opening.max(), target.opening.max()))
     closed = clip.target.is_closure & ~lip_metrics.is_open(target.opening, maximum)
     loudness = lip_metrics.loudness_db(clip.target.samples, clip.num_frames)
-    return MouthTruth(clip.target.opening, clip.target.width, closed, loudness, maximum)
+    return MouthTruth(clip.target.opening, clip.target.width, closed, loudness, maximum, source.opening)
 
 
 def measure(clip: TalkerClip, frames: np.ndarray | None = None) -> MouthMeasure:

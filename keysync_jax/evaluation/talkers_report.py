@@ -16,6 +16,8 @@ _EXTRA = (
     ("lag_within_1", "clips with a lag within ± 1 frame"),
     ("roughness", "roughness of the opening (truth 1)"),
     ("flicker", "flicker of the mask's pixels (truth 1)"),
+    ("input_leak", "weight of the input's opening (copy 1)"),
+    ("silence_leak", "the same under silence (copy 1)"),
     ("found", "frames in which a mouth is seen"),
 )
 

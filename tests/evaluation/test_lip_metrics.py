@@ -37,7 +37,7 @@ def test_correlation_is_pearsons():
 
 def test_a_mouth_that_does_not_move_has_no_lag_and_no_correlation():
     still = np.full(150, 0.4)
-    truth = MouthTruth(TRUE, TRUE, TRUE < 0.1, _wander(5), 1.0)
+    truth = MouthTruth(TRUE, TRUE, TRUE < 0.1, _wander(5), 1.0, _wander(7))
     figures = lip_metrics.follow_figures(still, still, np.ones(150, bool), truth)
     assert figures["opening_r"] == figures["width_r"] == figures["partial_r"] == 0
     assert math.isnan(figures["lag"]) and figures["closed"] == 0 and figures["roughness"] == 0
@@ -94,6 +94,16 @@ def test_open_and_closed_shares():
     closed = np.array([True, True, False, True, False, True])
     assert lip_metrics.closed_share(opening, found, closed, 0.4) == pytest.approx(2 / 4)
     assert math.isnan(lip_metrics.closed_share(opening, found, np.zeros(6, bool), 0.4))
+
+
+def test_leak_is_the_weight_of_the_inputs_mouth():
+    source = 0.5 * TRUE + 0.5 * _wander(7)  # also where the two resemble each other
+    for share in (0.0, 0.2, 1.0):
+        mixed = (1 - share) * TRUE + share * source + 0.1
+        assert lip_metrics.input_leak(mixed, TRUE, source) == pytest.approx(share, abs=1e-9)
+    assert lip_metrics.input_leak(0.3 * source, np.zeros(150), source) == pytest.approx(0.3)  # silence: the true mouth is shut
+    assert math.isnan(lip_metrics.input_leak(TRUE, TRUE, np.full(150, 0.2)))
+    assert math.isnan(lip_metrics.input_leak(TRUE[:3], TRUE[:3], source[:3]))
 
 
 def test_roughness_is_relative_to_the_truth():

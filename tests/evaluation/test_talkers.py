@@ -94,6 +94,7 @@ def test_the_true_target_passes_every_mark(truth):
     assert truth["passed"] and len(truth["marks"]) == len(marks.TALKERS)
     output = truth["columns"]["output"]
     assert output["opening_r"] > 0.99 and output["silence_open"] <= 0.01 and output["closed"] == 1 and output["flicker"] == 1
+    assert abs(output["input_leak"]) < 0.02 and abs(output["silence_leak"]) < 0.02
     baseline = truth["columns"]["truth"]
     assert {key: output[key] for key in baseline if key in output} == {key: baseline[key] for key in baseline if key in output}
     assert truth["pooled"]["output"]["opening_r"] > 0.98
@@ -107,6 +108,7 @@ def test_copying_the_input_fails():
         "partial_r": False, "silence_open": False, "silence_input_open": True, "outside_change": True,
     }  # fmt: skip
     assert abs(report["columns"]["output"]["opening_r"]) < 0.35 and not report["passed"]
+    assert all(report["columns"]["output"][key] == pytest.approx(1, abs=0.02) for key in ("input_leak", "silence_leak"))
     baseline, output = report["columns"]["copied input"], report["columns"]["output"]
     assert baseline["opening_r"] == output["opening_r"] and baseline["silence_open"] == output["silence_open"] >= 0.4
 
