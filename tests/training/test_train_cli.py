@@ -12,7 +12,8 @@ from keysync_jax import recipes
 from keysync_jax.cli import main
 from keysync_jax.config import to_dict
 from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.training import checkpoints, runs
+from keysync_jax.locking import only_process
+from keysync_jax.training import checkpoints, loop, runs
 from keysync_jax.training.config import train_config
 
 
@@ -126,6 +127,14 @@ def test_checkpoint_of_another_model(keysync, recipe_file, tmp_path):
     tiny.save_run(tmp_path / "run", config)
     status, line, _ = keysync(*train(recipe_file, tmp_path / "run"))
     assert status == 1 and "of another model" in line and "stage.unet.num_head_channels 32 -> 16" in line
+
+
+def test_another_training_in_the_workdir(keysync, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_SECONDS_TO_LEAVE", 0)
+    with only_process(str(tmp_path / "run"), ""):
+        status, line, _ = keysync(*train(recipe_file, tmp_path / "run"))
+    assert status == 1 and "another training is at work in" in line and "give another --workdir" in line
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "commands.jsonl"}  # nothing of the other run is touched
 
 
 def test_nan_in_a_record(keysync, recipe_file, tmp_path, monkeypatch):
