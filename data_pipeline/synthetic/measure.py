@@ -21,7 +21,7 @@ _SEARCH = (0.70, 1.02)  # rows that hold part of the lips in every mouth, open o
 _BAND = 0.07  # half width of the column band in which the opening is measured
 _SEAM, _DARK = 0.25, 0.55  # share of lip luminance lost: a closed lip line reaches the first, a gap the second
 _PALE, _TEETH = 0.30, 0.65  # share of lip redness lost where teeth begin and where they are
-_CHIN = 0.2  # height of skin that is more than teeth can be
+_CHIN, _LIT = 0.2, 0.6  # height of skin that is more than teeth can be, and the share of lip luminance that it keeps
 
 
 class MouthMeasure(NamedTuple):
@@ -82,7 +82,7 @@ def _above_chin(profile: np.ndarray, strip: np.ndarray, threshold: float, tone: 
 
     Between the lips it is dark, or pale for the height of the teeth; skin is neither red nor dark for longer than that.
     """
-    skin = (profile <= threshold) & (strip > (1 - _DARK) * tone)
+    skin = (profile <= threshold) & (strip > _LIT * tone)
     run = 0
     for row in range(inside.start + int(np.argmax(profile[inside])), len(profile)):
         run = run + 1 if skin[row] else 0
