@@ -272,7 +272,8 @@ def check(where: str, parts: Mapping[str, PartConfig], complete: bool = True) ->
                 raise KeySyncError(f"{where}: the {name} stage has {what} {ours}, its latent size and the VAE make it {theirs}")
     if all(name in parts for name in STAGES):
         first, second = (parts[name] for name in STAGES)
-        for field in ("resolution", "latent_size", "num_frames"):
+        # Keyframes from an image network come one by one, whatever the segments between them hold.
+        for field in ("resolution", "latent_size", *(("num_frames",) if first.num_frames > 1 else ())):
             values = getattr(first, field), getattr(second, field)
             if values[0] != values[1]:
                 raise KeySyncError(f"{where}: {field} is {values[0]} for keyframes and {values[1]} for interpolation")

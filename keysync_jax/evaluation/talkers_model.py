@@ -21,7 +21,7 @@ from keysync_jax.config import StageConfig
 from keysync_jax.errors import KeySyncError
 from keysync_jax.inference.audio_features import AudioFeatures
 from keysync_jax.inference.generate import LatentCoder, StageSampler, StageSettings, Window
-from keysync_jax.inference.plan import KeyframeWindow, Plan, Slot, make_plan
+from keysync_jax.inference.plan import KeyframeWindow, Plan, Slot, WindowSizes, make_plan
 from keysync_jax.media import color, masks
 from keysync_jax.media import crop as cropping
 from keysync_jax.media.compositing import Compositor
@@ -69,7 +69,7 @@ class TalkerModel:
       dtype: compute type; None is float32 on a CPU and bfloat16 elsewhere.
 
     Raises:
-      KeySyncError: the directory lacks a part.
+      KeySyncError: the directory lacks a part, or one stage is asked of a network that makes single frames.
     """
 
     def __init__(
@@ -88,6 +88,9 @@ class TalkerModel:
         names = ("keyframe", "interpolation") if mode == "dub" else ("keyframe",)
         self.stages: dict[str, StageConfig] = {name: directory.stage(name) for name in names}
         self.keyframe = self.stages["keyframe"]
+        self._sizes = WindowSizes.of(self.keyframe, self.stages.get("interpolation"))
+        if mode == "one stage" and self._sizes.keyframes == 1:
+            raise KeySyncError("the keyframe stage makes every frame on its own (num_frames is 1); --one-stage needs windows of frames")
         self.steps = self.keyframe.num_steps if steps is None else steps
         mesh = data_mesh()
         self.group = max(8, self.microbatch * mesh.devices.size)  # clips whose windows are streamed together
@@ -110,7 +113,7 @@ class TalkerModel:
         """Windows that one dub of that many frames takes, for progress."""
         if self.mode == "one stage":
             return len(one_stage_windows(frames, self.keyframe.num_frames))
-        plan = make_plan(frames, self.keyframe.num_frames)
+        plan = self._plan(frames)
         return len(plan.keyframe_windows) + (len(plan.segments) if self.mode == "dub" else 0)
 
     def prepare(self, clips: Sequence[tuple[int, TalkerClip]], seed: int) -> list[Prepared]:
@@ -154,10 +157,10 @@ class TalkerModel:
         }
         if self.mode == "one stage":
             return self._one_stage(clips, heard, settings["keyframe"], tick)
-        plans = [make_plan(len(clip.frames), self.keyframe.num_frames) for clip in clips]
+        plans = [self._plan(len(clip.frames)) for clip in clips]
         rounds = [[w for w in plan.keyframe_windows if w.kept] for plan in plans]
         found = self._first_stage(clips, heard, rounds, settings["keyframe"], tick)
-        step = self.keyframe.num_frames - 1
+        step = self._sizes.segment - 1
         if self.mode == "keyframes":
             # The last keyframe may stand for a place past the end of the clip, where it repeats the last frame.
             return [{min(k * step, len(c.frames) - 1): z for k, z in keys.items()} for c, keys in zip(clips, found, strict=True)]
@@ -184,6 +187,9 @@ class TalkerModel:
         padded = np.pad(clip.masks, ((0, 0), (1, 1), (1, 1)))  # what lies outside the crop is outside the mask
         rows, columns = (np.clip(index, -1, cells) + 1 for index in (rows, columns))
         return ~padded[:, rows[:, None], columns[None, :]]
+
+    def _plan(self, frames: int) -> Plan:
+        return make_plan(frames, self._sizes.segment, keyframe_window=self._sizes.keyframes)
 
     def _first_stage(
         self, clips: Sequence[Prepared], heard: Sequence[dict], rounds: Sequence[Sequence[KeyframeWindow]], settings: StageSettings, tick

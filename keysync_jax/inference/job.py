@@ -24,7 +24,7 @@ from keysync_jax.inference.audio_features import AudioFeatures
 from keysync_jax.inference.generate import LatentCoder, StageSampler, StageSettings, Window
 from keysync_jax.inference.latent_store import LatentStore
 from keysync_jax.inference.options import DubOptions
-from keysync_jax.inference.plan import Plan, make_plan
+from keysync_jax.inference.plan import Plan, WindowSizes, make_plan
 from keysync_jax.inference.progress import StageProgress
 from keysync_jax.inference.timeline import Run, make_run
 from keysync_jax.media import audio as audio_io
@@ -103,7 +103,7 @@ def dub(model: Model, video_path: str, audio_path: str, output: str, options: Du
             advance()
     num_audio_frames = min(len(f) for f in features.values())
 
-    pieces = _plan(analysis, num_audio_frames, keyframe.num_frames, options.reference_windows)
+    pieces = _plan(analysis, num_audio_frames, WindowSizes.of(keyframe, interpolation), options.reference_windows)
     settings = {
         name: StageSettings.of(
             options.seed,
@@ -123,15 +123,16 @@ def dub(model: Model, video_path: str, audio_path: str, output: str, options: Du
     return DubResult(Path(output), details, reporting.summary(details, output))
 
 
-def _plan(analysis: Analysis, num_audio_frames: int, window: int, reference: bool) -> list[_Piece]:
+def _plan(analysis: Analysis, num_audio_frames: int, sizes: WindowSizes, reference: bool) -> list[_Piece]:
     pieces, offset = [], 0
     for shot in analysis.shots:
         for start, stop in shot.faces.runs:
             run = make_run(shot.index, shot.start + start, shot.start + stop, analysis.times, num_audio_frames)
-            if reference and run.num_frames < window:
+            if reference and run.num_frames < sizes.segment:
                 continue  # the reference cannot do less than one window; the report names the frames
             if run.num_frames:
-                pieces.append(_Piece(run, make_plan(run.num_frames, window, reference=reference), offset))
+                plan = make_plan(run.num_frames, sizes.segment, keyframe_window=sizes.keyframes, reference=reference)
+                pieces.append(_Piece(run, plan, offset))
                 offset += run.num_frames
     return pieces
 

@@ -1,8 +1,9 @@
 """Window plan of a clip: pure integers, no arrays.
 
 Keyframes stand at every (T - 1)-th frame. They are generated in keyframe windows of T slots, of which slot 0 repeats the identity
-frame (frame 0; the network was trained to reproduce the identity there) and is discarded. Between every two keyframes a segment
-of T frames, both keyframes included, is interpolated; neighbouring segments share their keyframe.
+frame (frame 0; the network was trained to reproduce the identity there) and is discarded; an image network makes them one by one.
+Between every two keyframes a segment of T frames, both keyframes included, is interpolated; neighbouring segments share their
+keyframe.
 
 The last segment may reach past the clip: its frames then take the conditions of the last frame and are cropped, so that every
 clip of one frame or more comes out at its own length. `reference=True` reproduces the plan of the KeySync reference at commit
@@ -15,6 +16,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from keysync_jax.config import StageConfig
 from keysync_jax.errors import KeySyncError
 
 # The reference rounds a requested duration with these whatever its window length is.
@@ -23,7 +25,7 @@ REFERENCE_FPS = 25
 
 
 class Slot(NamedTuple):
-    """One of the T places of a keyframe window."""
+    """One of the places of a keyframe window."""
 
     frame: int  # frame whose audio, mask and known latent condition this place
     keyframe: int | None  # number of the keyframe generated here (it stands at keyframe * (T - 1)); None: discarded
@@ -34,7 +36,7 @@ class Slot(NamedTuple):
 
 
 class KeyframeWindow(NamedTuple):
-    """T keyframes generated together. A window that keeps nothing (reference plan only) need not be computed."""
+    """Keyframes generated together. A window that keeps nothing (reference plan only) need not be computed."""
 
     slots: tuple[Slot, ...]
 
@@ -74,20 +76,46 @@ class Plan(NamedTuple):
         return len(self.segments) + 1
 
 
-def make_plan(num_frames_in: int, window: int = _REFERENCE_FRAMES, *, reference: bool = False, identity_slot: bool = True) -> Plan:
+class WindowSizes(NamedTuple):
+    """Frames that each network generates at once. They are equal but for an image network, which makes every keyframe on its own."""
+
+    keyframes: int
+    segment: int
+
+    @classmethod
+    def of(cls, keyframe: StageConfig, interpolation: StageConfig | None = None) -> WindowSizes:
+        """Those of a model. Without interpolation, keyframes stand as far apart as the stage's own window or the reference's says."""
+        own = keyframe.num_frames if keyframe.num_frames > 1 else _REFERENCE_FRAMES
+        return cls(keyframe.num_frames, own if interpolation is None else interpolation.num_frames)
+
+
+def make_plan(
+    num_frames_in: int,
+    window: int = _REFERENCE_FRAMES,
+    *,
+    keyframe_window: int | None = None,
+    reference: bool = False,
+    identity_slot: bool | None = None,
+) -> Plan:
     """Plan of a clip.
 
     Args:
       num_frames_in: frames for which there are both video and audio, N.
-      window: T, frames the networks generate at once.
+      window: T, frames of a segment; keyframes stand at every (T - 1)-th frame.
+      keyframe_window: keyframes generated at once; None is T. 1 is a network without temporal layers (the paper's ablation).
       reference: reproduce the reference's plan, dropped tail and irregular windows included.
-      identity_slot: begin every keyframe window with the discarded identity slot (as the released models need).
+      identity_slot: begin every keyframe window with the discarded identity slot (as the released models need); None does so unless
+        a window holds one keyframe, whose network has seen no such place.
 
     Raises:
-      KeySyncError: no frame, fewer than T frames for the reference plan, or a window shorter than 2.
+      KeySyncError: no frame, fewer than T frames for the reference plan, or a window too short for what it must hold.
     """
+    keyframe_window = window if keyframe_window is None else keyframe_window
+    identity_slot = keyframe_window > 1 if identity_slot is None else identity_slot
     if window < 2:
         raise KeySyncError(f"a window of {window} frames cannot hold two keyframes; use 2 or more")
+    if keyframe_window < 1 + identity_slot:
+        raise KeySyncError(f"a keyframe window of {keyframe_window} has no place for a keyframe")
     if num_frames_in < 1:
         raise KeySyncError("the clip has no frames; nothing can be generated")
     if reference and num_frames_in < window:
@@ -103,8 +131,8 @@ def make_plan(num_frames_in: int, window: int = _REFERENCE_FRAMES, *, reference:
     # Frame that lends its conditions to each place of the timeline; past the clip it is the last one.
     timeline = tuple(min(i, last) for i in range(num_segments * step + 1))
     keyframes = [Slot(timeline[k * step], k) for k in range(num_segments + 1)]
-    slots = _place(keyframes, window, reference, identity_slot)
-    windows = tuple(KeyframeWindow(tuple(slots[i : i + window])) for i in range(0, len(slots), window))
+    slots = _place(keyframes, keyframe_window, reference, identity_slot)
+    windows = tuple(KeyframeWindow(tuple(slots[i : i + keyframe_window])) for i in range(0, len(slots), keyframe_window))
     where = {k: (w, position) for w, window_ in enumerate(windows) for position, k in window_.kept}
     segments = tuple(
         Segment(

@@ -11,10 +11,11 @@ import tiny_talker_model
 
 from converters import model_directory
 from data_pipeline.synthetic.dataset import SynthSettings, plan_clip
-from keysync_jax import evaluate_cli
+from keysync_jax import KeySyncPipeline, evaluate_cli
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.evaluation import lip_metrics, marks, talkers, talkers_clips, talkers_model
 from keysync_jax.evaluation.talkers_model import Scales, TalkerModel, one_stage_windows
+from keysync_jax.media import video
 
 PLAIN = Scales((1.0, 1.0), (1.0, 1.0))
 
@@ -190,6 +191,30 @@ def dubbing(tiny, small):
     ticks = []
     scales = [model.own_scales(), Scales((4.0, 1.0), (1.5, 1.0)), model.own_scales()]
     return model, ticks, talkers.evaluate(directory, small, model, scales, lambda: ticks.append(1))
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory):
+    return tiny_talker_model.make(tmp_path_factory.mktemp("image_model") / "model", image_keyframes=True)
+
+
+def test_keyframes_made_one_by_one_are_judged(image_model, small):
+    directory = model_directory.load(image_model)
+    ticks = []
+    model = TalkerModel(directory, microbatch=2)
+    report = talkers.evaluate(directory, small, model, [model.own_scales()], lambda: ticks.append(1))[0]
+    # 20 frames in segments of 4: 8 keyframes, each alone, and 7 segments per dub.
+    assert len(ticks) == talkers.total_windows(small, model) == 3 * 15
+    assert report["columns"]["output"]["outside_change"] == 0 and report["columns"]["output"]["flicker"] > 1.5
+    alone = TalkerModel(directory, "keyframes", microbatch=2)
+    assert alone.num_windows(20) == 3  # without a second stage, keyframes stand where the reference puts them: 0, 13, 26
+    with pytest.raises(KeySyncError, match="every frame on its own.*--one-stage needs windows"):
+        TalkerModel(directory, "one stage")
+
+
+def test_keyframes_made_one_by_one_dub_a_file(image_model, talker, tmp_path):
+    result = KeySyncPipeline.from_pretrained(image_model)(talker / "clip.mp4", talker / "voice.wav", tmp_path / "out.mp4")
+    assert result.report["frames_dubbed"] == 30 == len(list(video.read(tmp_path / "out.mp4")))
 
 
 def test_a_real_model_runs_through(dubbing, small):

@@ -13,8 +13,13 @@ from keysync_jax.config import AudioEncoderConfig, StageConfig, UNetConfig, VAEC
 BANDS = 80
 
 
-def make(path: Path) -> Path:
-    """Write the directory; its stages carry no copy of the decoder, as the bundled model's do not."""
+def make(path: Path, *, image_keyframes: bool = False) -> Path:
+    """Write the directory; its stages carry no copy of the decoder, as the bundled model's do not.
+
+    Args:
+      path: where.
+      image_keyframes: keyframes from a network without temporal layers, as `configs/ablation_image_keyframes.py` trains it.
+    """
     unet = {
         "model_channels": 32, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "num_head_channels": 32,
         "context_dim": 32, "audio_dim": 32, "num_frames": 4,
@@ -27,6 +32,9 @@ def make(path: Path) -> Path:
         StageConfig(unet=UNetConfig(in_channels=8, **unet), **shared),
         StageConfig(stage="interpolation", unet=UNetConfig(in_channels=9, **unet), **shared),
     ]
+    if image_keyframes:
+        image = unet | {"num_frames": 1, "temporal_layers": False, "audio_cond_method": "to_time_emb_image"}
+        stages[0] = StageConfig(unet=UNetConfig(in_channels=8, **image), **shared | {"num_frames": 1})
     parts = []
     for seed, config in enumerate(stages):
         tensors = fresh(part_table(config), seed, zero_init=False, gain=NON_DEGENERATE, constants=stage_constants(config))

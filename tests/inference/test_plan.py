@@ -7,8 +7,9 @@ import math
 
 import pytest
 
+from keysync_jax.config import StageConfig
 from keysync_jax.errors import KeySyncError
-from keysync_jax.inference.plan import Slot, make_plan, num_usable_frames, output_frames, reference_max_frames
+from keysync_jax.inference.plan import KeyframeWindow, Slot, WindowSizes, make_plan, num_usable_frames, output_frames, reference_max_frames
 
 
 def check_regular(n: int, window: int) -> None:
@@ -115,6 +116,29 @@ def test_reference_plan_loses_identity_slots_in_long_clips(frames, windows, with
 def test_without_identity_slot_every_slot_holds_a_keyframe():
     plan = make_plan(60, identity_slot=False)
     assert plan.keyframe_windows[0].kept == tuple((k, k) for k in range(plan.num_keyframes))
+
+
+@pytest.mark.parametrize("n", [1, 2, 13, 14, 15, 27, 250])
+@pytest.mark.parametrize("reference", [False, True])
+def test_an_image_network_makes_the_same_keyframes_one_by_one(n, reference):
+    if reference and n < 14:
+        pytest.raises(KeySyncError, make_plan, n, keyframe_window=1, reference=True)
+        return
+    images, together = make_plan(n, keyframe_window=1, reference=reference), make_plan(n, reference=reference)
+    assert images.num_frames_out == together.num_frames_out
+    assert [s[:2] + s[4:] for s in images.segments] == [s[:2] + s[4:] for s in together.segments]
+    kept = [slot for w in together.keyframe_windows for slot in w.slots if slot.keep]
+    assert images.keyframe_windows == tuple(KeyframeWindow((slot,)) for slot in kept)
+    assert [(s.start_slot, s.end_slot) for s in images.segments] == [((k, 0), (k + 1, 0)) for k in range(len(images.segments))]
+
+
+def test_window_sizes_of_a_model():
+    image, keyframe, interpolation = StageConfig(num_frames=1), StageConfig(num_frames=6), StageConfig(stage="interpolation", num_frames=6)
+    assert WindowSizes.of(keyframe) == WindowSizes.of(keyframe, interpolation) == (6, 6)
+    assert WindowSizes.of(image, interpolation) == (1, 6)
+    assert WindowSizes.of(image) == (1, 14)
+    with pytest.raises(KeySyncError, match="keyframe window of 1 has no place"):
+        make_plan(30, keyframe_window=1, identity_slot=True)
 
 
 @pytest.mark.parametrize(("arguments", "word"), [((0,), "no frames"), ((5, 1), "cannot hold two"), ((13, 14), "at least 14")])
