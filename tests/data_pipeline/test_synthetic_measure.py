@@ -58,6 +58,14 @@ def test_a_shade_under_the_chin_as_red_as_lips_is_not_a_lip():
     assert np.abs(found.opening - plain.opening).max() < 0.05
 
 
+def test_a_dark_gap_is_no_skin_however_tall_it_is():
+    """A dark speaker's open mouth: the cavity is no redder than the skin, and only its darkness says that no chin begins there."""
+    clip = make_clip(61_009, frames=60)
+    found = measure_mouth(clip.frames, clip.landmarks)
+    assert np.corrcoef(found.opening, clip.opening)[0, 1] > 0.97
+    assert np.abs(found.opening - clip.opening).max() < 0.1
+
+
 def test_a_frame_without_a_mouth_is_not_found():
     clip = make_clip(61_002, frames=4)
     found = measure_mouth(np.full_like(clip.frames, 128), clip.landmarks)
