@@ -167,7 +167,7 @@ def _collect(sources: Sequence[str | os.PathLike], options: ExportOptions) -> Co
 
     for source in map(os.fspath, sources):
         if not runs.is_run(source):
-            for part in _parts_of(_open_directory(source)):
+            for part in parts_of(_open_directory(source)):
                 add(part, source)
             continue
         config = runs.read_config(source)
@@ -191,7 +191,8 @@ def _open_directory(source: str) -> ModelDirectory:
     return model_directory.load(source, complete=False)
 
 
-def _parts_of(directory: ModelDirectory) -> list[Part]:
+def parts_of(directory: ModelDirectory) -> list[Part]:
+    """The parts of a model directory, to be written into another; tensors are read when they are written."""
     return [Part(name, part.config, directory.tensors(name), part.random, part.fresh) for name, part in directory.parts.items()]
 
 
@@ -211,7 +212,7 @@ def _complete(parts: dict[str, Part], origins: dict[str, str], found: Sequence[R
             if not wanted or not (path.startswith("hub:") or model_directory.is_model_directory(path)):
                 continue
             directory = model_directory.load(path, complete=False)
-            for part in _parts_of(directory):
+            for part in parts_of(directory):
                 if part.name in wanted:
                     parts[part.name], origins[part.name] = part, path
                     wanted.remove(part.name)

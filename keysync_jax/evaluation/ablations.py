@@ -1,0 +1,358 @@
+"""The ablations on drawn talkers, from shards to tables: trains, exports and judges every run, all on the same held-out clips.
+
+    python -m keysync_jax.evaluation.ablations --data data -o ablations --config.init.vae=vae_model
+
+Each run is `keysync train` in a process of its own. Repeat the command after a stop: runs go on where they were, and what is finished is
+not done again. Written are a model directory per run, `ablations.json` (every figure, per clip as well), `ablations.md` (the tables) and
+`curves.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from converters import model_directory
+from converters.model_directory import ModelDirectory
+from converters.parts import Part
+from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.evaluation import talkers, talkers_report
+from keysync_jax.evaluation.lip_metrics import mean_and_error
+from keysync_jax.evaluation.talkers import TalkerTest
+from keysync_jax.evaluation.talkers_model import TalkerModel
+from keysync_jax.training.export import parts_of
+
+# A quarter of the bundled model's 15,240 updates of 64 windows.
+QUARTER = 3_810
+
+
+class Run(NamedTuple):
+    """One training run: a recipe and what is changed in it."""
+
+    recipe: str
+    settings: tuple[str, ...] = ()
+
+
+RUNS: dict[str, Run] = {
+    "box": Run("demo_keyframe"),
+    "mouth": Run("demo_keyframe", ("stage.mask.kind=mouth", "stage.mask.nose_index=33")),
+    "one_stage": Run("demo_keyframe", ("data.spacing=1", "data.min_spacing=1")),
+    "interpolation": Run("demo_interpolation"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """One row of figures.
+
+    Attributes:
+      label: what a person reads.
+      runs: whose weights make the model.
+      mode: of `TalkerTest`.
+      guidance: audio/identity of both stages, compared on the same clips.
+      silent: whether the clips are dubbed with silence too.
+    """
+
+    label: str
+    runs: tuple[str, ...]
+    mode: str
+    guidance: tuple[str, ...]
+    silent: bool = False
+
+
+JUDGED: dict[str, Judged] = {
+    "box": Judged("box", ("box",), "keyframes", ("5/2", "2.5/1.5", "2/2", "1/1"), silent=True),
+    "mouth": Judged("mouth alone", ("mouth",), "keyframes", ("2.5/1.5", "1/1"), silent=True),
+    "one_stage": Judged("one stage", ("one_stage",), "one stage", ("2.5/1.5",)),
+    "two_stages": Judged("two stages", ("box", "interpolation"), "dub", ("2.5/1.5",)),
+}
+_MASK_FIGURES = ("silence_open", "silence_leak", "input_leak", "opening_r", "width_r")
+_STAGE_FIGURES = ("flicker", "roughness", "opening_r", "width_r")
+_GUIDANCE_FIGURES = ("opening_r", "width_r", "closed", "partial_r", "silence_open")
+_NAMES = {
+    "silence_open": "open under silence", "silence_leak": "weight of the input's mouth: under silence",
+    "input_leak": "… under another voice",
+    "opening_r": "opening", "width_r": "width", "closed": "closed at m, b, p", "partial_r": "opening given loudness",
+    "flicker": "flicker of the pixels", "roughness": "roughness of the opening",
+}  # fmt: skip
+
+
+# -- training ------------------------------------------------------------------------------------------------------------------------
+
+
+def train(name: str, folder: Path, data: str, overrides: Sequence[str], say: Callable[[str], None] = print) -> Path:
+    """Trains and exports the run `name`, unless that was done; its output goes to `folder/NAME.log`, one line per interval to `say`.
+
+    Args:
+      name: of `RUNS`.
+      folder: holds the workdir NAME and gets the model directory NAME_model (averaged weights).
+      data: dataset directory.
+      overrides: `--config.KEY=VALUE` for every run.
+      say: takes the trainer's lines.
+
+    Raises:
+      KeySyncError: the trainer or the export failed; its own words are in the log.
+    """
+    model, log, run = folder / f"{name}_model", folder / f"{name}.log", RUNS[name]
+    if model.is_dir():
+        return model
+    settings = [f"--config.{s}" for s in (f"data.datasets={data}", f"num_steps={QUARTER}", *run.settings)]
+    command = ["train", "--config", run.recipe, "--workdir", str(folder / name), *settings, *overrides]
+    _keysync(command, log, lambda line: say(f"{name}: {line}"))
+    _keysync(["export", str(folder / name), "--ema", "-o", str(model)], log)
+    return model
+
+
+def _keysync(arguments: Sequence[str], log: Path, say: Callable[[str], None] = lambda line: None) -> None:
+    command = [sys.executable, "-u", "-c", "import sys; from keysync_jax.cli import main; sys.exit(main())", *arguments]
+    last = ""
+    with log.open("a", encoding="utf-8") as file:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+            for line in process.stdout or ():
+                file.write(line)
+                last = line.strip() or last
+                if "ETA" in line:
+                    say(line.strip())
+    if process.returncode:
+        raise KeySyncError(f"keysync {' '.join(arguments[:4])} … failed (status {process.returncode}): {last} – all of it in {log}")
+
+
+def train_all(names: Sequence[str], folder: Path, data: str, overrides: Sequence[str], jobs: int, say: Callable[[str], None]) -> None:
+    """Trains several runs, `jobs` at a time. The first failure is raised once the others have ended: what they reached is kept."""
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(train, name, folder, data, overrides, say) for name in names]
+    for done in waiting:
+        done.result()
+
+
+# -- judging -------------------------------------------------------------------------------------------------------------------------
+
+
+def judge(name: str, sources: Sequence[Path], folder: Path, clips: int, seed: int, quiet: bool) -> list[dict[str, Any]]:
+    """The reports of one row of `JUDGED`, one per guidance, cached in `folder/NAME.json`.
+
+    Args:
+      name: of `JUDGED`.
+      sources: model directories; a stage is taken from the first that has it.
+      folder: where the cache is.
+      clips: held-out clips of six seconds.
+      seed: of the clips.
+      quiet: no progress.
+
+    Raises:
+      KeySyncError: no source has a part that is needed, or non-finite values.
+    """
+    from keysync_jax.evaluate_cli import parse_grid
+
+    entry, cache = JUDGED[name], folder / f"{name}.json"
+    test = TalkerTest(clips=clips, silent_clips=clips if entry.silent else 0, seed=seed, mode=entry.mode)
+    known = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else []
+    if known and all(known[0]["test"][key] == value for key, value in dataclasses.asdict(test).items()):
+        return known
+    directory = _together([model_directory.load(path, complete=False) for path in sources], folder / f"{name}_together")
+    model = TalkerModel(directory, entry.mode)
+    scales = [grid for text in entry.guidance for grid in parse_grid(text)]
+    with talkers_report.progress(entry.label, talkers.total_windows(test, model, len(scales)), quiet) as tick:
+        reports = talkers.evaluate(directory, test, model, scales, tick)
+    cache.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+    return reports
+
+
+def _together(sources: Sequence[ModelDirectory], path: Path) -> ModelDirectory:
+    """One directory of all parts, written to `path` where there is more than one source."""
+    if len(sources) == 1:
+        return sources[0]
+    parts: dict[str, Part] = {}
+    for source in sources:
+        for part in parts_of(source):
+            parts.setdefault(part.name, part)
+    return model_directory.save(path, list(parts.values()), force=True)
+
+
+class Difference(NamedTuple):
+    """One row minus another, clip by clip."""
+
+    mean: float
+    error: float
+    higher: int
+    lower: int
+    clips: int
+
+    @property
+    def text(self) -> str:
+        return f"{_with_error(f'{self.mean:+.3f}', self.error)} ({self.higher} higher, {self.lower} lower)"
+
+
+def difference(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> Difference:
+    """`a` minus `b` in one figure over the clips that both have: mean, its standard error, and in how many it is higher and lower."""
+    one, two = _per_clip(a, key), _per_clip(b, key)
+    values = [one[clip] - two[clip] for clip in sorted(one.keys() & two.keys())]
+    if not values:
+        raise KeySyncError(f"no clip has the figure {key} on both sides")
+    mean, error = mean_and_error(values)
+    return Difference(mean, error, sum(v > 0 for v in values), sum(v < 0 for v in values), len(values))
+
+
+def _per_clip(report: Mapping[str, Any], key: str) -> dict[int, float]:
+    silent = {"silence_open": "open", "silence_leak": "leak"}
+    rows, name = (report["silence"]["per_clip"], silent[key]) if key in silent else (report["per_clip"], key)
+    return {row["clip"]: row[name] for row in rows if row.get(name) is not None}
+
+
+# -- tables and curves ---------------------------------------------------------------------------------------------------------------
+
+
+def tables(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What was measured as Markdown: mask, stages, guidance; a table whose rows are not all there is left out."""
+    out = []
+    if {"box", "mouth"} <= found.keys():
+        rows = [(JUDGED[name], report) for name in ("box", "mouth") for report in found[name] if report["guidance"] in ("1/1", "2.5/1.5")]
+        out.append(_table("keyframes", sorted(rows, key=lambda row: row[1]["guidance"]), _MASK_FIGURES, "mouth alone minus box"))
+    if {"one_stage", "two_stages"} <= found.keys():
+        rows = [(JUDGED[name], report) for name in ("two_stages", "one_stage") for report in found[name]]
+        out.append(_table("whole dubs", rows, _STAGE_FIGURES, "one stage minus two"))
+    if "box" in found:
+        out.append(_table("keyframes, box", [(JUDGED["box"], report) for report in found["box"]], _GUIDANCE_FIGURES))
+    return "\n".join(out)
+
+
+def _table(title: str, rows: Sequence[tuple[Judged, Mapping[str, Any]]], keys: Sequence[str], minus: str = "") -> str:
+    clips = rows[0][1]["test"]["clips"]
+    lines = [f"| {title}, {clips} clips | guidance | {' | '.join(_NAMES[key] for key in keys)} |", "| --- " * (2 + len(keys)) + "|"]
+    for entry, report in rows:
+        output = report["columns"]["output"]
+        values = ("–" if output.get(key) is None else _with_error(f"{output[key]:.3f}", output[f"{key}_error"]) for key in keys)
+        lines.append(f"| {entry.label} | {report['guidance']} | {' | '.join(values)} |")
+    for first, second in zip(rows[::2], rows[1::2], strict=False) if minus else ():
+        cells = (difference(second[1], first[1], key).text for key in keys)
+        lines.append(f"| {minus}, clip by clip | {second[1]['guidance']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_error(text: str, error: float | None) -> str:
+    return text if error is None or not math.isfinite(error) else f"{text} ± {error:.3f}"  # one clip has no error
+
+
+def draw_curves(folder: Path, names: Sequence[str]) -> Path:
+    """Training loss of the runs over steps, on one pair of axes, as `folder/curves.png`."""
+    from matplotlib.figure import Figure
+
+    from keysync_jax.training.metrics import read_metrics
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name in names:
+        points = [(step, row["loss"]) for step, row in read_metrics(folder / name).items() if row.get("loss") is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1)
+    axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(folder / "curves.png", dpi=110)
+    return folder / "curves.png"
+
+
+# -- command -------------------------------------------------------------------------------------------------------------------------
+
+
+def run(
+    output: str | os.PathLike, data: str, overrides: Sequence[str] = (), *, only: Sequence[str] = tuple(RUNS),
+    interpolation: str | None = None, clips: int = 24, seed: int = 0, jobs: int = 1, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """All of it; see the module's text.
+
+    Args:
+      output: folder of the runs and results.
+      data: dataset directory.
+      overrides: `--config.KEY=VALUE` for every run.
+      only: names of `RUNS`.
+      interpolation: model directory whose interpolation stage the two-stage row takes where it is not trained here.
+      clips: held-out clips of six seconds.
+      seed: of the clips.
+      jobs: runs that train at once.
+      quiet: no progress.
+
+    Returns:
+      What `ablations.json` holds.
+
+    Raises:
+      UsageError: an unknown run.
+      KeySyncError: a run failed; what others reached is kept.
+    """
+    from keysync_jax import assets
+
+    unknown = [name for name in only if name not in RUNS]
+    if unknown:
+        raise UsageError(f"no run {unknown[0]!r}; choose among {', '.join(RUNS)}")
+    folder, lock = Path(output), threading.Lock()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def say(line: str) -> None:
+        if not quiet:
+            with lock:
+                print(line, file=sys.stderr, flush=True)
+
+    train_all(only, folder, data, overrides, jobs, say)
+    models = {name: folder / f"{name}_model" for name in only}
+    if interpolation is not None:
+        models.setdefault("interpolation", assets.resolve(interpolation))
+    found = {
+        name: judge(name, [models[r] for r in entry.runs], folder, clips, seed, quiet)
+        for name, entry in JUDGED.items()
+        if all(r in models for r in entry.runs)
+    }
+    report = {
+        "kind": "ablations", "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "settings": list(overrides),
+        "runs": {name: RUNS[name]._asdict() for name in only}, "judged": found,
+    }  # fmt: skip
+    (folder / "ablations.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "ablations.md").write_text(tables(found), encoding="utf-8")
+    draw_curves(folder, only)
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m keysync_jax.evaluation.ablations", description="Train and judge the ablations on drawn talkers.",
+        epilog="--config.KEY=VALUE changes the recipe of every run, for example --config.init.vae=vae_model --config.num_steps=500.\n"
+        "example:\n  python -m keysync_jax.evaluation.ablations --data data -o ablations --config.init.vae=vae_model --jobs 2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--data", required=True, metavar="DIR", help="shards of drawn talkers (docs/ablations.md)")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the runs; the same folder goes on")
+    parser.add_argument("--only", default=",".join(RUNS), metavar="RUN,…", help=f"of {', '.join(RUNS)} (default: all)")
+    parser.add_argument("--interpolation", metavar="DIR", help="take this model's interpolation stage where none is trained")
+    parser.add_argument("--clips", type=int, default=24, metavar="N", help="held-out clips (default 24)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another set of clips")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs that train at once (default 1)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
+    try:
+        if args.jobs < 1:
+            raise UsageError(f"--jobs is {args.jobs}; it must be at least 1")
+        report = run(
+            args.output, args.data, [a for a in argv if a.startswith("--config.")], only=args.only.split(","),
+            interpolation=args.interpolation, clips=args.clips, seed=args.seed, jobs=args.jobs, quiet=args.quiet,
+        )  # fmt: skip
+    except (KeySyncError, OSError) as error:
+        print(f"keysync: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    print(tables(report["judged"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
