@@ -33,7 +33,7 @@ from keysync_jax.errors import KeySyncError
 from keysync_jax.models.attention import IMPLEMENTATIONS, attention
 from keysync_jax.models.freezing import frozen_mask
 from keysync_jax.models.remat import Remat
-from keysync_jax.models.stage import StageModel, init_params, init_vae_params
+from keysync_jax.models.stage import StageModel, cast_matrices, init_params, init_vae_params
 from keysync_jax.training import flops, state
 from keysync_jax.training.config import OptimizerConfig, TrainConfig
 from keysync_jax.training.objective import DiffusionObjective
@@ -70,7 +70,7 @@ class Case:
     Attributes:
       task: "unet" (one forward pass), "train" (one update), or "attention" (forward and gradient of each of the network's shapes).
       size: "tiny", "medium" or "full".
-      dtype: of the computation; parameters are float32.
+      dtype: of the computation; a training step's parameters are float32.
       attention: see `models.attention`.
       remat: see `models.remat`; training only.
       freeze: "temporal" or "none"; training only.
@@ -126,7 +126,7 @@ class Program(NamedTuple):
 def _unet(case: Case) -> Program:
     stage = SIZES[case.size]
     model = StageModel(stage, jnp.dtype(case.dtype), case.attention)
-    params = jax.device_put(init_params(stage, 0, zero_init=False))
+    params = jax.device_put(cast_matrices(init_params(stage, 0, zero_init=False), case.dtype))  # as a dub holds them
     batch = _batch(stage, case.batch)
     tokens = _normal(1, case.batch, stage.num_frames, stage.unet.context_dim)
     arguments = (params, batch["latents"], jnp.zeros(case.batch), batch["cond_frames"], tokens)

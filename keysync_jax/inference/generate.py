@@ -19,7 +19,7 @@ from keysync_jax.diffusion import sampler, schedules
 from keysync_jax.diffusion.guidance import AudioIdentityGuidance
 from keysync_jax.diffusion.inpainting import Conditions
 from keysync_jax.inference.microbatch import Microbatcher
-from keysync_jax.models.stage import StageModel
+from keysync_jax.models.stage import StageModel, cast_matrices
 from keysync_jax.models.vae import VAE
 
 # Streams of random numbers of one seed; the values are arbitrary but fixed, since a seed must keep meaning the same video.
@@ -139,8 +139,3 @@ class LatentCoder:
         for image in self._decode(latents):
             sampler.require_finite(image, "the VAE decoder's output")
             yield np.clip((image + 1) / 2, 0, 1)
-
-
-def cast_matrices(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """Kernels in the compute type (they would be cast at each use anyway), everything else as it is; halves bf16 memory."""
-    return jax.tree.map_with_path(lambda path, x: x.astype(dtype) if path[-1].key == "kernel" else x, params)

@@ -161,6 +161,11 @@ def init_params(
     return params
 
 
+def cast_matrices(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """Kernels in the compute type (they would be cast at each use anyway), everything else as it is; halves bf16 memory."""
+    return jax.tree.map_with_path(lambda path, x: x.astype(dtype) if path[-1].key == "kernel" else x, params)
+
+
 def abstract_vae_params(config: VAEConfig) -> dict[str, Any]:
     """Shapes of the autoencoder's parameters, under `first_stage_model`."""
     model = VAE(config)

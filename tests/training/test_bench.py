@@ -45,6 +45,12 @@ def test_cases_report_everything(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_the_forward_holds_its_matrices_as_a_dub_does():
+    params = bench.program(bench.Case("unet", dtype="bfloat16")).arguments[0]
+    kinds = {(path[-1].key, str(leaf.dtype)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    assert {kind for kind in kinds if kind[0] in ("kernel", "bias")} == {("kernel", "bfloat16"), ("bias", "float32")}
+
+
 def test_the_pixel_loss_is_counted_apart():
     plain, pixels = (bench.program(bench.Case("train", "tiny", pixels=with_pixels)) for with_pixels in (False, True))
     without, found = (flops.count_step(jax.make_jaxpr(p.function)(*p.arguments)) for p in (plain, pixels))
