@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import re
 import shlex
 import sys
@@ -52,20 +51,14 @@ def _train(args) -> int:
     config = train_config(recipes.load(args.config, args.overrides))
     distributed.start(args.coordinator, args.num_processes, args.process_id)
 
-    import jax
-
-    from keysync_jax.training import initial, model_card
+    from keysync_jax.training import initial
     from keysync_jax.training.loop import train
 
     if args.check:
         for line in initial.describe(config, args.workdir):
             print(line)
         return 0
-    initial.resolve(config, args.workdir)  # a VAE that does not fit is refused before the workdir exists
-    if jax.process_index() == 0:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        model_card.record_command(args.workdir, shlex.join(["keysync", *sys.argv[1:]]), now)
-    train(config, args.workdir, profile_steps=profile)
+    train(config, args.workdir, profile_steps=profile, command=shlex.join(["keysync", *sys.argv[1:]]))
     return 0
 
 

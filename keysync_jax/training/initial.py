@@ -115,11 +115,14 @@ def resolve(config: TrainConfig, workdir: str | os.PathLike | None = None) -> tu
       The config, and lines that say what was taken from where.
 
     Raises:
-      KeySyncError: the VAE does not fit the stage's latent size, resolution or channels; names both.
+      KeySyncError: a path of `config.init` does not exist, or the VAE does not fit the stage's latent size, resolution or channels;
+        names both.
     """
+    stored = _stored(workdir)
+    if stored is None:
+        _require_sources(config)
     if config.model == "vae":
         return config, []
-    stored = _stored(workdir)
     if stored is not None and stored.model == "stage":
         return _at_scale(config, stored.vae, stored.stage.latent_scale), []
     part = _vae_part(config)
@@ -139,6 +142,23 @@ def resolve(config: TrainConfig, workdir: str | os.PathLike | None = None) -> tu
     if stage.latent_scale != vae.latent_scale:
         notes.append(f"latent scale {vae.latent_scale:g} instead of {stage.latent_scale:g}: that of {where}")
     return _at_scale(config, vae, vae.latent_scale), notes
+
+
+_SOURCES = {
+    "svd": "name Stable Video Diffusion there, a .safetensors file or a diffusers folder, or choose another config.init.kind",
+    "model": "name a model directory there (keysync convert, export or init makes one)",
+    "run": "name the workdir of a run there",
+}
+
+
+def _require_sources(config: TrainConfig) -> None:
+    init = config.init
+    needed = {"path": (init.path, _SOURCES.get(init.kind, "")), "vae": (init.vae, "name a model directory with a VAE there")}
+    if init.kind == "scratch":
+        del needed["path"]
+    for key, (path, advice) in needed.items():
+        if path and not path.startswith("hub:") and not epath.Path(path).exists():
+            raise KeySyncError(f"config.init.{key}: {path} does not exist; {advice}")
 
 
 def _at_scale(config: TrainConfig, vae: VAEConfig, scale: float) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import signal
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +18,7 @@ from keysync_jax.locking import only_process
 from keysync_jax.parallel.distributed import sync
 from keysync_jax.parallel.mesh import check_batch, train_mesh
 from keysync_jax.parallel.sharding import data_share, global_batch, sharding_table, state_shardings
-from keysync_jax.training import checkpoints, data, initial, lpips, profiling, resume
+from keysync_jax.training import checkpoints, data, initial, lpips, model_card, profiling, resume
 from keysync_jax.training import state as states
 from keysync_jax.training.checkpoints import Checkpoints
 from keysync_jax.training.config import TrainConfig
@@ -41,7 +42,9 @@ def make_objective(config: TrainConfig, vae: Any) -> Objective:
     return DiffusionObjective(config, vae, distance)
 
 
-def train(config: TrainConfig, workdir: str, *, stop_after: int | None = None, profile_steps: tuple[int, int] | None = None) -> int:
+def train(
+    config: TrainConfig, workdir: str, *, stop_after: int | None = None, profile_steps: tuple[int, int] | None = None, command: str = ""
+) -> int:
     """Run until `config.num_steps`, from the last checkpoint of `workdir` if there is one.
 
     Args:
@@ -49,6 +52,7 @@ def train(config: TrainConfig, workdir: str, *, stop_after: int | None = None, p
       workdir: where everything of the run goes.
       stop_after: end after so many updates of this call.
       profile_steps: (a, b) records the updates a + 1 to b with the profiler.
+      command: how the run was started, for its model card.
 
     Returns:
       The number of updates done.
@@ -60,17 +64,18 @@ def train(config: TrainConfig, workdir: str, *, stop_after: int | None = None, p
     """
     use_compile_cache()
     config, notes = initial.resolve(config, workdir)
-    log = MetricLog(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb, run=dataclasses.asdict(config))
     mesh = train_mesh(config.mesh)
     check_batch(mesh, config.data.batch_size, config.optimizer.accumulate)
-    log.say(f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {' × '.join(f'{k} {v}' for k, v in mesh.shape.items())}")
-
-    for note in notes:
-        log.say(note)
-
-    # ---------------------------------------------------------------------------------------------------------------- data
     reader = data.make_reader(config)
     initial.check_latents(config, reader)
+
+    # Only now does the run write: what is wrong in the recipe or the data leaves no workdir behind.
+    if command and jax.process_index() == 0:
+        model_card.record_command(workdir, command, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    log = MetricLog(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb, run=dataclasses.asdict(config))
+    log.say(f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {' × '.join(f'{k} {v}' for k, v in mesh.shape.items())}")
+    for note in notes:
+        log.say(note)
 
     # ------------------------------------------------------------------------------------------------------- model and state
     tx = make_optimizer(config.optimizer)

@@ -74,15 +74,22 @@ def test_check_says_what_would_happen_and_does_nothing(keysync, recipe_file, tmp
         (["data.columns=valence"], 2, "no key 'data.columns'"),
         (["loss.pixel_weight=1.0"], 1, "jpeg"),
         (["init.kind=svd"], 1, "init.kind 'svd' needs init.path"),
-        (["init.kind=svd", "init.path=nowhere"], 1, "nowhere does not exist"),
-        (["init.kind=model", "init.path=nowhere"], 1, "nowhere does not exist"),
-        (["init.kind=run", "init.path=nowhere"], 1, "nowhere is not a training run"),
-        (["init.vae=nowhere"], 1, "nowhere does not exist"),
+        (["init.kind=svd", "init.path=nowhere"], 1, "config.init.path: nowhere does not exist; name Stable Video Diffusion there"),
+        (["init.kind=model", "init.path=nowhere"], 1, "config.init.path: nowhere does not exist; name a model directory there"),
+        (["init.kind=run", "init.path=nowhere"], 1, "config.init.path: nowhere does not exist; name the workdir of a run there"),
+        (["init.kind=run", "init.path=."], 1, ". is not a training run"),
+        (["init.vae=nowhere"], 1, "config.init.vae: nowhere does not exist; name a model directory with a VAE there"),
     ],
 )
 def test_bad_recipes(overrides, status, words, keysync, recipe_file, tmp_path):
     found, line, _ = keysync(*train(recipe_file, tmp_path / "run", *overrides, more=["--check"]))
     assert (found, words in line) == (status, True), line
+
+
+@pytest.mark.parametrize("wrong", ["init.vae=nowhere", "data.datasets=nowhere", "stage.audio_feature_dim=9", "data.batch_size=0"])
+def test_a_run_that_cannot_begin_leaves_no_workdir(wrong, keysync, recipe_file, tmp_path):
+    assert keysync(*train(recipe_file, tmp_path / "run", wrong))[0] in (1, 2)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
