@@ -16,6 +16,7 @@ import datetime
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -80,6 +81,7 @@ JUDGED: dict[str, Judged] = {
 _MASK_FIGURES = ("silence_open", "silence_leak", "input_leak", "opening_r", "width_r")
 _STAGE_FIGURES = ("flicker", "roughness", "opening_r", "width_r")
 _GUIDANCE_FIGURES = ("opening_r", "width_r", "closed", "partial_r", "silence_open")
+_children: set[subprocess.Popen] = set()
 _NAMES = {
     "silence_open": "open under silence", "silence_leak": "weight of the input's mouth: under silence",
     "input_leak": "… under another voice",
@@ -119,19 +121,34 @@ def _keysync(arguments: Sequence[str], log: Path, say: Callable[[str], None] = l
     last = ""
     with log.open("a", encoding="utf-8") as file:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+            _children.add(process)
             for line in process.stdout or ():
                 file.write(line)
                 last = line.strip() or last
                 if "ETA" in line:
                     say(line.strip())
+    _children.discard(process)
     if process.returncode:
-        raise KeySyncError(f"keysync {' '.join(arguments[:4])} … failed (status {process.returncode}): {last} – all of it in {log}")
+        reason = last.removeprefix("keysync: error: ")
+        raise KeySyncError(f"keysync {' '.join(arguments[:4])} … failed (status {process.returncode}): {reason} (all of it in {log})")
+
+
+def _stop(number: int, frame: Any) -> None:
+    """SIGTERM, from a scheduler at its time limit: the runs save what they have, then this process ends as they do."""
+    for process in list(_children):
+        process.terminate()
+    sys.exit(128 + number)
 
 
 def train_all(names: Sequence[str], folder: Path, data: str, overrides: Sequence[str], jobs: int, say: Callable[[str], None]) -> None:
     """Trains several runs, `jobs` at a time. The first failure is raised once the others have ended: what they reached is kept."""
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         waiting = [pool.submit(train, name, folder, data, overrides, say) for name in names]
+        try:
+            concurrent.futures.wait(waiting)
+        except BaseException:  # stopped: what has not begun does not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for done in waiting:
         done.result()
 
@@ -340,6 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress")
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         if args.jobs < 1:
             raise UsageError(f"--jobs is {args.jobs}; it must be at least 1")
@@ -350,6 +368,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeySyncError, OSError) as error:
         print(f"keysync: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("keysync: error: stopped; the same command goes on", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(tables(report["judged"]))
     return 0
 

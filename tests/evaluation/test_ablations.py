@@ -2,6 +2,9 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ from data_pipeline.synthetic.shards import write_shards
 from keysync_jax.errors import KeySyncError
 from keysync_jax.evaluation import ablations
 from keysync_jax.evaluation.ablations import Judged, Run
+from keysync_jax.locking import only_process
+from keysync_jax.training import runs
 
 TINY = f"stage.audio_feature_dim={tiny_talker_model.BANDS}"
 
@@ -55,6 +60,24 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, capsys):
     assert not (tmp_path / "out" / "mouth_model").exists()
     assert ablations.main(["--data", "x", "-o", out, "--only", "box,lips"]) == 2
     assert "no run 'lips'; choose among box, mouth, one_stage, interpolation" in capsys.readouterr().err
+
+
+def test_stopped_by_a_scheduler_the_run_is_saved_and_the_rest_not_begun(world):
+    out = world / "stopped"
+    script = (
+        "import sys; from keysync_jax.evaluation import ablations; from keysync_jax.evaluation.ablations import Run;"
+        f"ablations.RUNS.update(box=Run('tiny_test', ('{TINY}',)), mouth=Run('tiny_test', ('{TINY}',))); sys.exit(ablations.main())"
+    )
+    command = ["--data", str(world / "data"), "-o", str(out), "--only", "box,mouth", "--config.num_steps=100000", "--config.log.every=1"]
+    command += ["--config.data.batch_size=2", "--config.checkpoint.every=100000"]
+    with subprocess.Popen([sys.executable, "-c", script, *command], stderr=subprocess.PIPE, text=True) as process:
+        assert any("ETA" in line for line in process.stderr)  # it trains
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert runs.last_step(str(out / "box")) and not (out / "mouth").exists() and not (out / "box_model").exists()
+    with only_process(str(out / "box"), "the run is still at work"):
+        pass
 
 
 def _report(opening, leak):
