@@ -201,6 +201,10 @@ def _stored(workdir: str | os.PathLike | None) -> TrainConfig | None:
 
     if workdir is None or not (epath.Path(workdir) / checkpoints.CONFIG).exists():
         return None
+    # Without a finished checkpoint the run begins again, from whatever the recipe names now.
+    saved = epath.Path(workdir) / checkpoints.CHECKPOINTS
+    if not saved.is_dir() or not any(path.name.isdigit() for path in saved.iterdir()):
+        return None
     return runs.read_config(workdir)
 
 

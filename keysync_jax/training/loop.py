@@ -69,7 +69,7 @@ def train(
     reader = data.make_reader(config)
     initial.check_latents(config, reader)
 
-    # Only now does the run write: what is wrong in the recipe or the data leaves no workdir behind.
+    # Only now does the run write: a starting point that is not there or data that do not fit leave no workdir behind.
     if command and jax.process_index() == 0:
         model_card.record_command(workdir, command, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     log = MetricLog(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb, run=dataclasses.asdict(config))

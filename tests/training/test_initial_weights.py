@@ -178,6 +178,9 @@ def test_the_vae_decides_scale_and_size(model, tmp_path):
     # A run that goes on needs the VAE's directory no more.
     checkpoints.write_config(tmp_path / "run", to_dict(config))
     gone = tiny.recipe(pixels=True, init=tiny.InitConfig(vae=str(tmp_path / "nowhere")))
+    with pytest.raises(KeySyncError, match="config.init.vae: .*nowhere does not exist"):
+        initial.resolve(gone, tmp_path / "run")  # it died before its first checkpoint: it begins again
+    (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
     again, _ = initial.resolve(gone, tmp_path / "run")
     assert again.stage.latent_scale == tiny.SCALE and initial.abstract_weights(again).vae == tiny.VAE
 
