@@ -29,7 +29,7 @@ import numpy as np
 from keysync_jax import __version__
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.diffusion.loss import LossConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.models.attention import IMPLEMENTATIONS, attention
 from keysync_jax.models.freezing import frozen_mask
 from keysync_jax.models.remat import Remat
@@ -98,7 +98,7 @@ class Case:
             if getattr(self, name) not in allowed:
                 raise KeySyncError(f"bench {name} {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
         if min(self.batch, self.repeats) < 1 or self.warmup < 0:
-            raise KeySyncError("bench: batch and repeats must be at least 1, warmup at least 0")
+            raise UsageError("bench: batch and repeats must be at least 1, warmup at least 0")
 
     @property
     def title(self) -> str:

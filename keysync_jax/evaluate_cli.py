@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from keysync_jax.errors import KeySyncError, UsageError
@@ -93,8 +94,13 @@ def _evaluate(args) -> int:
     if wrong:
         mode = "--talkers" if args.talkers else "--vae" if args.vae else "--video"
         raise UsageError(f"--{wrong[0].replace('_', '-')} does not go with {mode}")
+    if args.microbatch is not None and args.microbatch < 1:
+        raise UsageError(f"--microbatch is {args.microbatch}; it must be at least 1")
+    if args.gate and args.guidance_grid:
+        raise UsageError("--gate judges one guidance; leave out --guidance-grid")
+    taken = {Path(path).resolve(): path for path in (args.video, args.reference) if path is not None}
     for path in (args.output, args.series, args.plot):
-        _check_target(path)
+        _check_target(path, taken)
     if args.video is not None:
         from keysync_jax.evaluation.video_report import evaluate_video
 
@@ -205,9 +211,20 @@ def _open(path: str):
     return model_directory.load(assets.resolve(path), complete=False)
 
 
-def _check_target(path: str | None) -> None:
-    if path is not None and not Path(path).resolve().parent.is_dir():
-        raise KeySyncError(f"{path}: the folder {Path(path).resolve().parent} does not exist; create it first")
+def _check_target(path: str | None, taken: dict[Path, str]) -> None:
+    """Refuses, before hours of work, an output that could not be written or that would replace an input or another output."""
+    if path is None:
+        return
+    target = Path(path).resolve()
+    if target in taken:
+        raise UsageError(f"{path} is named twice, as an output and as {taken[target]}; give another file")
+    if not target.parent.is_dir():
+        raise KeySyncError(f"{path}: the folder {target.parent} does not exist; create it first")
+    if target.is_dir():
+        raise UsageError(f"{path} is a folder; name a file in it")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise KeySyncError(f"{path} cannot be written: permission denied")
+    taken[target] = path
 
 
 def _write(path: str | None, report: dict) -> None:

@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -107,13 +108,24 @@ def train(name: str, folder: Path, data: str, overrides: Sequence[str], say: Cal
       KeySyncError: the trainer or the export failed; its own words are in the log.
     """
     model, log, run = folder / f"{name}_model", folder / f"{name}.log", RUNS[name]
-    if model.is_dir():
-        return model
     settings = [f"--config.{s}" for s in (f"data.datasets={data}", f"num_steps={QUARTER}", *run.settings)]
     command = ["train", "--config", run.recipe, "--workdir", str(folder / name), *settings, *overrides]
+    if model.is_dir():
+        # Figures of other settings must not pass for those of these.
+        if _recorded(folder / f"{name}.command.json") != command:
+            raise KeySyncError(f"{model} was trained by another command than this one; name another folder with -o, or remove {model}")
+        return model
+    (folder / f"{name}.command.json").write_text(json.dumps(command) + "\n", encoding="utf-8")
     _keysync(command, log, lambda line: say(f"{name}: {line}"))
     _keysync(["export", str(folder / name), "--ema", "-o", str(model)], log)
     return model
+
+
+def _recorded(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # not there or damaged: nothing is known
 
 
 def _keysync(arguments: Sequence[str], log: Path, say: Callable[[str], None] = lambda line: None) -> None:
@@ -174,16 +186,25 @@ def judge(name: str, sources: Sequence[Path], folder: Path, clips: int, seed: in
 
     entry, cache = JUDGED[name], folder / f"{name}.json"
     test = TalkerTest(clips=clips, silent_clips=clips if entry.silent else 0, seed=seed, mode=entry.mode)
-    known = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else []
-    if known and all(known[0]["test"][key] == value for key, value in dataclasses.asdict(test).items()):
-        return known
+    judged = {"test": dataclasses.asdict(test), "guidance": list(entry.guidance), "models": [_digest(path) for path in sources]}
+    known = _recorded(cache)
+    if isinstance(known, dict) and known.get("judged") == judged:
+        return known["reports"]
     directory = _together([model_directory.load(path, complete=False) for path in sources], folder / f"{name}_together")
     model = TalkerModel(directory, entry.mode)
     scales = [grid for text in entry.guidance for grid in parse_grid(text)]
     with talkers_report.progress(entry.label, talkers.total_windows(test, model, len(scales)), quiet) as tick:
         reports = talkers.evaluate(directory, test, model, scales, tick)
-    cache.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+    cache.write_text(json.dumps({"judged": judged, "reports": reports}, indent=1) + "\n", encoding="utf-8")
     return reports
+
+
+def _digest(model: Path) -> str:
+    """SHA-256 of a model directory's files."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(model).rglob("*") if p.is_file()):
+        digest.update(path.relative_to(model).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _together(sources: Sequence[ModelDirectory], path: Path) -> ModelDirectory:
@@ -312,6 +333,10 @@ def run(
     unknown = [name for name in only if name not in RUNS]
     if unknown:
         raise UsageError(f"no run {unknown[0]!r}; choose among {', '.join(RUNS)}")
+    TalkerTest(clips=clips, silent_clips=clips, seed=seed, mode="keyframes")  # a wrong number is said before days of training
+    extra = None if interpolation is None else assets.resolve(interpolation)
+    if extra is not None:
+        model_directory.load(extra, complete=False)
     folder, lock = Path(output), threading.Lock()
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -320,10 +345,10 @@ def run(
             with lock:
                 print(line, file=sys.stderr, flush=True)
 
-    train_all(only, folder, data, overrides, jobs, say)
+    train_all(tuple(dict.fromkeys(only)), folder, data, overrides, jobs, say)
     models = {name: folder / f"{name}_model" for name in only}
-    if interpolation is not None:
-        models.setdefault("interpolation", assets.resolve(interpolation))
+    if extra is not None:
+        models.setdefault("interpolation", Path(extra))
     found = {
         name: judge(name, [models[r] for r in entry.runs], folder, clips, seed, quiet)
         for name, entry in JUDGED.items()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from converters import model_directory
 from keysync_jax import assets
+from keysync_jax.errors import UsageError
 from keysync_jax.inference import job
 from keysync_jax.inference import report as reporting
 from keysync_jax.inference.audio_features import AudioFeatures
@@ -45,6 +46,8 @@ class KeySyncPipeline:
         if dtype is None:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         self._dtype = jnp.dtype(dtype)
+        if microbatch < 1:
+            raise UsageError(f"microbatch is {microbatch}; it must be at least 1")
         self._microbatch = microbatch
         self._cache: dict[Any, Any] = {}
 
