@@ -6,6 +6,7 @@ import ast
 import importlib.resources
 import importlib.util
 import json
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,21 @@ def _from_python(path: Any, preset: str = "") -> ConfigDict:
     known = getattr(module, "PRESETS", ())
     if preset and preset not in known:
         raise UsageError(f"{path} has no preset {preset!r}; it has {', '.join(known) or 'none'}")
-    return module.get_config(preset) if preset else module.get_config()
+    try:
+        config = module.get_config(preset) if preset else module.get_config()
+    except Exception as error:  # as above
+        raise _failed(path, error) from error
+    if not isinstance(config, ConfigDict):
+        raise KeySyncError(f"{path}: get_config() returns {type(config).__name__}; it must return an ml_collections.ConfigDict")
+    return config
+
+
+def _failed(path: Any, error: Exception) -> KeySyncError:
+    if isinstance(error, KeySyncError):
+        return error
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    where = f", line {lines[-1]}" if lines else ""
+    return KeySyncError(f"{path}{where}: {type(error).__name__}: {error}")
 
 
 def _module(path: Any) -> Any:
@@ -70,6 +85,8 @@ def _module(path: Any) -> Any:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise KeySyncError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:  # a recipe is a program: whatever it raises is its own mistake
+        raise _failed(path, error) from error
     if not hasattr(module, "get_config"):
         raise KeySyncError(f"{path} defines no get_config(); see the shipped recipes for the form")
     return module

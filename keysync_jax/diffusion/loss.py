@@ -43,6 +43,8 @@ class LossConfig:
                 raise KeySyncError(f"loss {name!r} is not known; choose from {', '.join(known)}")
         if self.pixel_weight < 0:
             raise KeySyncError(f"pixel_weight is {self.pixel_weight}; it must not be negative")
+        if self.pixel_weight > 0 and not self.pixel_losses:
+            raise KeySyncError("loss.pixel_losses is empty but loss.pixel_weight is positive; name one, or set loss.pixel_weight=0")
 
     @property
     def uses_lpips(self) -> bool:

@@ -226,8 +226,8 @@ class Checkpoints:
         try:
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(tree) for item, tree in trees.items()})
             return dict(self._manager.restore(step, args=args).items())
-        except _WRITE_ERRORS + (KeyError,) as error:
-            raise KeySyncError(f"checkpoint {step} of {self.workdir} cannot be read: {_reason(error)}; {self._others(step)}") from error
+        except Exception as error:  # Orbax and tensorstore raise whatever the damage made them stumble over
+            raise self._damaged(step, error) from error
 
     def _metadata(self, step: int) -> dict[str, Any]:
         """Stored shapes by item."""
@@ -235,15 +235,22 @@ class Checkpoints:
             raise KeySyncError(f"{self.workdir} has no checkpoint of step {step}; {self._others(step)}")
         try:
             metadata = self._manager.item_metadata(step)
-            return {item: metadata[item].tree for item in _ARRAYS if item in metadata and metadata[item] is not None}
-        except _WRITE_ERRORS + (KeyError,) as error:
-            raise KeySyncError(f"checkpoint {step} of {self.workdir} cannot be read: {_reason(error)}; {self._others(step)}") from error
+            found = {item: metadata[item].tree for item in _ARRAYS if item in metadata and metadata[item] is not None}
+        except Exception as error:  # as in `_restore`
+            raise self._damaged(step, error) from error
+        if lost := [item for item in ("params", "opt_state") if item not in found]:
+            raise self._damaged(step, f"{' and '.join(lost)} missing")
+        return found
 
     def _json(self, step: int, item: str) -> dict[str, Any]:
         try:
             return dict(self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item])
-        except _WRITE_ERRORS + (KeyError, TypeError) as error:
-            raise KeySyncError(f"{item} of checkpoint {step} of {self.workdir} cannot be read: {_reason(error)}") from error
+        except Exception as error:  # as in `_restore`
+            raise self._damaged(step, error, f"{item} of ") from error
+
+    def _damaged(self, step: int, problem: Exception | str, part: str = "") -> KeySyncError:
+        reason = problem if isinstance(problem, str) else _reason(problem)
+        return KeySyncError(f"{part}checkpoint {step} of {self.workdir} cannot be read: {reason}; {self._others(step)}")
 
     def _others(self, step: int) -> str:
         others = [str(s) for s in self.steps() if s != step]
@@ -339,7 +346,9 @@ def restore_frozen(workdir: epath.PathLike, abstract: Tree) -> Tree:
         try:
             compare(checkpointer.metadata(str(path)).item_metadata.tree, abstract, f"{path}")
             return checkpointer.restore(str(path), abstract)
-        except _WRITE_ERRORS + (KeyError,) as error:
+        except KeySyncError:
+            raise
+        except Exception as error:  # Orbax raises whatever the damage made it stumble over
             raise KeySyncError(f"{path} cannot be read: {_reason(error)}; restore it or start a new run") from error
 
 
@@ -375,12 +384,18 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     """The recipe of a run.
 
     Raises:
-      KeySyncError: there is no run.
+      KeySyncError: there is no run, or the file holds no recipe.
     """
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         raise KeySyncError(f"{workdir} is not a training run: it has no {CONFIG}")
-    return json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise KeySyncError(f"{path} cannot be read ({error}); restore it from a copy, or give the recipe anew") from None
+    if not isinstance(values, dict) or not values:
+        raise KeySyncError(f"{path} holds no recipe; restore it from a copy, or give the recipe anew")
+    return values
 
 
 def _reason(error: BaseException) -> str:

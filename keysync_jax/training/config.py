@@ -6,6 +6,7 @@ Defaults are the reference's keyframe recipe (paper Table 7 and the released cod
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -38,7 +39,12 @@ class OptimizerConfig:
     max_skipped: int = 10  # non-finite updates in a row after which the run stops
 
     def __post_init__(self):
-        _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
+        rate = self.learning_rate
+        _require(0 < rate < math.inf, f"optimizer.learning_rate is {rate}; it must be positive and finite")
+        for name in ("b1", "b2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        _require(0 < self.eps < math.inf, f"optimizer.eps is {self.eps}; it must be positive")
+        _require(0 <= self.weight_decay < math.inf, f"optimizer.weight_decay is {self.weight_decay}; it must not be negative")
         _require(0 <= self.ema_decay < 1, f"optimizer.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
         _require(self.accumulate >= 1, f"optimizer.accumulate is {self.accumulate}; it counts microbatches and must be at least 1")
         _require(self.clip_norm >= 0, f"optimizer.clip_norm is {self.clip_norm}; it must not be negative")
@@ -110,7 +116,7 @@ class DataConfig:
       datasets: directories that `keysync prepare` wrote (stages), or manifests and folders of videos (VAE).
       weights: share of each dataset; empty for equal ones.
       split: which split to train on.
-      validation: directory to validate on; empty takes the first dataset.
+      validation: directory to validate on; empty takes those of `datasets` that have the split.
       validation_split: its split; empty turns validation and samples off.
       batch_size: global, over all devices and microbatches.
       identity: "first", "clip_first" or "random" frame conditions the keyframe stage.
@@ -119,7 +125,6 @@ class DataConfig:
       sampling: "clip" or "duration".
       min_scores: smallest score of a clip by name, e.g. {"quality": 0.5}.
       sources: use only clips of these collections; empty for all.
-      columns: further per-frame columns to feed as the extra conditioning vector (`valence`, `arousal`).
       use_occluder, flip, box_jitter: see `SourceConfig`.
       crop: VAE only: side of random crops, 0 for whole frames.
       frames_per_clip: VAE only: frames taken from one decoded video.
@@ -201,6 +206,7 @@ class CheckpointConfig:
     def __post_init__(self):
         _require(self.every >= 1, f"checkpoint.every is {self.every}; it must be at least 1")
         _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; it must be at least 1")
+        _require(self.keep_every >= 0, f"checkpoint.keep_every is {self.keep_every}; it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +221,10 @@ class LogConfig:
     sample_steps: int = 10
     tensorboard: bool = True
     wandb: bool = False
+
+    def __post_init__(self):
+        for name in ("every", "validate_every", "validation_batches", "samples_every", "samples"):
+            _require(getattr(self, name) >= 0, f"log.{name} is {getattr(self, name)}; it must not be negative (0 turns it off)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +272,15 @@ class TrainConfig:
             ("remat", tuple(r.value for r in Remat)),
         ):
             _require(getattr(self, name) in allowed, f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        _require(self.seed >= 0, f"seed is {self.seed}; it must not be negative")
+        scale = self.stage.latent_scale
+        _require(0 < scale < math.inf, f"stage.latent_scale is {scale}; it must be positive")
+        _require(self.vae.latent_channels >= 1, f"vae.latent_channels is {self.vae.latent_channels}; it must be at least 1")
+        if self.model == "vae":
+            factor = self.vae.downsample_factor
+            for name, side in (("resolution", self.resolution), ("data.crop", self.data.crop)):
+                _require(side >= 0 and side % factor == 0, f"{name} is {side}; the VAE needs a multiple of {factor}")
+            _require(self.resolution > 0, "resolution is 0; give the side of the frames")
         _require(self.num_steps >= 1, f"num_steps is {self.num_steps}; it must be at least 1")
         accumulate = self.optimizer.accumulate
         batch = self.data.batch_size

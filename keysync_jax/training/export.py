@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -232,8 +233,8 @@ def _scale(parts: dict[str, Part], found: Sequence[RunWeights], options: ExportO
     scales = {name: parts[name].config.latent_scale for name in STAGES if name in parts}
     if options.latent_scale is not None:
         scale, how = options.latent_scale, "as given"
-        if not scale > 0:
-            raise UsageError(f"--latent-scale is {scale}; it must be positive")
+        if not 0 < scale < math.inf:
+            raise UsageError(f"--latent-scale is {scale}; it must be positive and finite")
     elif scales:
         scale, how = next(iter(scales.values())), f"which the {next(iter(scales))} stage was trained with"
     else:

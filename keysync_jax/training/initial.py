@@ -73,9 +73,7 @@ def initial_weights(config: TrainConfig) -> Weights:
     if config.uses_pixels:
         part = _vae_part(config)
         if part is None:
-            raise KeySyncError(
-                "the pixel loss decodes frames: name a model directory with a VAE in config.init.vae, or set loss.pixel_weight=0"
-            )
+            _require_no_pixels(config)
         vae = part.config
         frozen = merge(frozen, _decoder(_vae_params(part)))
         notes.append(f"pixel loss: decoder of the VAE of {part.tensors.source}")
@@ -127,6 +125,7 @@ def resolve(config: TrainConfig, workdir: str | os.PathLike | None = None) -> tu
         return _at_scale(config, stored.vae, stored.stage.latent_scale), []
     part = _vae_part(config)
     if part is None:
+        _require_no_pixels(config)
         return _at_scale(config, config.vae, config.stage.latent_scale), []
     vae, stage, where = part.config, config.stage, part.tensors.source
     if vae.latent_channels != stage.unet.out_channels:
@@ -159,6 +158,14 @@ def _require_sources(config: TrainConfig) -> None:
     for key, (path, advice) in needed.items():
         if path and not path.startswith("hub:") and not epath.Path(path).exists():
             raise KeySyncError(f"config.init.{key}: {path} does not exist; {advice}")
+
+
+def _require_no_pixels(config: TrainConfig) -> None:
+    """Raised where no VAE is named."""
+    if config.uses_pixels:
+        raise KeySyncError(
+            "the pixel loss decodes frames: name a model directory with a VAE in config.init.vae, or set loss.pixel_weight=0"
+        )
 
 
 def _at_scale(config: TrainConfig, vae: VAEConfig, scale: float) -> TrainConfig:
@@ -439,14 +446,26 @@ def describe(config: TrainConfig, workdir: str | os.PathLike) -> list[str]:
     Raises:
       KeySyncError: whatever would stop the run at its start.
     """
-    from keysync_jax.training import data, runs
+    from keysync_jax.parallel.mesh import check_batch, train_mesh
+    from keysync_jax.training import data, lpips, metrics, resume, runs, validation
 
     config, lines = resolve(config, workdir)
+    check_batch(train_mesh(config.mesh), config.data.batch_size, config.optimizer.accumulate)
     reader = data.make_reader(config)
     check_latents(config, reader)
+    validation.open_reader(config, lines.append)
+    if config.uses_lpips:
+        lpips.load(config.lpips)
+    if config.log.wandb:
+        metrics.require_wandb()
     latest = runs.last_step(workdir)
     if latest is not None:
-        return [*lines, f"goes on from step {latest} of {workdir}"]
+        with checkpoints.Checkpoints(workdir, read_only=True) as saved:
+            changes = resume.changes(saved.meta(latest), config, f"checkpoint {latest} of {workdir}")
+        changed = [f"the recipe changed: {change}" for change in changes]
+        if latest >= config.num_steps:
+            return [*lines, *changed, f"nothing to do: step {latest} of {workdir} is reached, the recipe asks for {config.num_steps}"]
+        return [*lines, *changed, f"goes on from step {latest} of {workdir}"]
     weights = initial_weights(config)
     count, held = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (weights.params, weights.frozen))
     todo = f"{count:,} parameters are trained, {held:,} are frozen; {config.num_steps} steps of {config.data.batch_size} samples"

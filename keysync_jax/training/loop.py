@@ -69,9 +69,10 @@ def train(
     reader = data.make_reader(config)
     initial.check_latents(config, reader)
 
+    abstract = initial.abstract_weights(config)
+    objective = make_objective(config, abstract.vae)
+
     # Only now does the run write: a starting point that is not there or data that do not fit leave no workdir behind.
-    if command and jax.process_index() == 0:
-        model_card.record_command(workdir, command, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     log = MetricLog(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb, run=dataclasses.asdict(config))
     log.say(f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {' × '.join(f'{k} {v}' for k, v in mesh.shape.items())}")
     for note in notes:
@@ -79,8 +80,6 @@ def train(
 
     # ------------------------------------------------------------------------------------------------------- model and state
     tx = make_optimizer(config.optimizer)
-    abstract = initial.abstract_weights(config)
-    objective = make_objective(config, abstract.vae)
     ema = config.optimizer.ema_decay > 0
     shapes = jax.eval_shape(lambda p, f: states.create(p, f, tx, ema), abstract.params, abstract.frozen)
     shardings = state_shardings(mesh, shapes)
@@ -95,6 +94,10 @@ def train(
             log.say(f"continuing from step {latest} of {workdir}")
             for change in resume.changes(saved.meta(latest), config, f"checkpoint {latest} of {workdir}"):
                 log.say(f"the recipe changed: {change}")
+            if latest >= config.num_steps:
+                log.say(f"nothing to do: step {latest} is reached, the recipe asks for {config.num_steps}; --config.num_steps=N goes on")
+                log.close()
+                return latest
             frozen = checkpoints.restore_frozen(workdir, abstract_state.frozen)
             state, counters = saved.restore(latest, abstract_state)
             state = state.replace(frozen=frozen)
@@ -110,6 +113,8 @@ def train(
             checkpoints.save_frozen(workdir, state.frozen)
             del weights, params, frozen
         checkpoints.write_config(workdir, to_dict(config))
+        if command and jax.process_index() == 0:  # a command that was refused trained nothing
+            model_card.record_command(workdir, command, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
         count = sum(x.size for x in jax.tree.leaves(state.params))
         held = sum(x.size for x in jax.tree.leaves(state.frozen))
         log.say(f"{count:,} parameters are trained, {held:,} are frozen")

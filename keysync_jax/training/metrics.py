@@ -123,11 +123,21 @@ def _tensorboard(workdir: epath.PathLike) -> Any:
     return SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
 
 
-def _wandb(workdir: epath.PathLike, run: Mapping[str, Any] | None) -> Any:
+def require_wandb() -> Any:
+    """The module `wandb`.
+
+    Raises:
+      UsageError: it is not installed.
+    """
     try:
         import wandb
     except ImportError:
         raise UsageError("config.log.wandb is on but wandb is not installed; pip install wandb, or set --config.log.wandb=False") from None
+    return wandb
+
+
+def _wandb(workdir: epath.PathLike, run: Mapping[str, Any] | None) -> Any:
+    wandb = require_wandb()
     path = str(epath.Path(workdir).resolve())
     # The same workdir is the same run: a resumed run continues its curves.
     name = hashlib.sha256(path.encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,10 @@ from keysync_jax.training.runs import RunWeights
 CARD, RECORDS = "README.md", "training"
 COMMANDS, METRICS = "commands.jsonl", "metrics.jsonl"
 # Figures in metrics.jsonl that say how a run went, not what came of it.
-_NO_RESULT = {"step", "time", "finite", "skipped", "steps_per_s", "clips_per_s", "data_wait", "learning_rate"}
+_NO_RESULT = {
+    "step", "time", "finite", "skipped", "steps_per_s", "clips_per_s", "data_wait", "learning_rate", "eta_s", "tflops_per_s", "mfu",
+    "rss_peak_gib", "nonfinite",
+}  # fmt: skip
 # What the weights began from decides first under which terms they may be passed on.
 _BEGAN = {
     "scratch": "Trained from random weights. Terms: what the training data allow.",
@@ -130,8 +134,18 @@ def _section(run: RunWeights) -> list[str]:
         out += ["", "| metric | value | step |", "| --- | --- | --- |"]
         out += [f"| {name} | {value:.5g} | {step} |" for name, (value, step) in sorted(latest.items())]
     commands = [line["command"] for line in _lines(run, COMMANDS) if "command" in line]
-    command = commands[-1] if commands else f"keysync train --config {RECORDS}/{run.part}/config.json --workdir DIR"
+    command = _public_command(commands[-1]) if commands else f"keysync train --config {RECORDS}/{run.part}/config.json --workdir DIR"
     return [*out, "", "```", command, "```"]
+
+
+def _public_command(command: str) -> str:
+    """A command with local folders reduced to their names: what lay where is nobody's business."""
+
+    def short(word: str) -> str:
+        key, separator, value = word.rpartition("=")
+        return f"{key}{separator}{','.join(basename(part) if '/' in part else part for part in value.split(','))}"
+
+    return shlex.join(map(short, shlex.split(command)))
 
 
 def _lines(run: RunWeights, name: str) -> list[dict[str, Any]]:

@@ -51,6 +51,8 @@ def changes(meta: Mapping[str, Any], config: TrainConfig, where: str) -> list[st
       KeySyncError: a difference that makes it another model; names the keys.
     """
     # A key that an older version did not know had today's default.
+    if not isinstance(meta.get("config"), Mapping):
+        raise KeySyncError(f"{where} is damaged: its meta holds no recipe; remove it to continue from the one before")
     old, new = (_flat(values) for values in (_filled(meta["config"]), to_dict(config)))
     different = [name for name in new if old.get(name) != new[name]]
     words = {name: f"{name} {_short(old.get(name))} -> {_short(new[name])}" for name in different}

@@ -81,12 +81,21 @@ def read_weights(workdir: str | os.PathLike, step: int = -1, ema: bool = False) 
 
     config = read_config(workdir)
     abstract, frozen = initial.split(config, initial.abstract_weights_of(config))
-    with checkpoints.Checkpoints(workdir, read_only=True) as saved:
-        if step == -1:
-            step = saved.latest()
-        if step is None:
-            raise KeySyncError(f"{workdir} has no checkpoint yet; the first comes after {config.checkpoint.every} steps")
-        params = saved.weights(step, _here(abstract), ema=ema)
+    latest, tried = step == -1, None
+    while True:
+        with checkpoints.Checkpoints(workdir, read_only=True) as saved:
+            if latest:
+                step = saved.latest()
+            if step is None:
+                raise KeySyncError(f"{workdir} has no checkpoint yet; the first comes after {config.checkpoint.every} steps")
+            try:
+                params = saved.weights(step, _here(abstract), ema=ema)
+                break
+            except KeySyncError:
+                # A training at work may have removed the checkpoint for a newer one while it was read.
+                if not latest or step == tried:
+                    raise
+                tried = step
     held = _frozen(workdir) if jax.tree.leaves(frozen) or config.uses_pixels else {}
     vae = held.pop("first_stage_model", None)
     initial.checked(held, frozen, f"the frozen weights of {workdir}")

@@ -162,7 +162,10 @@ class _StageSamples:
         self._decoder: Tree | None = None
         self._vae, self._frozen_decoder = vae, vae is not None
         if vae is None:
-            self._vae, self._decoder = _decoder_of(config)
+            try:
+                self._vae, self._decoder = _decoder_of(config)
+            except FileNotFoundError as missing:  # a run that goes on needs the sources of its first weights no more
+                say(f"[yellow]{missing} is gone[/yellow]")
         if self._vae is None:
             say("sample pictures show latents (three channels as colours): name a model directory with a VAE in config.init.vae for faces")
         generate = _window_generator(config, self._vae, count)
@@ -231,12 +234,18 @@ def _masked_error(source: np.ndarray, generated: np.ndarray, masks: np.ndarray) 
 
 
 def _decoder_of(config: TrainConfig) -> tuple[VAEConfig | None, Tree | None]:
-    """The VAE of the model directory that the config names, its config and the decoder's parameters; (None, None) if it names none."""
+    """The VAE of the model directory that the config names, its config and the decoder's parameters; (None, None) if it names none.
+
+    Raises:
+      FileNotFoundError: the directory is not there.
+    """
     from converters import model_directory
 
     path = config.init.vae or (config.init.path if config.init.kind == "model" else "")
     if not path:
         return None, None
+    if not path.startswith("hub:") and not epath.Path(path).exists():
+        raise FileNotFoundError(path)
     directory = model_directory.load(path, complete=False)
     if not config.init.vae and "vae" not in directory.parts:
         return None, None

@@ -17,6 +17,11 @@ from keysync_jax.training.state import TrainState
 Metrics = dict[str, jax.Array]
 
 
+def _is_adam(path: tuple[Any, ...], value: Any) -> bool:
+    """Of several counters in an optimizer's state, Adam's own: updates that were applied."""
+    return getattr(path[-1], "tuple_name", "") == "ScaleByAdamState"
+
+
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:
     """Random numbers of a step: a function of the seed and its number alone, so that a resumed run draws what it would have drawn."""
     return jax.random.fold_in(jax.random.key(seed), step)
@@ -61,6 +66,7 @@ def make_train_step(
         drawn = objective.draw(step_key(seed, state.step), batch)
         grads, metrics = gradients(state, batch, drawn)
         norm = optax.global_norm(grads)
+        count = optax.tree_utils.tree_get(state.opt_state, "count", filtering=_is_adam)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
         params = optax.apply_updates(state.params, updates)
@@ -77,7 +83,6 @@ def make_train_step(
             opt_state=applied(opt_state, state.opt_state),
             skipped=skipped,
         )
-        count = state.step - 1
         extra = {"grad_norm": norm, "learning_rate": rate(count), "finite": finite, "skipped": skipped}
         return state, {name: jnp.asarray(value, jnp.float32) for name, value in (metrics | extra).items()}
 

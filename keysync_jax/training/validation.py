@@ -52,7 +52,8 @@ def open_reader(config: TrainConfig, say: Callable[[str], None]) -> WindowReader
         return None
     try:
         # The run's seed orders its data; here it must not decide which items are held out.
-        reader = data.make_reader(dataclasses.replace(config, seed=SEED), source.validation_split)
+        held = dataclasses.replace(config, seed=SEED)
+        reader = data.make_reader(_with_split(held, say), source.validation_split)
     except KeySyncError as error:
         if source.validation:
             raise  # asked for by name
@@ -62,6 +63,28 @@ def open_reader(config: TrainConfig, say: Callable[[str], None]) -> WindowReader
         if set(reader.paths) & set(data.make_reader(config).paths):
             say("[yellow]validation uses videos that are trained on: a folder has no splits; give a manifest with a column split[/yellow]")
     return reader
+
+
+def _with_split(config: TrainConfig, say: Callable[[str], None]) -> TrainConfig:
+    """The config with those datasets only that can be validated on; as it is where that is all, none, or another directory is named."""
+    source = config.data
+    if source.validation or len(source.datasets) < 2:
+        return config
+    good, problems = [], []
+    for dataset in source.datasets:
+        try:
+            data.make_reader(_only(config, (dataset,)), source.validation_split)
+            good.append(dataset)
+        except KeySyncError as error:
+            problems.append(str(error))
+    if not good or not problems:
+        return config
+    say(f"validation leaves out {len(problems)} of {len(source.datasets)} datasets: {problems[0]}")
+    return _only(config, tuple(good))
+
+
+def _only(config: TrainConfig, datasets: tuple[str, ...]) -> TrainConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=datasets, weights=()))
 
 
 def shards(mesh: Mesh) -> int:

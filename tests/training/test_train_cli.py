@@ -72,13 +72,27 @@ def test_check_says_what_would_happen_and_does_nothing(keysync, recipe_file, tmp
         (["stage.audio_feature_dim=9"], 1, "log_mel tokens have 8 numbers, the stage expects 9"),
         (["stage.latent_size=16"], 1, "has latents of (8, 8), the stage is for (16, 16)"),
         (["data.columns=valence"], 2, "no key 'data.columns'"),
-        (["loss.pixel_weight=1.0"], 1, "jpeg"),
+        (["loss.pixel_weight=1.0"], 1, "the pixel loss decodes frames: name a model directory with a VAE in config.init.vae"),
         (["init.kind=svd"], 1, "init.kind 'svd' needs init.path"),
         (["init.kind=svd", "init.path=nowhere"], 1, "config.init.path: nowhere does not exist; name Stable Video Diffusion there"),
         (["init.kind=model", "init.path=nowhere"], 1, "config.init.path: nowhere does not exist; name a model directory there"),
         (["init.kind=run", "init.path=nowhere"], 1, "config.init.path: nowhere does not exist; name the workdir of a run there"),
         (["init.kind=run", "init.path=."], 1, ". is not a training run"),
         (["init.vae=nowhere"], 1, "config.init.vae: nowhere does not exist; name a model directory with a VAE there"),
+        (["mesh.data=3", "mesh.fsdp=7"], 1, "mesh"),
+        (["optimizer.b1=1.5"], 1, "optimizer.b1 is 1.5; it must lie in [0, 1)"),
+        (["optimizer.eps=-1.0"], 1, "optimizer.eps is -1.0"),
+        (["optimizer.weight_decay=-1.0"], 1, "optimizer.weight_decay is -1.0"),
+        (["optimizer.learning_rate=1e999"], 1, "optimizer.learning_rate is inf"),
+        (["stage.latent_scale=0.0"], 1, "stage.latent_scale is 0.0"),
+        (["checkpoint.keep_every=-1"], 1, "checkpoint.keep_every is -1"),
+        (["log.validation_batches=-1"], 1, "log.validation_batches is -1"),
+        (["log.samples=-1"], 1, "log.samples is -1"),
+        (["seed=-1"], 1, "seed is -1"),
+        (["loss.pixel_weight=1.0", "loss.pixel_losses=()"], 1, "loss.pixel_losses is empty"),
+        (["model=vae", "resolution=65"], 1, "resolution is 65; the VAE needs a multiple of"),
+        (["model=vae", "data.crop=9"], 1, "data.crop is 9; the VAE needs a multiple of"),
+        (["vae.latent_channels=0"], 1, "vae.latent_channels is 0"),
     ],
 )
 def test_bad_recipes(overrides, status, words, keysync, recipe_file, tmp_path):
@@ -86,7 +100,9 @@ def test_bad_recipes(overrides, status, words, keysync, recipe_file, tmp_path):
     assert (found, words in line) == (status, True), line
 
 
-@pytest.mark.parametrize("wrong", ["init.vae=nowhere", "data.datasets=nowhere", "stage.audio_feature_dim=9", "data.batch_size=0"])
+@pytest.mark.parametrize(
+    "wrong", ["init.vae=nowhere", "loss.pixel_weight=1.0", "data.datasets=nowhere", "stage.audio_feature_dim=9", "data.batch_size=0"]
+)
 def test_a_run_that_cannot_begin_leaves_no_workdir(wrong, keysync, recipe_file, tmp_path):
     assert keysync(*train(recipe_file, tmp_path / "run", wrong))[0] in (1, 2)
     assert not (tmp_path / "run").exists()
@@ -141,7 +157,7 @@ def test_another_training_in_the_workdir(keysync, recipe_file, tmp_path, monkeyp
     with only_process(str(tmp_path / "run"), ""):
         status, line, _ = keysync(*train(recipe_file, tmp_path / "run"))
     assert status == 1 and "another training is at work in" in line and "give another --workdir" in line
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "commands.jsonl"}  # nothing of the other run is touched
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock"}  # nothing of the other run is touched
 
 
 def test_nan_in_a_record(keysync, recipe_file, tmp_path, monkeypatch):
@@ -197,3 +213,44 @@ def test_export_of_a_model_directory_wants_a_format(keysync, tmp_path):
 def test_help_shows_examples(verb, keysync):
     status, _, out = keysync(verb, "--help")
     assert status == 0 and out.count(f"keysync {verb}") >= 4
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("from nowhere import x\n", "line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        ("def get_config():\n    return y\n", "line 2: NameError: name 'y' is not defined"),
+        ("def get_config():\n    return None\n", "get_config() returns NoneType; it must return an ml_collections.ConfigDict"),
+    ],
+)
+def test_recipe_files_that_fail(text, words, keysync, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    status, line, _ = keysync("train", "--config", path, "--workdir", tmp_path / "run")
+    assert status == 1 and str(path) in line and words in line
+
+
+def test_a_finished_run_is_told_so_and_damage_is_named(keysync, recipe_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert keysync(*train(recipe_file, run))[0] == 0
+    before = (run / "config.json").read_text()
+    last = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+    assert main([str(w) for w in train(recipe_file, run, "num_steps=1")]) == 0
+    assert f"nothing to do: step {last} is reached, the recipe asks for 1" in " ".join(capsys.readouterr().err.split())
+    assert (run / "config.json").read_text() == before
+    # A refused command is not the one that trained the model.
+    assert keysync(*train(recipe_file, run, "stage.mask.kind=full", "num_steps=9"))[0] == 1
+    assert len((run / "commands.jsonl").read_text().splitlines()) == 1
+    status, line, _ = keysync(*train(recipe_file, run, "stage.mask.kind=full", "num_steps=9", more=["--check"]))
+    assert status == 1 and "stage.mask.kind" in line
+
+    for broken in (run / "checkpoints" / str(last) / "params").rglob("*"):
+        if broken.is_file():
+            broken.write_bytes(b"")
+    status, line, _ = keysync(*train(recipe_file, run, "num_steps=9"))
+    assert status == 1 and f"checkpoint {last} of {run} cannot be read" in line
+    assert "remove a damaged one" in line or "there is no other one" in line
+    (run / "config.json").write_text("")
+    status, line, _ = keysync("export", run, "-o", tmp_path / "out")
+    assert status == 1 and "config.json cannot be read" in line
+    assert not (tmp_path / "out").exists()
