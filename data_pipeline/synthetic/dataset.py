@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.synthetic.clip import TalkerOptions, make_clip
+from data_pipeline.synthetic.clip import MIN_SIZE, TalkerOptions, make_clip
 from data_pipeline.synthetic.occluders import OCCLUDERS
 from data_pipeline.synthetic.write import sidecar, write_atomically, write_clip
 from keysync_jax.errors import KeySyncError, UsageError
@@ -52,6 +52,10 @@ class SynthSettings:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UsageError(f"seed must be a non-negative integer, not {self.seed}")
+        if self.frames < 1:
+            raise UsageError(f"a talker clip needs at least one frame, not {self.frames}")
+        if self.size < MIN_SIZE or self.size % 2:
+            raise UsageError(f"frame size must be even and at least {MIN_SIZE} pixels, not {self.size}")
         if self.speakers is not None and self.speakers < 1:
             raise UsageError(f"speakers must be at least 1, not {self.speakers}")
         for field in dataclasses.fields(self):
@@ -168,7 +172,12 @@ def _check_folder(folder: Path, settings: SynthSettings) -> None:
     record = folder / _SETTINGS
     wanted = dataclasses.asdict(settings)
     if record.exists():
-        found = json.loads(record.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(record.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise KeySyncError(f"{record} cannot be read ({error}); choose another folder") from None
+        if not isinstance(found, dict):
+            raise KeySyncError(f"{record} holds no settings; choose another folder")
         different = sorted(k for k in wanted if found.get(k) != wanted[k])
         if different:
             detail = ", ".join(f"{k} {found.get(k)} against {wanted[k]}" for k in different)

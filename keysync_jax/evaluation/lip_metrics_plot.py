@@ -20,16 +20,18 @@ def draw_curves(
     left: int = 92,
     right: int = 4,
     levels: Sequence[float] = (),
+    times: Sequence[np.ndarray] | None = None,
 ) -> Image.Image:
     """Curves over time with a legend.
 
     Args:
-      curves: (name, values `[T]`); NaN leaves a gap. All span `seconds`.
+      curves: (name, values `[T]`); NaN leaves a gap.
       seconds: length of the time axis.
       label: printed at the left.
       width, height: of the picture in pixels.
       left, right: margins, so that it can stand under a picture strip.
       levels: values at which a grey line is drawn.
+      times: seconds of every value of each curve; None spreads each curve evenly over `seconds`.
     """
     font = ImageFont.load_default(13)
     picture = Image.new("RGB", (width, height), _PAPER)
@@ -49,11 +51,12 @@ def draw_curves(
         x = left + (width - left - right) * second / seconds
         draw.line((x, bottom, x, bottom + 4), _INK)
     at = left
-    for (name, values), colour in zip(curves, COLOURS, strict=False):
+    for number, ((name, values), colour) in enumerate(zip(curves, COLOURS, strict=False)):
         draw.line((at, 12, at + 18, 12), colour, 2)
         draw.text((at + 23, 3), name, _INK, font)
         at += 40 + int(font.getlength(name))
-        x = left + (width - left - right) * (np.arange(len(values)) + 0.5) / len(values)
+        when = (np.arange(len(values)) + 0.5) / len(values) if times is None else times[number] / seconds
+        x = left + (width - left - right) * when
         points: list[tuple[float, float]] = []
         for px, value in [*zip(x.tolist(), np.asarray(values, np.float64).tolist(), strict=True), (0.0, float("nan"))]:
             if np.isfinite(value):

@@ -161,24 +161,55 @@ def summarize(figures: FrameFigures, kind: str = "inner", threshold: float = THR
 
 
 def compare(generated: FrameFigures, reference: FrameFigures, kind: str = "inner", threshold: float = THRESHOLD) -> dict[str, Any]:
-    """Generated against reference, frame by frame: the shorter one decides how far.
+    """Generated against reference at the same times, so that the two may have different rates; the shorter one decides how far.
+
+    Every frame of the generated video is compared with the reference's frame nearest in time since the first; all figures are over these
+    frames. `frames_apart` counts generated frames after the reference's end, less reference frames after the generated video's.
 
     Raises:
       KeySyncError: no frame in which both have a face.
     """
-    count = min(len(generated.time), len(reference.time))
-    both = generated.found[:count] & reference.found[:count]
+    nearest, matched = _at_same_times(generated.time, reference.time)
+    _, back = _at_same_times(reference.time, generated.time)
+    both = matched & generated.found & reference.found[nearest]
     if both.sum() < 2:
         raise KeySyncError("the two videos have fewer than two frames in which both show a face; are they of the same clip?")
-    ours, theirs = (figures.ratios[kind][:count][both] for figures in (generated, reference))
-    first, second = summarize(generated, kind, threshold), summarize(reference, kind, threshold)
+    pair = _take(generated, np.flatnonzero(both)), _take(reference, nearest[both])
+    ours, theirs = (figures.ratios[kind] for figures in pair)
+    first, second = (summarize(figures, kind, threshold) for figures in pair)
     return {
         "frames_compared": int(both.sum()),
-        "frames_apart": len(generated.time) - len(reference.time),
+        "frames_apart": int((~matched).sum()) - int((~back).sum()),
         "ratio_r": correlation(ours, theirs),
         "ratio_difference": float(np.abs(ours - theirs).mean()),
         **{f"{key}_difference": first[key] - second[key] for key in ("open", "ratio_mean", "sharpness", "mouth_sharpness")},
     }
+
+
+def frame_step(time: np.ndarray) -> float:
+    """Seconds from one frame to the next (the median); 1/25 for a single frame."""
+    return float(np.median(np.diff(time))) if len(time) > 1 else 0.04
+
+
+def _at_same_times(time: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For every frame of one video the index of the other's frame nearest in time, and whether the two are on screen together."""
+    # Middles of the frames: a frame of 40 ms holds both of 20 ms.
+    mine, others = (each - each[0] + frame_step(each) / 2 for each in (time, other))
+    after = np.clip(np.searchsorted(others, mine), 1, max(len(others) - 1, 1))
+    before = after - 1
+    after = np.minimum(after, len(others) - 1)
+    nearest = np.where(np.abs(others[after] - mine) < np.abs(others[before] - mine), after, before)
+    # Half a frame of the coarser video, and a little for time stamps in milliseconds.
+    return nearest, np.abs(others[nearest] - mine) <= 0.55 * max(frame_step(time), frame_step(other))
+
+
+def _take(figures: FrameFigures, index: np.ndarray) -> FrameFigures:
+    return FrameFigures(
+        figures.time[index],
+        {name: values[index] for name, values in figures.ratios.items()},
+        figures.sharpness[index],
+        figures.mouth_sharpness[index],
+    )
 
 
 def write_series(path: str | os.PathLike, figures: FrameFigures) -> None:

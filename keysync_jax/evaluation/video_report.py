@@ -45,7 +45,7 @@ def evaluate_video(
 
     Args:
       generated: the video to judge.
-      reference: what it is compared with, frame by frame from the first on.
+      reference: what it is compared with at the same times, counted from the first frames.
       silent: `generated` was driven by silence, so its share of open frames is LipLeak.
       threshold: mouth aspect ratio above which a mouth is open.
       ratio: which points, see `video_metrics.RATIOS`.
@@ -75,9 +75,10 @@ def evaluate_video(
         video_metrics.write_series(series, figures[0])
     if plot is not None:
         curves = list(zip(("generated", "reference"), (each.ratios[ratio] for each in figures), strict=False))
-        seconds = max(len(curves[0][1]) / 25, float(figures[0].time[-1]))
+        times = [each.time - each.time[0] + video_metrics.frame_step(each.time) / 2 for each in figures]
+        seconds = max(float(time[-1]) + video_metrics.frame_step(time) / 2 for time in times)
         width = min(max(_SMALLEST_PLOT, 100 + 4 * len(curves[0][1])), _LARGEST_PLOT)
-        draw_curves(curves, seconds, "gap / width", width, 200, levels=(threshold,)).save(plot)
+        draw_curves(curves, seconds, "gap / width", width, 200, levels=(threshold,), times=times).save(plot)
     report = marks.clean(report)
     _show(report, ratio, threshold)
     return report

@@ -84,9 +84,30 @@ def test_comparison_uses_frames_with_a_face_in_both():
     both = video_metrics.compare(ours, theirs)
     assert both["frames_compared"] == 3 and both["frames_apart"] == 1
     assert both["ratio_r"] == pytest.approx(1) and both["ratio_difference"] == pytest.approx((0.1 + 0.3 + 0.5) / 3)
-    assert both["open_difference"] == pytest.approx(2 / 4 - 3 / 4)
+    assert both["open_difference"] == pytest.approx(2 / 3 - 2 / 3)  # over the frames that are compared
     with pytest.raises(KeySyncError, match="fewer than two frames"):
         video_metrics.compare(_figures([0.1, np.nan, np.nan]), theirs)
+
+
+def test_comparison_goes_by_time_where_the_rates_differ():
+    ratios = np.random.default_rng(0).random(50)
+    slow = _figures(ratios)
+    twice = _figures(np.repeat(ratios, 2))._replace(time=np.arange(100) / 50 + 3.0)  # its clock starts elsewhere
+    for first, second, frames in ((slow, twice, 50), (twice, slow, 100)):
+        both = video_metrics.compare(first, second)
+        assert (both["frames_compared"], both["frames_apart"]) == (frames, 0)
+        assert both["ratio_r"] == pytest.approx(1) and both["ratio_difference"] == pytest.approx(0)
+    short = video_metrics.compare(slow, twice._replace(**{n: getattr(twice, n)[:40] for n in ("time", "sharpness", "mouth_sharpness")},
+                                                       ratios={n: v[:40] for n, v in twice.ratios.items()}))  # fmt: skip
+    assert short["frames_apart"] == 30 and short["frames_compared"] == 20
+
+
+def test_curves_of_different_rates_share_one_time_axis():
+    values = np.concatenate([np.zeros(50), np.ones(50)])
+    times = [np.arange(100) / 50 + 0.01, np.arange(100) / 25 + 0.02]
+    picture = np.asarray(draw_curves([("a", values), ("b", values)], 4.0, "x", 500, 120, left=0, right=0, times=times))
+    ends = [np.flatnonzero((picture == colour).all(-1)[22:].any(0)).max() for colour in COLOURS[:2]]
+    assert ends[0] == pytest.approx(250, abs=4) and ends[1] > 490
 
 
 def test_curves_are_drawn_where_the_values_are():
@@ -105,6 +126,23 @@ def video(tmp_path_factory):
     clip = make_clip(11, frames=24, size=256)
     write_clip(clip, path)
     return path, clip
+
+
+def test_outputs_that_cannot_be_are_refused_before_the_work(video, tmp_path):
+    path, _ = video
+    before = path.read_bytes()
+    for words, message in (
+        (("-o", path), "named twice"),
+        (("-o", tmp_path / "a.json", "--series", tmp_path / "a.json"), "named twice"),
+        (("-o", tmp_path), "is a folder"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            _command("--video", path, *words)
+    assert path.read_bytes() == before
+    with pytest.raises(UsageError, match="--microbatch is 0"):
+        _command("--talkers", "--model", "demo", "--microbatch", 0)
+    with pytest.raises(UsageError, match="--gate judges one guidance"):
+        _command("--talkers", "--model", "demo", "--gate", "--guidance-grid", "1/1,2/2")
 
 
 def _command(*words):
