@@ -111,7 +111,8 @@ def _memory_table(plan):
     table.add_row("activations", gib(memory.activations), f"estimated before fusion; {waiting}")
     table.add_section()
     of = plan.topology.device.memory
-    verdict = "" if not of else f"of {of / 2**30:.1f} GiB: " + ("fits" if memory.total < 0.95 * of else "may not fit; --compile knows")
+    doubt = "may not fit" + ("; --compile knows" if plan.topology.device.platform == "tpu" else "")
+    verdict = "" if not of else f"of {of / 2**30:.1f} GiB: " + ("fits" if memory.total < 0.95 * of else doubt)
     table.add_row("all", gib(memory.total), verdict)
     return table
 

@@ -44,6 +44,17 @@ def mesh_shape(sizes: Sequence[int], count: int) -> tuple[int, ...]:
     return filled
 
 
+def check_slices(sizes: Sequence[int], slices: int) -> None:
+    """Refuses slices that `data`, the first of the sizes, cannot be laid over.
+
+    Raises:
+      KeySyncError: names both.
+    """
+    if sizes[0] % slices:
+        named = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, sizes, strict=True))
+        raise KeySyncError(f"mesh {named}: data {sizes[0]} is not a multiple of mesh.slices {slices}, over which it is laid")
+
+
 def train_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh `data x fsdp x tensor` of a training run, with Auto axes (see `data_mesh`).
 
@@ -69,8 +80,7 @@ def device_array(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
         if config.slices == 1:
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         data, fsdp, tensor = shape
-        if data % config.slices:
-            raise KeySyncError(f"mesh {named}: data {data} is not a multiple of mesh.slices {config.slices}, over which it is laid")
+        check_slices(shape, config.slices)
         # Slices are an attribute of TPU devices alone; elsewhere a host is the unit behind the slower link.
         by_host = devices[0].platform != "tpu"
         units = {device.process_index if by_host else device.slice_index for device in devices}

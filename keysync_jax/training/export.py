@@ -23,6 +23,7 @@ from converters.progress import byte_progress
 from keysync_jax.config import AudioEncoderConfig, StageConfig
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.training import model_card, runs, vae_scale
+from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.runs import RunWeights
 
 FORMATS = ("model", *torch_formats.FORMATS)
@@ -207,9 +208,8 @@ def _complete(parts: dict[str, Part], origins: dict[str, str], found: Sequence[R
     for run in found:
         if run.part == "vae":
             continue
-        init = run.config.init
         wanted = [name for name in ("vae", audio_part_name(run.config.stage.audio_encoder)) if name not in parts]
-        for path in filter(None, (init.vae, init.path)):
+        for path in _origins(run.config):
             if not wanted or not (path.startswith("hub:") or model_directory.is_model_directory(path)):
                 continue
             directory = model_directory.load(path, complete=False)
@@ -221,6 +221,18 @@ def _complete(parts: dict[str, Part], origins: dict[str, str], found: Sequence[R
         for name in wanted:
             if name != audio_part_name("log_mel"):
                 notes.append(f"the directory has no {name}, which a dub needs; name a model directory that holds it as a further source")
+
+
+def _origins(config: TrainConfig) -> Iterator[str]:
+    """Directories that a run began from, its own VAE first; a run that began from another run goes on with that one's."""
+    seen: set[str] = set()
+    while True:
+        init = config.init
+        yield from filter(None, (init.vae, init.path))
+        if init.kind != "run" or init.path in seen or not runs.is_run(init.path):
+            return
+        seen.add(init.path)
+        config = runs.read_config(init.path)
 
 
 def _scale(parts: dict[str, Part], found: Sequence[RunWeights], options: ExportOptions, notes: list[str]) -> None:

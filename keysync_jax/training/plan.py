@@ -153,6 +153,7 @@ def make_plan(config: TrainConfig, topology: Topology) -> Plan:
     """
     begin = time.perf_counter()
     sizes = meshes.mesh_shape((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), topology.devices)
+    meshes.check_slices(sizes, config.mesh.slices)
     mesh = AbstractMesh(sizes, meshes.AXES)
     meshes.check_batch(mesh, config.data.batch_size, config.optimizer.accumulate)
     parts = meshes.batch_parts(mesh)

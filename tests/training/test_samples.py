@@ -165,6 +165,15 @@ def test_the_latents_themselves_stay_the_source_outside_the_mask(config, mesh, t
     assert items[0].rows[0][1].shape == (FRAMES, 128, 128, 3) and 0 < error < 1
 
 
+def test_a_model_directory_that_is_gone_costs_the_faces_alone(config, mesh, tmp_path, capsys):
+    gone = str(tmp_path / "gone")
+    config = dataclasses.replace(config, init=InitConfig(kind="model", path=gone))
+    samples = Samples(config, open_reader(config, print), mesh, MetricLog(tmp_path, tensorboard=False), tmp_path)
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"{gone} is gone" in printed and "sample pictures show latents" in printed
+    assert samples._make._vae is None
+
+
 def test_a_vae_that_does_not_fit_is_refused(config, mesh, tmp_path):
     wrong = dataclasses.replace(VAE, channel_mult=(1, 1, 1))
     model_directory.save_params(tmp_path / "vae", {"vae": wrong}, {"vae": init_vae_params(wrong, 0)})

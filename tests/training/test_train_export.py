@@ -104,6 +104,16 @@ def test_model_directory_of_a_run(run, exported, model):
     assert "come from" in again.notes[0] and len(again.notes) == 2 and "latent_scale" in again.notes[1]
 
 
+def test_a_run_that_began_from_a_run_finds_that_ones_vae(run, exported, tmp_path):
+    config = tiny.recipe(init=tiny.start_from("run", run))
+    second = tiny.save_run(tmp_path / "second", config, step=1, nudge=0.01)
+    export([second], tmp_path / "out")
+    out = model_directory.load(tmp_path / "out", complete=False)
+    assert set(out.parts) == {"keyframe", "vae", "audio/log_mel"}
+    ours, theirs = out.tensors("vae"), exported.tensors("vae")
+    assert all(np.array_equal(theirs[key], ours[key]) for key in theirs)
+
+
 def test_averages_and_steps_differ(run, exported, tmp_path):
     export([run], tmp_path / "ema", ExportOptions(ema=True, dtype="float16"))
     export([run], tmp_path / "first", ExportOptions(steps=parse_steps(["keyframe=1"])))

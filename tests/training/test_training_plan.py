@@ -91,6 +91,8 @@ def test_time_has_a_floor(tiny):
 def test_misfits_are_named():
     with pytest.raises(KeySyncError, match="mesh data 2 x fsdp 4 x tensor 1 does not make up the 16 devices"):
         make(topology="v5e:4x4")
+    with pytest.raises(KeySyncError, match="data 2 is not a multiple of mesh.slices 3"):
+        make(dataclasses.replace(TINY, mesh=dataclasses.replace(TINY.mesh, slices=3)))
     with pytest.raises(KeySyncError, match="data.batch_size 12"):
         make(dataclasses.replace(TINY, data=DataConfig(batch_size=12)))
 
