@@ -324,6 +324,8 @@ def run_all(cases: Sequence[Case], output: str | os.PathLike | None = None, budg
 
     A case that fails (does not fit the device, for example) is reported with its error, and the next one runs.
     """
+    if output is not None and (Path(output).is_dir() or not Path(output).resolve().parent.is_dir()):
+        raise UsageError(f"-o {output}: name a JSON file in a folder that exists")
     begin, report = time.perf_counter(), {"environment": environment(), "results": [], "skipped": []}
     for case in cases:
         if budget is not None and time.perf_counter() - begin > budget:

@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
     from keysync_jax import bench
 
     on_cpu = jax.default_backend() == "cpu"
-    repeats = {"repeats": args.repeats or (5 if on_cpu else 20), "warmup": (1 if on_cpu else 3) if args.warmup is None else args.warmup}
+    repeats = {
+        "repeats": (5 if on_cpu else 20) if args.repeats is None else args.repeats,
+        "warmup": (1 if on_cpu else 3) if args.warmup is None else args.warmup,
+    }
     if args.what == "gpu":
         if on_cpu:
             raise UsageError("keysync bench gpu measures the full-size network on an accelerator; this machine has none")

@@ -24,7 +24,9 @@ from data_pipeline.prepare.item import derived_seed
 from data_pipeline.records import AUDIO_PREFIX, LANDMARKS, LATENT
 from data_pipeline.shard_plan import Piece
 from data_pipeline.shards import write_group
+from data_pipeline.synthetic.dataset import MANIFEST_FIELDS
 from data_pipeline.synthetic.write import VOICE, sidecar
+from keysync_jax import assets
 from keysync_jax.errors import KeySyncError
 from keysync_jax.progress import Bars
 
@@ -51,14 +53,22 @@ def write_shards(manifest: str | Path, output: str, model: str, *, microbatch: i
     from keysync_jax.inference.generate import LatentCoder
     from keysync_jax.parallel.mesh import data_mesh
 
-    with open(manifest, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(Path(manifest))
     paths = {Path(row["path"]).stem: Path(manifest).parent / row["path"] for row in rows}
     wrong = next((p for p in paths.values() if p.suffix != ".npy"), None)
     if not rows or wrong is not None:
         raise KeySyncError(
             f"{manifest}: {wrong or 'no clip'}; draw the clips as arrays (keysync data synth --arrays), or use keysync prepare"
         )
+    # What is not there is found before hours of encoding.
+    for path in paths.values():
+        for each in (path, sidecar(path, VOICE), sidecar(path, "landmarks.npy")):
+            if not each.is_file():
+                raise KeySyncError(
+                    f"{each} does not exist, but {manifest} lists its clip; draw the set again (keysync data synth --arrays)"
+                )
+    if "://" not in output and Path(output).is_file():
+        raise KeySyncError(f"{output} is a file; name a folder for the shards")
     size = np.load(next(iter(paths.values())), mmap_mode="r").shape[1]
     plan = plan_features(model, Output(columns=(), seed=seed), crop_size=size)
     directory = model_directory.load(model, complete=False)
@@ -97,6 +107,18 @@ def write_shards(manifest: str | Path, output: str, model: str, *, microbatch: i
     return len(clips)
 
 
+def _rows(manifest: Path) -> list[dict[str, str]]:
+    try:
+        with manifest.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise KeySyncError(f"{manifest} cannot be read ({error}); give the manifest.csv of keysync data synth --arrays") from None
+    missing = [name for name in MANIFEST_FIELDS if rows and rows[0].get(name) is None]
+    if missing:
+        raise KeySyncError(f"{manifest} has no column {missing[0]!r}; give the manifest.csv of keysync data synth --arrays")
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.synthetic.shards", description=__doc__.splitlines()[0])
     parser.add_argument("manifest", metavar="MANIFEST", help="manifest.csv of keysync data synth --arrays")
@@ -105,9 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--microbatch", type=int, default=64, metavar="N", help="frames encoded at once")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.microbatch < 1 or args.seed < 0:
+        parser.error(f"--microbatch {args.microbatch} --seed {args.seed}: at least one frame, and no negative seed")
     try:
-        count = write_shards(args.manifest, args.output, args.model, microbatch=args.microbatch, seed=args.seed)
-    except KeySyncError as error:
+        count = write_shards(args.manifest, args.output, assets.resolve(args.model), microbatch=args.microbatch, seed=args.seed)
+    except (KeySyncError, OSError, ValueError) as error:  # a damaged array, a full disk
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{count} clips: {args.output}")

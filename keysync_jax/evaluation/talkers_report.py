@@ -64,8 +64,15 @@ def show_grid(reports: Sequence[dict[str, Any]]) -> None:
     console.print(f"best correlation of the opening: {best['guidance']}", highlight=False)
 
 
+# What the marks were set for.
+_MARK_CLIPS, _MARK_SECONDS = 50, 6
+
+
 def _verdict(report: dict[str, Any]) -> str:
     missed = [row["label"] for row in report["marks"] if not row["passed"]]
+    test, few = report["test"], ""
+    if test["clips"] < _MARK_CLIPS or test["seconds"] < _MARK_SECONDS:
+        few = f"; the marks are for {_MARK_CLIPS} clips of {_MARK_SECONDS} s or more, this test of {test['clips']} decides nothing"
     if not missed:
-        return f"all {len(report['marks'])} marks are met ({report['seconds']:.0f} s)"
-    return f"{len(missed)} of {len(report['marks'])} marks are missed: {'; '.join(missed)} ({report['seconds']:.0f} s)"
+        return f"all {len(report['marks'])} marks are met{few} ({report['seconds']:.0f} s)"
+    return f"{len(missed)} of {len(report['marks'])} marks are missed: {'; '.join(missed)}{few} ({report['seconds']:.0f} s)"

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from data_pipeline.synthetic import SynthSettings, TalkerOptions, make_clip, synth_dataset, write_clip
+from data_pipeline.synthetic import SynthSettings, TalkerOptions, make_clip, shards, synth_dataset, write_clip
 from data_pipeline.synthetic.dataset import MANIFEST_FIELDS, SPLITS, plan_clip
 from keysync_jax.errors import KeySyncError, UsageError
 
@@ -115,3 +115,37 @@ def test_impossible_settings(field, value):
 def test_no_clips(tmp_path):
     with pytest.raises(UsageError, match="at least 1"):
         synth_dataset(0, tmp_path, quiet=True)
+
+
+def test_shards_of_a_damaged_set_are_refused_before_encoding(tmp_path, capsys):
+    synth_dataset(1, tmp_path / "set", SynthSettings(frames=4, size=64, suffix=".npy"), quiet=True)
+    manifest = tmp_path / "set" / "manifest.csv"
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "other.csv").write_text("name\nx\n")
+
+    def error(*words):
+        assert shards.main([*map(str, words), "--model", "demo"]) == 1
+        return capsys.readouterr().err
+
+    out = tmp_path / "out"
+    assert "cannot be read" in error(tmp_path / "nowhere.csv", "-o", out)
+    assert "cannot be read" in error(tmp_path, "-o", out)
+    assert "has no column 'path'" in error(tmp_path / "other.csv", "-o", out)
+    assert "is a file" in error(manifest, "-o", tmp_path / "file")
+    next((tmp_path / "set").glob("*.voice.npy")).unlink()
+    assert "does not exist, but" in error(manifest, "-o", out)
+    assert not out.exists()
+    with pytest.raises(SystemExit) as stop:
+        shards.main([str(manifest), "-o", str(out), "--model", "demo", "--microbatch", "0"])
+    assert stop.value.code == 2
+
+
+def test_refused_settings_leave_nothing_behind(tmp_path):
+    for wrong in ({"frames": 0}, {"size": 129}):
+        with pytest.raises(UsageError):
+            synth_dataset(1, tmp_path / "set", SynthSettings(**wrong), quiet=True)
+    assert not (tmp_path / "set").exists()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "synth.json").write_text("{")
+    with pytest.raises(KeySyncError, match="synth.json cannot be read"):
+        synth_dataset(1, tmp_path / "set", SynthSettings(frames=4, size=64), quiet=True)
