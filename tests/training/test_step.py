@@ -18,7 +18,7 @@ from keysync_jax.training import state as states
 from keysync_jax.training.config import OptimizerConfig, TrainConfig
 from keysync_jax.training.initial import split
 from keysync_jax.training.objective import DiffusionObjective
-from keysync_jax.training.optimizer import make_optimizer
+from keysync_jax.training.optimizer import learning_rate, make_optimizer
 from keysync_jax.training.step import make_train_step, step_key
 
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -91,6 +91,19 @@ def test_accumulation_is_exact_for_the_network():
     np.testing.assert_allclose(metrics_parts["grad_norm"], metrics["grad_norm"], rtol=1e-5)
     scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(mean))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6 * scale), mean_parts, mean)
+
+
+def test_the_rate_that_is_told_is_the_one_that_was_applied():
+    """An update that was left out does not move the warm-up on."""
+    config = dataclasses.replace(FAST, warmup_steps=10)
+    update, state, batch = start(config, ema=False)
+    bad = batch | {"x": np.full_like(batch["x"], np.nan)}
+    told = []
+    for given in (batch, bad, bad, batch):
+        state, metrics = update(state, given)
+        told.append(float(metrics["learning_rate"]))
+    rate = learning_rate(config)
+    np.testing.assert_allclose(told, [rate(0), rate(1), rate(1), rate(1)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

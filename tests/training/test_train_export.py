@@ -16,7 +16,7 @@ from data_pipeline.prepare.settings import Output
 from data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.models.vae import VAE, sample_posterior
-from keysync_jax.training import initial, model_card, runs, vae_scale
+from keysync_jax.training import checkpoints, initial, model_card, runs, vae_scale
 from keysync_jax.training.config import DataConfig, TrainConfig
 from keysync_jax.training.export import ExportOptions, export, parse_steps
 from keysync_jax.training.loop import train
@@ -297,3 +297,21 @@ def test_nothing_is_pushed_when_the_export_fails(hub, run, tmp_path, capsys):
     assert main(["export", str(run), "-o", str(tmp_path / "out"), "--push", "hub:someone/lips"]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and "cannot push to hub:someone/lips: 401 Client Error" in errors[0]
+
+
+def test_the_card_names_no_local_folders():
+    command = "keysync train --config keyframe --workdir /home/me/runs/k --config.data.datasets=/data/a,/data/b --config.num_steps=5"
+    wanted = "keysync train --config keyframe --workdir k --config.data.datasets=a,b --config.num_steps=5"
+    assert model_card._public_command(command) == wanted
+
+
+def test_a_checkpoint_that_makes_way_while_it_is_read(run, monkeypatch):
+    """A training at work removes its oldest checkpoint once a newer one is written."""
+    steps = iter([99, 2])
+    monkeypatch.setattr(checkpoints.Checkpoints, "latest", lambda self: next(steps))
+    assert runs.read_weights(run).step == 2
+    with pytest.raises(KeySyncError, match="no checkpoint of step 99"):
+        runs.read_weights(run, step=99)
+    monkeypatch.setattr(checkpoints.Checkpoints, "latest", lambda self: 99)
+    with pytest.raises(KeySyncError, match="no checkpoint of step 99"):  # nothing newer came: no endless trying
+        runs.read_weights(run)

@@ -108,6 +108,14 @@ def test_a_level_is_the_training_loss_at_that_noise_without_dropout(run, config,
         assert float(value) == pytest.approx(float(want), rel=1e-5) and abs(float(dropped) - float(want)) > 1e-4
 
 
+def test_of_several_datasets_those_with_the_split_are_validated_on(config, datasets):
+    said = []
+    both = dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=datasets, weights=(0.5, 0.5), validation=""))
+    reader = open_reader(both, said.append)
+    assert [str(store.root) for store in reader.stores] == [str(datasets[1])]
+    assert len(said) == 1 and said[0].startswith("validation leaves out 1 of 2 datasets") and str(datasets[0]) in said[0]
+
+
 def test_without_a_validation_split_it_is_off_and_says_so_once(config, datasets):
     said = []
     missing = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=""))
