@@ -109,14 +109,16 @@ def train(name: str, folder: Path, data: str, overrides: Sequence[str], say: Cal
     """
     model, log, run = folder / f"{name}_model", folder / f"{name}.log", RUNS[name]
     settings = [f"--config.{s}" for s in (f"data.datasets={data}", f"num_steps={QUARTER}", *run.settings)]
-    command = ["train", "--config", run.recipe, "--workdir", str(folder / name), *settings, *overrides]
+    asked, record = [run.recipe, *settings, *overrides], folder / f"{name}.settings.json"
     if model.is_dir():
         # Figures of other settings must not pass for those of these.
-        if _recorded(folder / f"{name}.command.json") != command:
-            raise KeySyncError(f"{model} was trained by another command than this one; name another folder with -o, or remove {model}")
+        if _recorded(record) != asked:
+            raise KeySyncError(f"{model} was trained with other settings than these; name another folder with -o, or remove {model}")
         return model
-    (folder / f"{name}.command.json").write_text(json.dumps(command) + "\n", encoding="utf-8")
-    _keysync(command, log, lambda line: say(f"{name}: {line}"))
+    record.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    _keysync(
+        ["train", "--config", run.recipe, "--workdir", str(folder / name), *settings, *overrides], log, lambda line: say(f"{name}: {line}")
+    )
     _keysync(["export", str(folder / name), "--ema", "-o", str(model)], log)
     return model
 

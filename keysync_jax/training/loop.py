@@ -96,6 +96,7 @@ def train(
                 log.say(f"the recipe changed: {change}")
             if latest >= config.num_steps:
                 log.say(f"nothing to do: step {latest} is reached, the recipe asks for {config.num_steps}; --config.num_steps=N goes on")
+                sync("nothing to do")  # as at the end of training
                 log.close()
                 return latest
             frozen = checkpoints.restore_frozen(workdir, abstract_state.frozen)

@@ -119,3 +119,17 @@ def test_tables_set_mouth_against_box_and_one_stage_against_two():
     assert "| one stage minus two, clip by clip | 2.5/1.5 | +0.250 ± 0.050 (2 higher, 0 lower) |" in text
     del found["mouth"], found["one_stage"]
     assert "minus" not in ablations.tables(found)
+
+
+def test_a_model_of_other_settings_is_not_taken_for_one_of_these(tmp_path):
+    (tmp_path / "box_model").mkdir()
+    asked = [ablations.RUNS["box"].recipe, "--config.data.datasets=data", f"--config.num_steps={ablations.QUARTER}"]
+    asked += [f"--config.{setting}" for setting in ablations.RUNS["box"].settings]
+    (tmp_path / "box.settings.json").write_text(json.dumps([*asked, "--config.num_steps=9"]))
+    assert ablations.train("box", tmp_path, "data", ["--config.num_steps=9"]) == tmp_path / "box_model"
+    for data, overrides in (("data", ["--config.num_steps=500"]), ("other", ["--config.num_steps=9"])):
+        with pytest.raises(KeySyncError, match="box_model was trained with other settings"):
+            ablations.train("box", tmp_path, data, overrides)
+    (tmp_path / "box.settings.json").unlink()
+    with pytest.raises(KeySyncError, match="other settings"):
+        ablations.train("box", tmp_path, "data", ["--config.num_steps=9"])
