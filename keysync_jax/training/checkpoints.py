@@ -2,7 +2,7 @@
 
     WORKDIR/config.json           the resolved recipe of the last start
     WORKDIR/frozen/               leaves that are not trained, written once before the first step
-    WORKDIR/checkpoints/STEP/     params, ema, opt_state, counters (step, data), meta (recipe, what the model is trained for)
+    WORKDIR/checkpoints/STEP/     params, ema, opt_state, counters (step, data), meta (recipe, what the model is trained for), checksums
 
 A step directory appears whole or not at all: Orbax writes beside it and renames. What a killed run left half-written is removed at the
 next start.
@@ -29,11 +29,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from keysync_jax.errors import KeySyncError
+from keysync_jax.training.checksums import changed, checksums
 from keysync_jax.training.config import CheckpointConfig
 from keysync_jax.training.state import TrainState, Tree
 
 CHECKPOINTS, FROZEN, CONFIG = "checkpoints", "frozen", "config.json"
-_ARRAYS, _JSON = ("params", "ema", "opt_state"), ("counters", "meta")
+_ARRAYS, _JSON = ("params", "ema", "opt_state"), ("counters", "meta", "checksums")
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
 # How a save fails: the file system (OSError), tensorstore's words for it (ValueError), a barrier that a dead process never reaches.
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
@@ -101,8 +102,12 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def counters(self, step: int) -> dict[str, Any]:
-        """`step`, `skipped`, `data` (fingerprint of the order of samples) and `batch_size` of a checkpoint."""
+        """`step`, `skipped`, `data` (fingerprint of the order of samples) and `samples` (how many were seen) of a checkpoint."""
         return self._json(step, "counters")
+
+    def checksums(self, step: int) -> dict[str, dict[str, int]]:
+        """Of every leaf of params, ema, opt_state and frozen as it was saved; {} where an older version saved none."""
+        return self._json(step, "checksums") if (self._directory / str(step) / "checksums").exists() else {}
 
     def meta(self, step: int) -> dict[str, Any]:
         """What a checkpoint was made with, see `resume.describe`. One that does not say so was made with the workdir's recipe."""
@@ -120,7 +125,8 @@ class Checkpoints:
         items: dict[str, Any] = {"params": ocp.args.StandardSave(state.params), "opt_state": ocp.args.StandardSave(state.opt_state)}
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
-        items |= {"counters": ocp.args.JsonSave(dict(counters)), "meta": ocp.args.JsonSave(dict(meta))}
+        sums = {name: checksums(getattr(state, name)) for name in (*_ARRAYS, FROZEN)}
+        items |= {name: ocp.args.JsonSave(dict(value)) for name, value in zip(_JSON, (counters, meta, sums), strict=True)}
         self._settle()
         step = int(counters["step"])
         self._saving = step
@@ -225,9 +231,14 @@ class Checkpoints:
             compare(found.get(item, {}), tree, f"checkpoint {step} of {self.workdir}, {item},")
         try:
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(tree) for item, tree in trees.items()})
-            return dict(self._manager.restore(step, args=args).items())
+            restored = dict(self._manager.restore(step, args=args).items())
         except Exception as error:  # Orbax and tensorstore raise whatever the damage made them stumble over
             raise self._damaged(step, error) from error
+        stored = self.checksums(step)
+        for item, tree in restored.items():
+            if wrong := changed(tree, stored.get(item, {})):
+                raise self._damaged(step, f"{item} is not what was saved: {_some(wrong)}")
+        return restored
 
     def _metadata(self, step: int) -> dict[str, Any]:
         """Stored shapes by item."""
@@ -310,6 +321,10 @@ def compare(found: Any, wanted: Any, where: str) -> None:
         raise KeySyncError(f"{where} is of another model: {'; '.join(wrong[:4])}{more}")
 
 
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" … ({len(names)} in all)" if len(names) > 4 else "")
+
+
 def _named(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -330,11 +345,16 @@ def save_frozen(workdir: epath.PathLike, frozen: Tree) -> None:
         raise KeySyncError(f"the frozen weights could not be written to {root / FROZEN} ({_reason(error)}); start again") from error
 
 
-def restore_frozen(workdir: epath.PathLike, abstract: Tree) -> Tree:
+def restore_frozen(workdir: epath.PathLike, abstract: Tree, stored: Mapping[str, int] | None = None) -> Tree:
     """The frozen leaves, laid out as `abstract` says.
 
+    Args:
+      workdir: of the run.
+      abstract: shapes and shardings.
+      stored: their checksums, from a checkpoint of the run; leaves without one are taken as they are.
+
     Raises:
-      KeySyncError: they are missing, not those of this model (named), or cannot be read.
+      KeySyncError: they are missing, not those of this model or not those that were saved (named), or cannot be read.
     """
     if not jax.tree.leaves(abstract):
         return {}
@@ -345,11 +365,14 @@ def restore_frozen(workdir: epath.PathLike, abstract: Tree) -> Tree:
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             compare(checkpointer.metadata(str(path)).item_metadata.tree, abstract, f"{path}")
-            return checkpointer.restore(str(path), abstract)
+            frozen = checkpointer.restore(str(path), abstract)
         except KeySyncError:
             raise
         except Exception as error:  # Orbax raises whatever the damage made it stumble over
             raise KeySyncError(f"{path} cannot be read: {_reason(error)}; restore it or start a new run") from error
+    if wrong := changed(frozen, stored or {}):
+        raise KeySyncError(f"{path} is not what was saved: {_some(wrong)}; restore it or start a new run")
+    return frozen
 
 
 def remove_unfinished(directory: epath.PathLike) -> bool:

@@ -99,7 +99,7 @@ def train(
                 sync("nothing to do")  # as at the end of training
                 log.close()
                 return latest
-            frozen = checkpoints.restore_frozen(workdir, abstract_state.frozen)
+            frozen = checkpoints.restore_frozen(workdir, abstract_state.frozen, saved.checksums(latest).get(checkpoints.FROZEN))
             state, counters = saved.restore(latest, abstract_state)
             state = state.replace(frozen=frozen)
             if counters["data"] != reader.fingerprint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -89,28 +90,28 @@ def read_weights(workdir: str | os.PathLike, step: int = -1, ema: bool = False) 
             if step is None:
                 raise KeySyncError(f"{workdir} has no checkpoint yet; the first comes after {config.checkpoint.every} steps")
             try:
-                params = saved.weights(step, _here(abstract), ema=ema)
+                params, sums = saved.weights(step, _here(abstract), ema=ema), saved.checksums(step)
                 break
             except KeySyncError:
                 # A training at work may have removed the checkpoint for a newer one while it was read.
                 if not latest or step == tried:
                     raise
                 tried = step
-    held = _frozen(workdir) if jax.tree.leaves(frozen) or config.uses_pixels else {}
+    held = _frozen(workdir, sums.get(checkpoints.FROZEN)) if jax.tree.leaves(frozen) or config.uses_pixels else {}
     vae = held.pop("first_stage_model", None)
     initial.checked(held, frozen, f"the frozen weights of {workdir}")
     params, decoder = jax.tree.map(np.asarray, (merge(params, held), vae))
     return RunWeights(str(workdir), config, step, ema, params, decoder and {"first_stage_model": decoder})
 
 
-def _frozen(workdir: str | os.PathLike) -> Tree:
+def _frozen(workdir: str | os.PathLike, stored: Mapping[str, int] | None) -> Tree:
     """Everything that a run keeps frozen, whatever it is."""
     path = epath.Path(workdir).resolve() / checkpoints.FROZEN
     if not path.exists():
         raise KeySyncError(f"{path} is missing: it holds the weights that the run does not train")
     with ocp.StandardCheckpointer() as reader:
-        stored = reader.metadata(path).item_metadata.tree
-    return checkpoints.restore_frozen(workdir, _here(stored))
+        tree = reader.metadata(path).item_metadata.tree
+    return checkpoints.restore_frozen(workdir, _here(tree), stored)
 
 
 def _here(metadata: Tree) -> Tree:

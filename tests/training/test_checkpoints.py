@@ -22,6 +22,7 @@ from keysync_jax.errors import KeySyncError
 from keysync_jax.training import checkpoints, resume
 from keysync_jax.training import state as states
 from keysync_jax.training.checkpoints import Checkpoints
+from keysync_jax.training.checksums import changed, checksums
 from keysync_jax.training.config import CheckpointConfig, TrainConfig
 
 META = {"format": 1, "config": {}}
@@ -70,7 +71,7 @@ def test_saves_items_apart_and_keeps_the_last_and_every_fourth(tmp_path):
         saved.wait()
         assert saved.steps() == [4, 6, 7] and saved.latest() == 7
     assert sorted(p.name for p in (tmp_path / "checkpoints" / "6").iterdir() if p.is_dir()) == [
-        "counters", "ema", "meta", "opt_state", "params",
+        "checksums", "counters", "ema", "meta", "opt_state", "params",
     ]  # fmt: skip
     with Checkpoints(tmp_path, read_only=True) as saved:
         assert saved.counters(6) == counters(6) and saved.meta(6) == META
@@ -224,6 +225,50 @@ def test_frozen_leaves_appear_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeySyncError, match="decoder/scale is missing; decoder/kernel is unknown"):
         checkpoints.restore_frozen(tmp_path, other)
     assert checkpoints.restore_frozen(tmp_path / "nothing", {}) == {}
+    with pytest.raises(KeySyncError, match="frozen is not what was saved: decoder/kernel; restore it"):
+        checkpoints.restore_frozen(tmp_path, abstract, checksums(jax.tree.map(lambda x: x.at[7].add(1), frozen)))
+
+
+def test_bits_that_flip_on_the_disk_are_noticed(tmp_path):
+    state = state_of(1, 1, width=5_000)
+    abstract = abstract_of(state)
+    with Checkpoints(tmp_path) as saved:
+        saved.save(state, counters(1), META)
+    wanted = jax.tree.leaves(state.params)
+    largest = max((p for p in (tmp_path / "checkpoints" / "1" / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    whole, words = largest.read_bytes(), set()
+    for position in range(len(whole) // 20, len(whole), len(whole) // 10):
+        largest.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
+        with Checkpoints(tmp_path, read_only=True) as saved:
+            try:
+                found, _ = saved.restore(1, abstract)
+            except KeySyncError as error:
+                words |= {word for word in ("params is not what was saved: block/kernel", "cannot be read") if word in str(error)}
+            else:  # a byte that nothing reads
+                assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(found.params), wanted, strict=True))
+    assert "params is not what was saved: block/kernel" in words, "no flip came back as another weight: nothing was tested"
+    # As it was before there were checksums: taken as it is.
+    largest.write_bytes(whole)
+    shutil.rmtree(tmp_path / "checkpoints" / "1" / "checksums")
+    with Checkpoints(tmp_path, read_only=True) as saved:
+        assert np.array_equal(saved.restore(1, abstract)[0].params["block"]["kernel"], state.params["block"]["kernel"])
+
+
+def test_checksums_depend_on_every_bit_and_place_and_not_on_the_type_s_width():
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.int32, np.uint32, jnp.bfloat16, np.int8, np.bool_):
+        x = rng.integers(0, 2, (3, 5, 7)).astype(dtype)
+        base = checksums({"x": jnp.asarray(x)})["x"]
+        assert checksums({"x": jnp.asarray(x.copy())})["x"] == base
+        swapped = x.copy()
+        first, other = np.argwhere(x == 0)[0], np.argwhere(x != 0)[0]
+        swapped[tuple(first)], swapped[tuple(other)] = x[tuple(other)], x[tuple(first)]
+        assert checksums({"x": jnp.asarray(swapped)})["x"] != base
+    x = rng.standard_normal(11).astype(np.float32)
+    for bit in range(32):
+        flipped = x.copy()
+        flipped.view(np.uint32)[4] ^= np.uint32(1 << bit)
+        assert changed({"x": jnp.asarray(flipped)}, checksums({"x": jnp.asarray(x)})) == ["x"]
 
 
 def test_sigterm_is_seen_inside_and_deadly_outside(tmp_path):
