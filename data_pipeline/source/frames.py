@@ -67,9 +67,10 @@ class FrameReader:
         names = [path.name for path in self.paths]
         return hashlib.sha256(repr((names, dataclasses.astuple(self.config)[1:])).encode()).hexdigest()
 
-    def sample(self, step: int, row: int, batch_size: int) -> tuple[int, int]:
-        """(sample number, video) of a row of a step's global batch. `frames_per_clip` consecutive samples share a video."""
-        index = step * batch_size + row
+    def sample(self, step: int, row: int, batch_size: int, shift: int = 0) -> tuple[int, int]:
+        """(sample number, video) of a row of a step's global batch. `frames_per_clip` consecutive samples share a video; `shift` as for
+        `WindowReader.sample`."""
+        index = step * batch_size + row + shift
         return index, self._order(index // self.config.frames_per_clip).item
 
     def read(self, samples: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:

@@ -17,7 +17,14 @@ class BatchSource:
     """Random access by step to this host's part of every global batch (Grain's `RandomAccessDataSource`)."""
 
     def __init__(
-        self, reader: WindowReader, batch_size: int, host: int = 0, hosts: int = 1, first_step: int = 0, num_steps: int = _ENDLESS
+        self,
+        reader: WindowReader,
+        batch_size: int,
+        host: int = 0,
+        hosts: int = 1,
+        first_step: int = 0,
+        num_steps: int = _ENDLESS,
+        seen: int | None = None,
     ):
         """Args:
           reader: see `WindowReader`.
@@ -25,6 +32,7 @@ class BatchSource:
           host, hosts: this host's number and how many there are; host k has rows k b / hosts to (k + 1) b / hosts - 1.
           first_step: element 0 is the batch of this step.
           num_steps: length.
+          seen: samples of all steps before the first one; None if all had this batch size.
 
         Raises:
           KeySyncError: the batch does not divide among the hosts.
@@ -38,13 +46,14 @@ class BatchSource:
         self._rows = range(host * batch_size // hosts, (host + 1) * batch_size // hosts)
         self._first_step = first_step
         self._num_steps = num_steps
+        self._shift = 0 if seen is None else seen - first_step * batch_size
 
     def __len__(self) -> int:
         return self._num_steps
 
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
         step = self._first_step + int(position)
-        return self._reader.read([self._reader.sample(step, row, self._batch_size) for row in self._rows])
+        return self._reader.read([self._reader.sample(step, row, self._batch_size, self._shift) for row in self._rows])
 
     def __repr__(self) -> str:
         return f"BatchSource({len(self._rows)} of {self._batch_size} rows from step {self._first_step})"
@@ -68,9 +77,10 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         workers: int = 0,
         prefetch: int = 4,
         num_steps: int | None = None,
+        seen: int | None = None,
     ):
         """Args:
-        reader, batch_size, first_step, host, hosts: see `BatchSource`.
+        reader, batch_size, first_step, host, hosts, seen: see `BatchSource`.
         threads: reading threads in each process; 0 reads in the calling thread.
         workers: reading processes; 0 for none. Worth it only with many cores: arrays are copied between processes. A script that
           asks for workers must be importable (`if __name__ == "__main__":`), since they are spawned.
@@ -82,7 +92,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         if min(threads, workers) < 0 or prefetch < 1:
             raise KeySyncError(f"threads {threads} and workers {workers} must not be negative, prefetch {prefetch} must be positive")
         self.step = first_step
-        source = BatchSource(reader, batch_size, host, hosts, first_step, _ENDLESS if num_steps is None else num_steps)
+        source = BatchSource(reader, batch_size, host, hosts, first_step, _ENDLESS if num_steps is None else num_steps, seen)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads) if threads else 0)
         dataset = grain.MapDataset.source(source).to_iter_dataset(options)
         if workers:

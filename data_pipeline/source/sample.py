@@ -125,10 +125,13 @@ class WindowReader:
     def clip(self, sample: Sample) -> Clip:
         return self.stores[sample.dataset].clips[sample.clip]
 
-    def sample(self, step: int, row: int, batch_size: int) -> Sample:
-        """Row `row` of the global batch of `step`: a pure function of these numbers, the seed and the clip indices."""
+    def sample(self, step: int, row: int, batch_size: int, shift: int = 0) -> Sample:
+        """Row `row` of the global batch of `step`: a pure function of these numbers, the seed and the clip indices.
+
+        `shift` is added to the number of the sample: a run whose batch size changed goes on with the sample that came next.
+        """
         config, seed = self.config, self.config.seed
-        index = step * batch_size + row
+        index = step * batch_size + row + shift
         pick = self._order(index)
         selection = self.selections[pick.dataset]
         clip = selection.clips[selection.items[pick.item]]

@@ -45,11 +45,13 @@ def make_reader(config: TrainConfig, split: str | None = None) -> WindowReader |
     return reader
 
 
-def make_batches(config: TrainConfig, reader: WindowReader | FrameReader, first_step: int, host: int, hosts: int) -> Batches:
-    """This host's batches from a step on."""
+def make_batches(
+    config: TrainConfig, reader: WindowReader | FrameReader, first_step: int, host: int, hosts: int, seen: int | None = None
+) -> Batches:
+    """This host's batches from a step on, before which `seen` samples came (None: a batch per step)."""
     data = config.data
     return Batches(
-        reader, data.batch_size, first_step, host, hosts, threads=data.threads, workers=data.workers, prefetch=data.prefetch
+        reader, data.batch_size, first_step, host, hosts, threads=data.threads, workers=data.workers, prefetch=data.prefetch, seen=seen
     )  # fmt: skip
 
 

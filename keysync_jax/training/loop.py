@@ -122,8 +122,12 @@ def train(
 
         # ----------------------------------------------------------------------------------------------------------- compile
         first = int(state.step)
+        # Samples are counted, not batches, so that a run whose batch size changes leaves none out and repeats none.
+        seen = 0
+        if latest is not None:  # an older version stored the batch size of all steps
+            seen = counters["samples"] if "samples" in counters else first * counters["batch_size"]
         step_fn = jax.jit(make_train_step(objective, tx, config.optimizer, config.seed), donate_argnums=0, out_shardings=(shardings, None))
-        with data.make_batches(config, reader, first, *data_share(mesh)) as batches, jax.set_mesh(mesh):
+        with data.make_batches(config, reader, first, *data_share(mesh), seen) as batches, jax.set_mesh(mesh):
             watch = Watch(config, mesh, objective, abstract.vae, log, workdir)
             log.say("compiling the step …")
             begin = time.perf_counter()
@@ -138,6 +142,8 @@ def train(
             last = config.num_steps if stop_after is None else min(config.num_steps, first + stop_after)
             meter = Meter(first, last, config.data.batch_size, speed, "frames" if config.model == "vae" else "clips")
             window = ProfileWindow(workdir, profile_steps, log.say)
+            if profile_steps and profile_steps[1] <= first:
+                log.say(f"[yellow]no profile: --profile_steps ends at step {profile_steps[1]}, the run goes on from step {first}[/yellow]")
             for step in range(first, last):
                 with window.step(step):
                     state, metrics = compiled(state, batch)
@@ -152,7 +158,9 @@ def train(
                 window.after(done, state)
                 stopping = saved.reached_preemption(done)
                 if done % config.checkpoint.every == 0 or done == last or stopping:
-                    saved.save(state, _counters(config, state, done, reader.fingerprint), resume.describe(config))
+                    samples = seen + (done - first) * config.data.batch_size
+                    counters = {"step": done, "skipped": int(state.skipped), "data": reader.fingerprint, "samples": samples}
+                    saved.save(state, counters, resume.describe(config))
                 saved.check()
                 if stopping:
                     break
@@ -177,10 +185,6 @@ def _alone(workdir: str, log: MetricLog) -> AbstractContextManager[None]:
         return nullcontext()
     refusal = f"another training is at work in {workdir}; stop it or give another --workdir"
     return only_process(workdir, refusal, wait_s=_SECONDS_TO_LEAVE, say=log.say)
-
-
-def _counters(config: TrainConfig, state: states.TrainState, step: int, fingerprint: str) -> dict[str, Any]:
-    return {"step": step, "skipped": int(state.skipped), "data": fingerprint, "batch_size": config.data.batch_size}
 
 
 def _report(config: TrainConfig, log: MetricLog, meter: Meter, pending: Any, current: Any) -> Any:

@@ -69,6 +69,20 @@ def test_a_run_resumed_at_any_step_on_other_hosts_continues_the_sequence(reader)
     assert step == 12 and all(equal(a, b) for a, b in zip(whole, got, strict=True))
 
 
+def test_a_run_whose_batch_size_changes_goes_on_with_the_next_sample(reader):
+    """Batches of 6, then of 4 on two hosts, then of 9: the samples of an uninterrupted run, none left out, none twice."""
+    with Batches(reader, 6, num_steps=8) as batches:
+        whole = [batch for batch in batches]
+    got, seen, step = [], 0, 0
+    for size, hosts, steps in ((6, 1, 2), (4, 2, 3), (9, 1, 2)):
+        runs = [Batches(reader, size, step, host, hosts, num_steps=steps, seen=seen) for host in range(hosts)]
+        for parts in zip(*runs, strict=True):
+            got += parts
+        seen, step = seen + steps * size, step + steps
+    expected = {k: np.concatenate([batch[k] for batch in whole])[:seen] for k in whole[0]}
+    assert seen == 42 and equal(expected, {k: np.concatenate([part[k] for part in got]) for k in expected})
+
+
 def test_one_pass_visits_every_clip_once(roots):
     reader = WindowReader(SourceConfig((DatasetChoice(roots[0]),), InterpolationWindows(), seed=1))
     with Batches(reader, 3, num_steps=4) as batches:

@@ -46,7 +46,7 @@ def abstract_of(state):
 
 
 def counters(step):
-    return {"step": step, "skipped": 0, "data": "f" * 64, "batch_size": 2}
+    return {"step": step, "skipped": 0, "data": "f" * 64, "samples": 2 * step}
 
 
 def save(saved, seed, step, **options):

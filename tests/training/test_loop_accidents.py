@@ -13,7 +13,7 @@ from data_pipeline.source.mixture import DatasetChoice
 from data_pipeline.source.sample import SourceConfig, WindowReader
 from data_pipeline.source.windows import KeyframeWindows
 from keysync_jax import cli
-from keysync_jax.training.checkpoints import read_config
+from keysync_jax.training.checkpoints import Checkpoints, read_config
 
 EVERY_STEP = ("checkpoint.every=1", "data.batch_size=2")
 
@@ -49,7 +49,7 @@ def said(lines, words):
     return [line for line in lines if words in line]
 
 
-def test_stopped_in_every_way_a_run_goes_on(tmp_path, dataset, keysync):
+def test_stopped_in_every_way_a_run_goes_on(tmp_path, dataset, keysync, monkeypatch):
     workdir = tmp_path / "run"
 
     # Ctrl-C: one line, and the save under way is completed.
@@ -88,12 +88,22 @@ def test_stopped_in_every_way_a_run_goes_on(tmp_path, dataset, keysync):
     assert said(lines, "the recipe changed: num_steps 30 -> 14") and said(lines, "optimizer.max_skipped 10 -> 4")
     assert len(said(lines, "the recipe changed")) == 2 and read_config(workdir)["num_steps"] == 14
 
+    # Another batch size: said, and no sample is left out or seen twice.
+    read, sample = [], WindowReader.sample
+    with monkeypatch.context() as patch:
+        patch.setattr(WindowReader, "sample", lambda self, *where: read.append(where) or sample(self, *where))
+        status, lines = keysync(workdir, dataset, "num_steps=15", "data.batch_size=4")
+    assert status == 0 and said(lines, "the recipe changed: data.batch_size 2 -> 4")
+    assert sorted(step * size + row + shift for step, row, size, shift in read)[:4] == [28, 29, 30, 31]
+    with Checkpoints(workdir, read_only=True) as saved:
+        assert saved.counters(14)["samples"] == 28 and saved.counters(15)["samples"] == 32
+
     # Another model is refused by the key.
     status, lines = keysync(workdir, dataset, "stage.unet.num_head_channels=32", "stage.mask.kind=mouth")
     assert status == 1
-    for words in ("checkpoint 14 of", "stage.unet.num_head_channels 16 -> 32", "stage.mask.kind box -> mouth"):
+    for words in ("checkpoint 15 of", "stage.unet.num_head_channels 16 -> 32", "stage.mask.kind box -> mouth"):
         assert words in lines[-1]
-    assert tiny.saved_steps(workdir) == [13, 14]
+    assert tiny.saved_steps(workdir) == [14, 15]
 
 
 def test_nan_in_a_record_stops_the_run_and_names_the_record(tmp_path, dataset, keysync):

@@ -88,7 +88,7 @@ def save_run(workdir, config, step=1, nudge=0.0):
     checkpoints.write_config(workdir, to_dict(config))
     with checkpoints.Checkpoints(workdir, config.checkpoint) as saved:
         made = jax.tree.map(jax.numpy.asarray, made)
-        saved.save(made, {"step": step, "skipped": 0, "data": "none", "batch_size": config.data.batch_size}, resume.describe(config))
+        saved.save(made, {"step": step, "skipped": 0, "data": "none", "samples": step * config.data.batch_size}, resume.describe(config))
         saved.wait()
     return workdir
 
