@@ -79,7 +79,7 @@ def export(
     directory = model_directory.load(model, complete=False)
     names = _stages(directory, stages)
     copies = _check_options(format, container, vae_copies, dtype)
-    with staged(output, force=force, replaceable=lambda path: (path / _MARKER).exists()) as folder:
+    with staged(output, force=force, replaceable=is_export) as folder:
         written = []
         for name in names:
             tensors = directory.tensors(name).astype(FLOAT_TYPES[dtype] if dtype else None)
@@ -97,6 +97,11 @@ def export(
     for path in paths:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
     return paths
+
+
+def is_export(path: epath.Path) -> bool:
+    """Whether a folder is an export of ours, which another may replace."""
+    return (path / _MARKER).exists()
 
 
 def export_params(

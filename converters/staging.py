@@ -27,12 +27,7 @@ def staged(path: str | os.PathLike, *, force: bool, replaceable: Callable[[epath
     Raises:
       KeySyncError: `path` is a file, is in use, or its parent does not exist.
     """
-    remote = "://" in os.fspath(path)
-    target = epath.Path(path if remote else os.path.abspath(path))
-    try:
-        used = _check_target(target, remote, force, replaceable)
-    except ImportError as error:  # the package that speaks gs:// is not installed
-        raise KeySyncError(f"cannot write {target}: {error}") from None
+    target, remote, used = _target(path, force, replaceable)
     if remote:
         if used:
             target.rmtree()
@@ -62,6 +57,21 @@ def staged(path: str | os.PathLike, *, force: bool, replaceable: Callable[[epath
     except BaseException:
         folder.rmtree(missing_ok=True)
         raise
+
+
+def check_free(path: str | os.PathLike, *, force: bool, replaceable: Callable[[epath.Path], bool]) -> None:
+    """Raises what `staged` would, so that a folder that cannot be written is found before the work for it."""
+    _target(path, force, replaceable)
+
+
+def _target(path: str | os.PathLike, force: bool, replaceable: Callable[[epath.Path], bool]) -> tuple[epath.Path, bool, bool]:
+    """The folder, whether it lies in an object store, and whether there is something to replace."""
+    remote = "://" in os.fspath(path)
+    target = epath.Path(path if remote else os.path.abspath(path))
+    try:
+        return target, remote, _check_target(target, remote, force, replaceable)
+    except ImportError as error:  # the package that speaks gs:// is not installed
+        raise KeySyncError(f"cannot write {target}: {error}") from None
 
 
 def _check_target(target: epath.Path, remote: bool, force: bool, replaceable: Callable[[epath.Path], bool]) -> bool:

@@ -99,7 +99,9 @@ def _from_json(path: Path) -> ConfigDict:
         raise KeySyncError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise KeySyncError(f"{path} holds no recipe: it must be a JSON object")
-    return ConfigDict(values)
+    from keysync_jax.training.config import with_defaults
+
+    return ConfigDict(with_defaults(values))  # keys that an older version did not write can be set too
 
 
 def _apply(config: ConfigDict, override: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 
@@ -45,10 +44,13 @@ def _train(args) -> int:
     from keysync_jax import recipes
     from keysync_jax.parallel import distributed
     from keysync_jax.training.config import train_config
+    from keysync_jax.training.profiling import parse_profile_steps
 
     # Whatever can be wrong in the command is found before devices are touched.
-    profile = _profile_steps(args.profile_steps)
+    profile = None if args.profile_steps is None else parse_profile_steps(args.profile_steps)
     config = train_config(recipes.load(args.config, args.overrides))
+    if profile and profile[1] > config.num_steps:
+        raise UsageError(f"--profile_steps {args.profile_steps}: the run ends with step {config.num_steps}")
     distributed.start(args.coordinator, args.num_processes, args.process_id)
 
     from keysync_jax.training import initial
@@ -60,15 +62,6 @@ def _train(args) -> int:
         return 0
     train(config, args.workdir, profile_steps=profile, command=shlex.join(["keysync", *sys.argv[1:]]))
     return 0
-
-
-def _profile_steps(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise UsageError(f"--profile_steps {text}: write two step numbers A:B with A below B, for example 100:110")
-    return int(match[1]), int(match[2])
 
 
 def add_export(verbs) -> None:
@@ -96,8 +89,9 @@ def add_export(verbs) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from keysync_jax.training import model_card, runs
-    from keysync_jax.training.export import ExportOptions, export, parse_steps
+    from keysync_jax.training.export import ExportOptions, export, parse_steps, require_sources
 
+    require_sources(args.sources)
     if args.format is None and len(args.sources) == 1 and not runs.is_run(args.sources[0]) and not args.push:
         raise UsageError("--format is needed to export a model directory: keysync or diffusers")
     if args.push:

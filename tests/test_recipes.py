@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from keysync_jax import recipes
@@ -32,3 +34,13 @@ def test_a_file_of_ones_own(tmp_path):
     assert recipes.load(str(path), ["--config.a.b=3"]).a.b == 3
     with pytest.raises(UsageError, match="keyframe"):
         recipes.load("no_such_recipe")
+
+
+def test_a_stored_recipe_of_an_older_version_can_be_given_the_keys_it_lacks(tmp_path):
+    values = recipes.load("tiny_test").to_dict()
+    del values["optimizer"]["max_skipped"], values["log"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    config = recipes.load(str(path), ["--config.optimizer.max_skipped=3", "--config.log.samples=1"])
+    assert config.optimizer.max_skipped == 3 and config.log.samples == 1
+    assert config.optimizer.learning_rate == values["optimizer"]["learning_rate"]

@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from keysync_jax.config import StageConfig, VAEConfig, from_dict
+from keysync_jax.config import StageConfig, VAEConfig, from_dict, to_dict
+from keysync_jax.diffusion import schedules
 from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.diffusion.sigma_sampling import P_MEAN, P_STD
 from keysync_jax.errors import KeySyncError
@@ -169,7 +171,8 @@ class InitConfig:
       path: SVD checkpoint or diffusers folder, model directory, or workdir of a run.
       step: of a run; -1 for its last checkpoint.
       ema: of a run: start from the averaged weights.
-      vae: model directory whose VAE decodes for the pixel loss and for sample pictures; empty takes it from `path`.
+      vae: model directory whose VAE decodes for the pixel loss and for sample pictures; "demo" is the bundled model (as a `path` of kind
+        "model" is); empty takes it from `path`.
       zero_init: scratch: start the layers at zero that the reference starts at zero.
       redraw: svd, model, run: regular expressions; the tensors in whose names (the reference's) one is found are drawn anew, for
         example `conditioner` for tokens of another audio encoder.
@@ -225,6 +228,8 @@ class LogConfig:
     def __post_init__(self):
         for name in ("every", "validate_every", "validation_batches", "samples_every", "samples"):
             _require(getattr(self, name) >= 0, f"log.{name} is {getattr(self, name)}; it must not be negative (0 turns it off)")
+        least = schedules.MIN_STEPS
+        _require(self.sample_steps >= least, f"log.sample_steps is {self.sample_steps}; the noise schedule has at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,3 +315,14 @@ def train_config(values: Any, where: str = "config") -> TrainConfig:
       KeySyncError: an unknown key, a wrong type, or values that do not fit each other.
     """
     return from_dict(TrainConfig, values.to_dict() if hasattr(values, "to_dict") else dict(values), where)
+
+
+def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored recipe with today's default for every key that it lacks: an older version did not know the key, and did what it does."""
+
+    def merge(default: Any, value: Any) -> Any:
+        if not (isinstance(default, dict) and isinstance(value, Mapping)):
+            return value
+        return dict(value) | {name: merge(entry, value[name]) if name in value else entry for name, entry in default.items()}
+
+    return merge(to_dict(TrainConfig()), values)

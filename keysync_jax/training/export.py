@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +20,12 @@ from converters.lazy import FLOAT_TYPES, Tensors, from_params
 from converters.model_directory import ModelDirectory
 from converters.parts import STAGES, Part, audio_part_name, part_table
 from converters.progress import byte_progress
+from converters.staging import check_free
 from keysync_jax.config import AudioEncoderConfig, StageConfig
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.training import model_card, runs, vae_scale
 from keysync_jax.training.config import TrainConfig
+from keysync_jax.training.initial import located
 from keysync_jax.training.runs import RunWeights
 
 FORMATS = ("model", *torch_formats.FORMATS)
@@ -68,6 +70,8 @@ class ExportOptions:
         unknown = [name for name in self.steps if name not in ("", *_ORDER)]
         if unknown:
             raise UsageError(f"--step {unknown[0]}=…: no such part; there are {', '.join(_ORDER)}")
+        if self.format == "model" and (self.stages or self.vae_copies or self.container != "pt"):
+            raise UsageError("--stage, --vae-copies and --container are for PyTorch formats; add --format keysync or diffusers")
 
 
 class Collected(NamedTuple):
@@ -101,6 +105,9 @@ def export(
     """
     console = console or Console(stderr=True)
     options = options or ExportOptions()
+    _check_sources(sources, options)
+    # Before gigabytes are read.
+    check_free(output, force=options.force, replaceable=_replaceable(options.format))
     if options.format != "model" and len(sources) == 1 and not runs.is_run(sources[0]):
         _for_torch(sources[0], output, options, console)  # nothing to put together first
         return os.fspath(output)
@@ -113,7 +120,7 @@ def export(
     made_from = [model_card.origin(run) for run in collected.runs]
     with contextlib.ExitStack() as stack:
         plain = options.format == "model"
-        folder = output if plain else stack.enter_context(_scratch(output))
+        folder = output if plain else stack.enter_context(_scratch(output, sources))
         with byte_progress(console, "writing", sum(part.tensors.nbytes for part in parts)) as advance:
             directory = model_directory.save(
                 folder, parts, sources=made_from, notes=collected.notes, force=options.force and plain, progress=advance
@@ -124,6 +131,32 @@ def export(
     if plain:
         _say_parts(console, directory)
     return os.fspath(output)
+
+
+def require_sources(sources: Sequence[str | os.PathLike]) -> None:
+    """Raises:
+    KeySyncError: a source does not exist; one on a hub is looked for when it is read.
+    """
+    for source in map(os.fspath, sources):
+        if not source.startswith("hub:") and not epath.Path(source).exists():
+            raise KeySyncError(f"{source} does not exist; name the workdir of a run or a model directory")
+
+
+def _check_sources(sources: Sequence[str | os.PathLike], options: ExportOptions) -> None:
+    """Refuses options that no source heeds."""
+    require_sources(sources)
+    trained = [runs.part_of(runs.read_config(source)) for source in sources if runs.is_run(source)]
+    if not trained and (options.steps or options.ema):
+        raise UsageError(f"--step and --ema choose among the checkpoints of a run, and {' and '.join(map(os.fspath, sources))} is none")
+    for name in options.steps:
+        if name and name not in trained:
+            raise UsageError(f"--step {name}=…: no source is a run of that part, but of {', '.join(trained)}")
+    if not trained and len(sources) == 1 and options.format != "model" and (options.log_mel, options.latent_scale) != (None, None):
+        raise UsageError("--log-mel and --latent-scale are for model directories, and a PyTorch format holds neither")
+
+
+def _replaceable(format: str) -> Callable[[epath.Path], bool]:
+    return model_directory.is_model_directory if format == "model" else torch_formats.is_export
 
 
 def _for_torch(model: str | os.PathLike, output: str | os.PathLike, options: ExportOptions, console: Console) -> None:
@@ -144,13 +177,17 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def _scratch(output: str | os.PathLike) -> Iterator[str]:
-    """A temporary folder on the disk of `output`, where there is room for a copy."""
+def _scratch(output: str | os.PathLike, sources: Sequence[str | os.PathLike]) -> Iterator[str]:
+    """A temporary folder on the disk of `output`, where there is room for a copy; errors name the sources in its place."""
     parent = None if "://" in os.fspath(output) else os.path.dirname(os.path.abspath(output))
     if parent is not None and not os.path.isdir(parent):
         raise KeySyncError(f"{parent} does not exist; make the folder first")
     with tempfile.TemporaryDirectory(dir=parent, prefix=".keysync-export-") as folder:
-        yield os.path.join(folder, "model")
+        path = os.path.join(folder, "model")
+        try:
+            yield path
+        except KeySyncError as error:
+            raise type(error)(str(error).replace(path, " + ".join(map(os.fspath, sources)))) from error
 
 
 # -- which parts --------------------------------------------------------------------------------------------------------------------
@@ -172,12 +209,11 @@ def _collect(sources: Sequence[str | os.PathLike], options: ExportOptions) -> Co
             for part in parts_of(_open_directory(source)):
                 add(part, source)
             continue
-        config = runs.read_config(source)
-        name = "vae" if config.model == "vae" else config.stage.stage
+        name = runs.part_of(runs.read_config(source))
         run = runs.read_weights(source, options.steps.get(name, options.steps.get("", -1)), options.ema)
         found.append(run)
         notes.append(f"{name}: {model_card.basename(source)} at step {run.step}{', averaged weights' * run.ema}")
-        add(Part(name, config.vae if name == "vae" else config.stage, _tensors(run)), source)
+        add(Part(name, run.config.vae if name == "vae" else run.config.stage, _tensors(run)), source)
     _complete(parts, origins, found, notes)
     _scale(parts, found, options, notes)
     _check_trained_with(parts, origins, found)
@@ -227,7 +263,7 @@ def _origins(config: TrainConfig) -> Iterator[str]:
     """Directories that a run began from, its own VAE first; a run that began from another run goes on with that one's."""
     seen: set[str] = set()
     while True:
-        init = config.init
+        init = located(config.init)
         yield from filter(None, (init.vae, init.path))
         if init.kind != "run" or init.path in seen or not runs.is_run(init.path):
             return
@@ -320,5 +356,7 @@ def parse_steps(texts: Sequence[str]) -> dict[str, int]:
         name, _, number = text.rpartition("=")
         if not number.isdecimal():
             raise UsageError(f"--step {text}: write a number, or PART=NUMBER when several runs are exported")
+        if name in steps:
+            raise UsageError(f"--step {text}: there is --step {f'{name}=' if name else ''}{steps[name]} already; give it once")
         steps[name] = int(number)
     return steps

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 from etils import epath
 
+from keysync_jax import assets
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.errors import KeySyncError
 from keysync_jax.models.freezing import frozen_mask
 from keysync_jax.models.stage import abstract_params, abstract_vae_params, init_params, init_vae_params
 from keysync_jax.training import checkpoints
-from keysync_jax.training.config import TrainConfig
+from keysync_jax.training.config import InitConfig, TrainConfig
 from keysync_jax.training.state import Tree, merge, partition
 
 
@@ -122,12 +123,29 @@ def resolve(config: TrainConfig, workdir: str | os.PathLike | None = None) -> tu
     if config.model == "vae":
         return config, []
     if stored is not None and stored.model == "stage":
+        part = None if config.init == stored.init else _vae_part(config, missing_ok=True)
+        if part is not None:
+            _check_vae(part, config.stage)
+            if part.config.latent_scale != stored.stage.latent_scale:
+                raise KeySyncError(
+                    f"{part.tensors.source} makes latents of scale {part.config.latent_scale:g}, the run in {workdir} was trained at "
+                    f"{stored.stage.latent_scale:g}: another VAE; take config.init.vae back, or start a new run"
+                )
         return _at_scale(config, stored.vae, stored.stage.latent_scale), []
     part = _vae_part(config)
     if part is None:
         _require_no_pixels(config)
         return _at_scale(config, config.vae, config.stage.latent_scale), []
-    vae, stage, where = part.config, config.stage, part.tensors.source
+    _check_vae(part, config.stage)
+    vae, stage = part.config, config.stage
+    notes = []
+    if stage.latent_scale != vae.latent_scale:
+        notes.append(f"latent scale {vae.latent_scale:g} instead of {stage.latent_scale:g}: that of {part.tensors.source}")
+    return _at_scale(config, vae, vae.latent_scale), notes
+
+
+def _check_vae(part: Any, stage: StageConfig) -> None:
+    vae, where = part.config, part.tensors.source
     if vae.latent_channels != stage.unet.out_channels:
         raise KeySyncError(
             f"{where} makes latents of {vae.latent_channels} channels, config.stage.unet.out_channels is {stage.unet.out_channels}"
@@ -137,10 +155,6 @@ def resolve(config: TrainConfig, workdir: str | os.PathLike | None = None) -> tu
             f"config.stage.resolution is {stage.resolution}, but latents of config.stage.latent_size={stage.latent_size} are "
             f"{stage.latent_size * vae.downsample_factor} pixels in {where} ({vae.downsample_factor} per cell); change one of them"
         )
-    notes = []
-    if stage.latent_scale != vae.latent_scale:
-        notes.append(f"latent scale {vae.latent_scale:g} instead of {stage.latent_scale:g}: that of {where}")
-    return _at_scale(config, vae, vae.latent_scale), notes
 
 
 _SOURCES = {
@@ -150,8 +164,14 @@ _SOURCES = {
 }
 
 
+def located(init: InitConfig) -> InitConfig:
+    """With the bundled model's directory in place of "demo". The recipe keeps the word: the package may lie elsewhere on another host."""
+    path = assets.resolve(init.path) if init.kind == "model" else init.path
+    return dataclasses.replace(init, path=path, vae=assets.resolve(init.vae))
+
+
 def _require_sources(config: TrainConfig) -> None:
-    init = config.init
+    init = located(config.init)
     needed = {"path": (init.path, _SOURCES.get(init.kind, "")), "vae": (init.vae, "name a model directory with a VAE there")}
     if init.kind == "scratch":
         del needed["path"]
@@ -225,7 +245,7 @@ def _vae_part(config: TrainConfig, missing_ok: bool = False) -> Any:
     from converters.parts import Part
     from keysync_jax.training import runs
 
-    init = config.init
+    init = located(config.init)
     path = init.vae or (init.path if init.kind != "scratch" else "")
     if not path or (missing_ok and not path.startswith("hub:") and not epath.Path(path).exists()):
         return None
@@ -309,7 +329,8 @@ def _from_directory(config: TrainConfig) -> tuple[Tree, list[str]]:
     from converters import model_directory
     from converters.parts import DECODER, STAGES
 
-    path, directory = config.init.path, model_directory.load(config.init.path, complete=False)
+    path = located(config.init).path
+    directory = model_directory.load(path, complete=False)
     if config.model == "vae":
         return _from_vae(config)
     name = config.stage.stage
@@ -342,7 +363,7 @@ def _from_run(config: TrainConfig) -> tuple[Tree, list[str]]:
 
 
 def _from_vae(config: TrainConfig) -> tuple[Tree, list[str]]:
-    part = _vae_part(dataclasses.replace(config, init=dataclasses.replace(config.init, vae=config.init.path)))
+    part = _vae_part(dataclasses.replace(config, init=dataclasses.replace(config.init, vae=located(config.init).path)))
     where = part.tensors.source
     _same("vae", part.config, config.vae, {"latent_scale", "video_kernel_size"}, where)
     return checked(_vae_params(part), abstract_weights_of(config), where), [f"all parameters come from {where}"]

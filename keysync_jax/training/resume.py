@@ -10,7 +10,7 @@ import jax
 from keysync_jax import __version__
 from keysync_jax.config import to_dict
 from keysync_jax.errors import KeySyncError
-from keysync_jax.training.config import TrainConfig
+from keysync_jax.training.config import TrainConfig, with_defaults
 
 META_FORMAT = 1
 
@@ -53,7 +53,7 @@ def changes(meta: Mapping[str, Any], config: TrainConfig, where: str) -> list[st
     # A key that an older version did not know had today's default.
     if not isinstance(meta.get("config"), Mapping):
         raise KeySyncError(f"{where} is damaged: its meta holds no recipe; remove it to continue from the one before")
-    old, new = (_flat(values) for values in (_filled(meta["config"]), to_dict(config)))
+    old, new = (_flat(values) for values in (with_defaults(meta["config"]), to_dict(config)))
     different = [name for name in new if old.get(name) != new[name]]
     words = {name: f"{name} {_short(old.get(name))} -> {_short(new[name])}" for name in different}
     fatal = [words[name] for name in different if _defines_model(name, config)]
@@ -70,15 +70,6 @@ def changes(meta: Mapping[str, Any], config: TrainConfig, where: str) -> list[st
 def _defines_model(name: str, config: TrainConfig) -> bool:
     part = "vae." if config.model == "vae" else "stage."
     return name in ("model", "freeze") or (name.startswith(part) and name not in _USE_ONLY)
-
-
-def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
-    def merge(default: Any, value: Any) -> Any:
-        if not (isinstance(default, dict) and isinstance(value, Mapping)):
-            return value
-        return dict(value) | {name: merge(entry, value[name]) if name in value else entry for name, entry in default.items()}
-
-    return merge(to_dict(TrainConfig()), values)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -39,7 +39,12 @@ class RunWeights(NamedTuple):
     @property
     def part(self) -> str:
         """Which part of a model directory this is."""
-        return "vae" if self.config.model == "vae" else self.config.stage.stage
+        return part_of(self.config)
+
+
+def part_of(config: TrainConfig) -> str:
+    """Which part of a model directory a recipe trains."""
+    return "vae" if config.model == "vae" else config.stage.stage
 
 
 def is_run(path: str | os.PathLike) -> bool:

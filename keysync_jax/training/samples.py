@@ -35,6 +35,7 @@ from keysync_jax.models.vae import VAE
 from keysync_jax.parallel.sharding import data_share, global_batch
 from keysync_jax.training import data, pictures
 from keysync_jax.training.config import TrainConfig
+from keysync_jax.training.initial import located
 from keysync_jax.training.metrics import MetricLog
 from keysync_jax.training.pictures import Item
 from keysync_jax.training.state import TrainState, Tree, merge
@@ -241,13 +242,14 @@ def _decoder_of(config: TrainConfig) -> tuple[VAEConfig | None, Tree | None]:
     """
     from converters import model_directory
 
-    path = config.init.vae or (config.init.path if config.init.kind == "model" else "")
+    init = located(config.init)
+    path = init.vae or (init.path if init.kind == "model" else "")
     if not path:
         return None, None
     if not path.startswith("hub:") and not epath.Path(path).exists():
         raise FileNotFoundError(path)
     directory = model_directory.load(path, complete=False)
-    if not config.init.vae and "vae" not in directory.parts:
+    if not init.vae and "vae" not in directory.parts:
         return None, None
     vae = directory.vae
     parts = {"vae": vae, config.stage.stage: config.stage}

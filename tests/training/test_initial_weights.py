@@ -15,10 +15,11 @@ import checkpoints as weights  # noqa: E402
 from converters import model_directory, sgm  # noqa: E402
 from converters.parts import part_table  # noqa: E402
 from converters.table import to_torch  # noqa: E402
+from keysync_jax import assets, recipes  # noqa: E402
 from keysync_jax.config import to_dict  # noqa: E402
 from keysync_jax.errors import KeySyncError  # noqa: E402
 from keysync_jax.training import checkpoints, data, initial, runs  # noqa: E402
-from keysync_jax.training.config import TrainConfig  # noqa: E402
+from keysync_jax.training.config import TrainConfig, train_config  # noqa: E402
 from keysync_jax.training.state import merge  # noqa: E402
 
 LABEL = "model.diffusion_model.label_emb.0.0.weight"
@@ -183,6 +184,23 @@ def test_the_vae_decides_scale_and_size(model, tmp_path):
     (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
     again, _ = initial.resolve(gone, tmp_path / "run")
     assert again.stage.latent_scale == tiny.SCALE and initial.abstract_weights(again).vae == tiny.VAE
+    # One that moved is the same; another is not.
+    moved = tiny.write_model(tmp_path / "moved").path
+    assert initial.resolve(tiny.recipe(init=tiny.InitConfig(vae=str(moved))), tmp_path / "run")[0].vae == tiny.VAE
+    other = tiny.write_model(tmp_path / "other", vae_config=dataclasses.replace(tiny.VAE, latent_scale=0.5)).path
+    with pytest.raises(KeySyncError, match=r"other.* makes latents of scale 0.5, the run in .*run was trained at 0.25: another VAE; take"):
+        initial.resolve(tiny.recipe(init=tiny.InitConfig(vae=str(other))), tmp_path / "run")
+
+
+def test_demo_is_the_bundled_model():
+    bundled = model_directory.load(assets.bundled_model_path())
+    recipe = train_config(recipes.load("demo_keyframe", ["--config.init.vae=demo", "--config.init.kind=model", "--config.init.path=demo"]))
+    config, _ = initial.resolve(recipe)
+    assert config.stage.latent_scale == bundled.vae.latent_scale and config.init.vae == config.init.path == "demo"
+    whole = merge(*initial.initial_weights(config)[:2])
+    assert tiny.leaves(whole)["model/diffusion_model/out_2/bias"].any()  # zero in a fresh network
+    vae = train_config(recipes.load("demo_vae", ["--config.init.kind=model", "--config.init.path=demo", "--config.data.datasets=x"]))
+    assert initial.initial_weights(vae).notes == (f"all parameters come from {assets.bundled_model_path()}/vae/model.safetensors",)
 
 
 def test_pixel_loss_without_vae():

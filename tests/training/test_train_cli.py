@@ -88,6 +88,7 @@ def test_check_says_what_would_happen_and_does_nothing(keysync, recipe_file, tmp
         (["checkpoint.keep_every=-1"], 1, "checkpoint.keep_every is -1"),
         (["log.validation_batches=-1"], 1, "log.validation_batches is -1"),
         (["log.samples=-1"], 1, "log.samples is -1"),
+        (["log.sample_steps=5"], 1, "log.sample_steps is 5; the noise schedule has at least 10"),
         (["seed=-1"], 1, "seed is -1"),
         (["loss.pixel_weight=1.0", "loss.pixel_losses=()"], 1, "loss.pixel_losses is empty"),
         (["model=vae", "resolution=65"], 1, "resolution is 65; the VAE needs a multiple of"),
@@ -124,8 +125,9 @@ def test_meshes_that_do_not_fit(overrides, words, keysync, recipe_file, tmp_path
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--profile_steps", "10"], "write two step numbers A:B"),
-        (["--profile_steps", "10:10"], "A below B"),
+        (["--profile_steps", "10"], "--profile_steps '10' is not A:B"),
+        (["--profile_steps", "10:10"], "0 <= A < B"),
+        (["--profile_steps", "1:3"], "--profile_steps 1:3: the run ends with step 2"),
         (["--coordinator", "localhost:1234"], "--num-processes"),
     ],
 )
@@ -197,8 +199,9 @@ def test_export_of_a_run_that_has_not_saved(keysync, recipe_file, tmp_path):
     assert runs.is_run(tmp_path / "run")
     status, line, _ = keysync("export", tmp_path / "run", "-o", tmp_path / "out")
     assert status == 1 and "has no checkpoint yet" in line
-    status, line, _ = keysync("export", tmp_path / "nowhere", "--format", "model", "-o", tmp_path / "out")
-    assert status == 1 and "nowhere does not exist" in line
+    for more in ([], ["--format", "model"], ["--format", "keysync"]):
+        status, line, _ = keysync("export", tmp_path / "nowhere", *more, "-o", tmp_path / "out")
+        assert status == 1 and "nowhere does not exist; name the workdir of a run or a model directory" in line
 
 
 def test_export_of_a_model_directory_wants_a_format(keysync, tmp_path):

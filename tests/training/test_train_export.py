@@ -217,6 +217,54 @@ def test_what_is_not_there(run, vae_run, model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_options_that_no_source_heeds_are_refused(run, vae_run, model, tmp_path):
+    for sources, options, message in (
+        ([run], dict(steps={"interpolation": 2}), "--step interpolation=…: no source is a run of that part, but of keyframe"),
+        ([model], dict(steps={"": 2}), "--step and --ema choose among the checkpoints of a run, and .*model is none"),
+        ([model], dict(ema=True, format="keysync"), "--step and --ema"),
+        ([model], dict(log_mel=80, format="keysync"), "--log-mel and --latent-scale are for model directories"),
+        ([run], dict(stages=["interpolation"]), "--stage, --vae-copies and --container are for PyTorch formats"),
+        ([run], dict(vae_copies=True), "are for PyTorch formats"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            export(sources, tmp_path / "out", ExportOptions(**options))
+    with pytest.raises(UsageError, match="--step 3: there is --step 2 already"):
+        parse_steps(["2", "3"])
+    with pytest.raises(UsageError, match="--step vae=3: there is --step vae=2 already"):
+        parse_steps(["vae=2", "keyframe=4", "vae=3"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_found_before_the_weights_are_read(run, model, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    monkeypatch.setattr(runs, "read_weights", lambda *_: pytest.fail("the weights were read"))
+    for options in (dict(), dict(format="keysync"), dict(format="diffusers", force=True)):
+        with pytest.raises(KeySyncError, match="out (is not empty|holds other files than ours)"):
+            export([run], tmp_path / "out", ExportOptions(**options))
+    with pytest.raises(KeySyncError, match="missing does not exist; make the folder first"):
+        export([run], tmp_path / "missing" / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_errors_name_the_sources_and_no_temporary_folder(vae_run, tmp_path):
+    with pytest.raises(KeySyncError) as error:
+        export([vae_run], tmp_path / "out", ExportOptions(format="keysync", latent_scale=0.5))
+    assert f"model directory {vae_run} has no stage to export" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_changed_on_the_disk_are_not_exported(model, tmp_path):
+    run = tiny.save_run(tmp_path / "run", tiny.recipe(init=tiny.start_from("model", model)), step=3)
+    sums = run / "checkpoints" / "3" / "checksums" / "metadata"
+    values = json.loads(sums.read_text())
+    name = next(iter(values["params"]))
+    values["params"][name] ^= 1
+    sums.write_text(json.dumps(values))
+    with pytest.raises(KeySyncError, match=f"checkpoint 3 of .* cannot be read: params is not what was saved: {name}"):
+        export([run], tmp_path / "out")
+
+
 def test_card_tells_data_steps_metrics_and_terms(run, exported):
     model_card.record_command(run, "keysync train --config tiny --workdir x", "2026-01-01T00:00:00")
     card = model_card.text("lips", exported, [runs.read_weights(run)], model_card.CardOptions(licence="apache-2.0"))
