@@ -12,19 +12,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
+import logging
+import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from keysync_jax import __version__
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
@@ -61,6 +68,10 @@ ATTENTION_SHAPES = {
     "temporal 64x64": (4096, 14, 14, 5),
 }
 _TINY_ATTENTION = {"spatial 8x8": (4, 64, 64, 1)}
+# Share of a set's budget that is kept for ending the case under way, whose process may hold a device full of memory.
+_RESERVE = 0.05
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +80,9 @@ class Case:
 
     Attributes:
       task: "unet" (one forward pass), "train" (one update), or "attention" (forward and gradient of each of the network's shapes).
-      size: "tiny", "medium" or "full".
+      size: "tiny", "medium" or "full"; attention has shapes for the first and the last.
       dtype: of the computation; a training step's parameters are float32.
-      attention: see `models.attention`.
+      attention: what is asked for; see `models.attention`.
       remat: see `models.remat`; training only.
       freeze: "temporal" or "none"; training only.
       pixels: with the pixel loss on one frame of every window; training only.
@@ -99,10 +110,14 @@ class Case:
                 raise KeySyncError(f"bench {name} {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
         if min(self.batch, self.repeats) < 1 or self.warmup < 0:
             raise UsageError("bench: batch and repeats must be at least 1, warmup at least 0")
+        if (self.task, self.size) == ("attention", "medium"):
+            raise UsageError("bench attention has no medium size; give tiny or full")
 
-    @property
-    def title(self) -> str:
-        parts = [self.task, self.size, self.dtype, f"attention {self.attention}"]
+    def title(self, ran: str | None = None) -> str:
+        """The case in a line, with the attention that ran where that is known by now."""
+        asked = self.attention
+        chosen = asked if ran in (None, asked) else f"{ran} (auto)" if asked == "auto" else f"{ran} instead of {asked}"
+        parts = [self.task, self.size, self.dtype, f"attention {chosen}"]
         if self.task != "attention":
             parts.append(f"batch {self.batch}")
         if self.task == "train":
@@ -200,18 +215,41 @@ def program(case: Case) -> Program:
     return (_unet if case.task == "unet" else _train)(case)
 
 
-def run(case: Case) -> list[dict[str, Any]]:
-    """The measurements of a case, one for each shape of attention, else one: JSON-like dicts, times in seconds, memory in bytes."""
-    if case.task != "attention":
-        return [_measure(case, case.title, program(case))]
-    shapes = _TINY_ATTENTION if case.size == "tiny" else ATTENTION_SHAPES
-    return [_measure(case, f"{case.title}, {name}", _attention(case, shape)) for name, shape in shapes.items()]
+def run(case: Case) -> Iterator[dict[str, Any]]:
+    """Measures a case.
+
+    Yields:
+      One JSON-like dict for each shape of attention, else one; times in seconds, memory in bytes. A measurement that fails has
+      the "error" in one line instead.
+    """
+    programs = {"": functools.partial(program, case)}
+    if case.task == "attention":
+        shapes = _TINY_ATTENTION if case.size == "tiny" else ATTENTION_SHAPES
+        programs = {f", {name}": functools.partial(_attention, case, shape) for name, shape in shapes.items()}
+    for suffix, make in programs.items():
+        try:
+            found = _measure(case, suffix, make())
+        except Exception as error:  # kernels and compilers raise anything; the reason is in the report, and what follows still runs
+            log.info("%s%s failed", case.title(), suffix, exc_info=True)
+            found = _about(case, suffix) | {"error": _reason(error)}
+        yield found
+        jax.clear_caches()
 
 
-def _measure(case: Case, title: str, timed: Program) -> dict[str, Any]:
+def _about(case: Case, suffix: str = "", ran: str | None = None) -> dict[str, Any]:
+    return {"title": case.title(ran) + suffix, "case": dataclasses.asdict(case)}
+
+
+def _reason(error: Exception) -> str:
+    text = str(error) if isinstance(error, KeySyncError) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0][:500]
+
+
+def _measure(case: Case, suffix: str, timed: Program) -> dict[str, Any]:
     begin = time.perf_counter()
     traced = jax.jit(timed.function, donate_argnums=timed.donate).trace(*timed.arguments)
     trace_time = time.perf_counter() - begin
+    ran = attention_of(traced.jaxpr)
     work = flops.count_step(traced.jaxpr)
     with _cold():
         begin = time.perf_counter()
@@ -225,13 +263,12 @@ def _measure(case: Case, title: str, timed: Program) -> dict[str, Any]:
             times.append(time.perf_counter() - begin)
         arguments = timed.again(arguments, result)
     if case.task == "train" and not float(result[1]["finite"]):
-        raise KeySyncError(f"{title}: the loss is not finite, so the time means nothing")
+        raise KeySyncError("the loss is not finite, so the time means nothing")
     median = statistics.median(times)
     device = flops.device(jax.devices()[0].device_kind)
     peaks = [flops.peak(device, case.dtype, measured=measured) for measured in (False, True)]
-    found: dict[str, Any] = {
-        "title": title,
-        "case": dataclasses.asdict(case),
+    found = _about(case, suffix, ran) | {
+        "attention": {"asked": case.attention, "ran": ran},
         "parameters": timed.parameters,
         "seconds": {
             "median": median, "min": min(times), "max": max(times), "p10": float(np.percentile(times, 10)),
@@ -247,6 +284,25 @@ def _measure(case: Case, title: str, timed: Program) -> dict[str, Any]:
     if case.task != "attention":
         found["clips_per_s"] = case.batch / median
     return found
+
+
+# The primitives that the kernels of `models.attention` trace to.
+_KERNELS = {"cudnn": "dot_product_attention_fwd_wrapper", "splash": "pallas_call"}
+
+
+def attention_of(jaxpr: ClosedJaxpr) -> str:
+    """The attention that a traced program runs: the fused kernels in it, else "xla", which takes the short sequences of any program."""
+    names = set(_primitives(jaxpr))
+    found = [kernel for kernel, primitive in _KERNELS.items() if primitive in names]
+    return " and ".join(found) or "xla"
+
+
+def _primitives(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[str]:
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn.primitive.name
+        for inner in jax.tree.leaves(eqn.params):
+            if isinstance(inner, (ClosedJaxpr, Jaxpr)):
+                yield from _primitives(inner)
 
 
 @contextlib.contextmanager
@@ -314,41 +370,147 @@ def gpu_set() -> list[Case]:
     ]
 
 
-def run_all(cases: Sequence[Case], output: str | os.PathLike | None = None, budget: float | None = None) -> dict[str, Any]:
-    """Runs cases one after the other, prints a line for each, and writes everything found so far after every case.
+class _OutOfTimeError(Exception):
+    """A case is not done at the deadline. The message says what became of it."""
+
+
+def run_all(
+    cases: Sequence[Case], output: str | os.PathLike | None = None, budget: float | None = None, *, accelerator: bool = False
+) -> dict[str, Any]:
+    """Runs cases one after the other, prints a line for each measurement, and writes everything found so far after it.
 
     Args:
-      cases: what to run.
-      output: JSON file; None for none.
-      budget: seconds after which no further case is begun; None for no limit. A case takes two or three minutes at full size.
+      cases: what to run, most important first.
+      output: JSON file, which is always whole; None for none.
+      budget: seconds within which the set ends, whatever a case does: each runs in a process of its own, which is stopped when the
+        time is used up, and what is left is reported as skipped. None for no limit, in this process.
+      accelerator: refuse a machine that has none.
 
     A case that fails (does not fit the device, for example) is reported with its error, and the next one runs.
+
+    Returns:
+      What the file holds: "environment", "results" (see `run`) and "skipped" (cases that were not finished, each with its reason).
+
+    Raises:
+      UsageError: the output cannot be a file, or there is no accelerator.
+      KeySyncError: the output's folder is not writable, or JAX finds no device within the budget.
     """
-    if output is not None and (Path(output).is_dir() or not Path(output).resolve().parent.is_dir()):
-        raise UsageError(f"-o {output}: name a JSON file in a folder that exists")
-    begin, report = time.perf_counter(), {"environment": environment(), "results": [], "skipped": []}
+    deadline = None if budget is None else time.monotonic() + (1 - _RESERVE) * budget
+    target = None if output is None else _target(output)
+    try:
+        (where,) = _apart(_surroundings, deadline=deadline)
+    except _OutOfTimeError:
+        raise KeySyncError("--budget: the time is used up before JAX has found its device; give more seconds") from None
+    if accelerator and where["platform"] == "cpu":
+        raise UsageError("keysync bench gpu measures the full-size network on an accelerator; this machine has none")
+    report: dict[str, Any] = {"environment": where, "results": [], "skipped": []}
+
+    def add(kind: str, found: dict[str, Any]) -> None:
+        report[kind].append(found)
+        print(line(found), flush=True)
+        if target is not None:
+            _write(target, report)
+
     for case in cases:
-        if budget is not None and time.perf_counter() - begin > budget:
-            report["skipped"].append(case.title)
-            print(f"{case.title}: not run, the {budget:.0f} s are used up", flush=True)
-            continue
         try:
-            found = run(case)
-        except jax.errors.JaxRuntimeError as error:
-            found = [{"title": case.title, "case": dataclasses.asdict(case), "error": str(error).splitlines()[0][:500]}]
-        for result in found:
-            print(line(result), flush=True)
-        report["results"] += found
-        if output is not None:
-            Path(output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        jax.clear_caches()
+            for found in _apart(run, case, deadline=deadline):
+                add("results", found)
+        except _OutOfTimeError as error:
+            add("skipped", _about(case) | {"reason": str(error)})
+        except KeySyncError as error:
+            add("results", _about(case) | {"error": str(error)})
     return report
 
 
+def _surroundings() -> Iterator[dict[str, Any]]:
+    yield environment()
+
+
+def _apart(function: Callable[..., Iterator[Any]], *args: Any, deadline: float | None) -> Iterator[Any]:
+    """Yields what a function yields in a process of its own, killed at a deadline (`time.monotonic`); None: in this process.
+
+    A case that hangs or takes its process down then costs no other case anything, and its memory is free for the next. The
+    present process must not touch the device meanwhile.
+    """
+    if deadline is None:
+        yield from function(*args)
+        return
+    if time.monotonic() >= deadline:
+        raise _OutOfTimeError("not begun, the time is used up")
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(writer, function, args), daemon=True)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process, which ends the other
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    writer.close()
+    try:
+        while reader.poll(max(0.0, deadline - time.monotonic())):
+            found = reader.recv()
+            if found is None:
+                return
+            if isinstance(found, KeySyncError):
+                raise found
+            yield found
+        raise _OutOfTimeError("stopped, the time is used up")
+    except EOFError:
+        process.join(max(0.0, deadline - time.monotonic()))
+        code = process.exitcode or 0
+        raise KeySyncError(f"its process ended: {f'exit status {code}' if code >= 0 else signal.strsignal(-code)}") from None
+    finally:
+        process.kill()
+        process.join()
+        reader.close()
+
+
+def _answer(writer: Connection, function: Callable[..., Iterator[Any]], args: tuple) -> None:
+    """The other process: sends what the function yields, then None, or the reason why there is no more."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        for found in function(*args):
+            writer.send(found)
+    except Exception as error:  # the parent reports it, whatever it is
+        writer.send(KeySyncError(_reason(error)))
+    else:
+        writer.send(None)
+
+
+def _end_with_parent() -> None:
+    """So that a parent that is killed leaves nobody on the device."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _target(output: str | os.PathLike) -> Path:
+    """The file to replace; refused before the work where it could not be."""
+    path = Path(output).resolve()
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        raise UsageError(f"-o {output}: name a JSON file in a folder that exists")
+    if not os.access(path.parent, os.W_OK):
+        raise KeySyncError(f"-o {output}: the folder {path.parent} is not writable")
+    return path
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    """Replaces the file in one step, so that an interruption costs nothing measured before."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def line(result: dict[str, Any]) -> str:
-    """A result in one line."""
+    """A result, or a case that was skipped, in one line."""
     if "error" in result:
         return f"{result['title']}: failed: {result['error']}"
+    if "reason" in result:
+        return f"{result['title']}: {result['reason']}"
     s, again = result["seconds"], result["flops"]["recompute"] + result["flops"]["pixels_recompute"]
     parts = [
         f"{_time(s['median'])} (p10 {_time(s['p10'])}, p90 {_time(s['p90'])}, {s['repeats']} runs)",
@@ -367,6 +529,6 @@ def _time(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    from keysync_jax.bench_cli import main
+    from keysync_jax.cli import main
 
-    sys.exit(main())
+    sys.exit(main(["bench", *sys.argv[1:]]))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
+import math
+import time
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.errors import UsageError
 from keysync_jax.verbs import add_verb
 
 _EXAMPLES = """\
@@ -16,61 +16,66 @@ _EXAMPLES = """\
   keysync bench attention --size full --dtype bfloat16 --attention xla  forward and gradient of the network's shapes
   keysync bench gpu -o bench.json                                       the set that matters on one GPU, within ten minutes"""
 
+_ATTENTION = ("size", "dtype", "attention", "repeats", "warmup")
+_UNET = (*_ATTENTION, "batch")
+# Which flags each task takes, besides -o and -v. None of them has a default here, so that a given one is told apart; see `bench.Case`.
+_FLAGS = {"unet": _UNET, "train": (*_UNET, "remat", "train_all", "pixels"), "attention": _ATTENTION, "gpu": ("budget",)}
+_BUDGET, _LEAST_BUDGET = 600.0, 60.0  # seconds; to start JAX and to end a process that fills a device takes some
+
 
 def add_bench(verbs) -> None:
     """Add `keysync bench`."""
-    _options(add_verb(verbs, "bench", run, "time, memory and FLOPs of the network and a training step", _EXAMPLES))
-
-
-def _options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("what", choices=["unet", "train", "attention", "gpu"], help="gpu: a set of cases at full size")
-    p.add_argument("--size", choices=["tiny", "medium", "full"], default="tiny", help="tiny; medium: 59.7 M parameters; full: 1.5 G")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation (default float32)")
-    p.add_argument("--attention", choices=["auto", "xla", "cudnn", "splash"], default="auto")
-    p.add_argument("--batch", type=int, default=1, metavar="N", help="windows of 14 frames (default 1)")
-    p.add_argument("--repeats", type=int, metavar="N", help="timed calls (default 20, on a CPU 5)")
-    p.add_argument("--warmup", type=int, metavar="N", help="calls before (default 3, on a CPU 1)")
-    train = p.add_argument_group("training")
-    train.add_argument(
-        "--remat", choices=["none", "dots", "conv_aware", "names", "full"], default="conv_aware", help="what the backward pass keeps"
-    )
-    train.add_argument("--train-all", action="store_true", help="train the temporal layers too")
-    train.add_argument("--pixels", action="store_true", help="with the pixel loss on one frame")
-    p.add_argument("--budget", type=float, default=540.0, metavar="S", help="gpu: begin no case after so many seconds (default 540)")
+    p = add_verb(verbs, "bench", _bench, "time, memory and FLOPs of the network and a training step", _EXAMPLES)
+    p.add_argument("what", choices=list(_FLAGS), help="gpu: a set of cases at full size")
     p.add_argument("-o", "--output", metavar="JSON", help="write all figures, with device, date and versions")
+    case = p.add_argument_group("unet, train and attention")
+    case.add_argument(
+        "--size", choices=["tiny", "medium", "full"], help="tiny (default); medium: 59.7 M parameters, not for attention; full: 1.5 G"
+    )
+    case.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the computation (default float32)")
+    case.add_argument("--attention", choices=["auto", "xla", "cudnn", "splash"], help="(default auto)")
+    case.add_argument("--repeats", type=int, metavar="N", help="timed calls (default 20, on a CPU 5)")
+    case.add_argument("--warmup", type=int, metavar="N", help="calls before (default 3, on a CPU 1)")
+    case.add_argument("--batch", type=int, metavar="N", help="windows of 14 frames, not for attention (default 1)")
+    train = p.add_argument_group("train")
+    train.add_argument(
+        "--remat", choices=["none", "dots", "conv_aware", "names", "full"], help="what the backward pass keeps (default conv_aware)"
+    )
+    train.add_argument("--train-all", action="store_true", default=None, help="train the temporal layers too")
+    train.add_argument("--pixels", action="store_true", default=None, help="with the pixel loss on one frame")
+    gpu = p.add_argument_group("gpu")
+    gpu.add_argument(
+        "--budget", type=float, metavar="S", help=f"end within so many seconds (default {_BUDGET:.0f}, at least {_LEAST_BUDGET:.0f})"
+    )
 
 
-def run(args: argparse.Namespace) -> int:
+def _bench(args: argparse.Namespace) -> int:
+    begin = time.monotonic()
+    settings = _settings(args)
+    budget = settings.pop("budget", _BUDGET)
+    if not _LEAST_BUDGET <= budget < math.inf:
+        raise UsageError(f"--budget {budget:g}: give the seconds to end within, at least {_LEAST_BUDGET:.0f}")
+
     import jax
 
     from keysync_jax import bench
 
-    on_cpu = jax.default_backend() == "cpu"
-    repeats = {
-        "repeats": (5 if on_cpu else 20) if args.repeats is None else args.repeats,
-        "warmup": (1 if on_cpu else 3) if args.warmup is None else args.warmup,
-    }
-    if args.what == "gpu":
-        if on_cpu:
-            raise UsageError("keysync bench gpu measures the full-size network on an accelerator; this machine has none")
-        report = bench.run_all(bench.gpu_set(), args.output, args.budget)
+    if args.what == "gpu":  # which must not touch the device here, as each case has it in turn
+        report = bench.run_all(bench.gpu_set(), args.output, budget - (time.monotonic() - begin), accelerator=True)
     else:
-        case = bench.Case(
-            args.what, args.size, args.dtype, args.attention, args.remat, "none" if args.train_all else "temporal", args.pixels, args.batch,
-            **repeats,
-        )  # fmt: skip
-        report = bench.run_all([case], args.output)
-    return int(any("error" in result for result in report["results"]))
+        if settings.pop("train_all", False):
+            settings["freeze"] = "none"
+        if jax.default_backend() == "cpu":
+            settings = {"repeats": 5, "warmup": 1} | settings
+        report = bench.run_all([bench.Case(args.what, **settings)], args.output)
+    return int(not report["results"] or any("error" in result for result in report["results"]))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The verb on its own; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m keysync_jax.bench", epilog=f"examples:\n{_EXAMPLES}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    _options(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except KeySyncError as error:
-        print(f"keysync bench: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+def _settings(args: argparse.Namespace) -> dict:
+    """The flags that were given. Raises UsageError for one that the task does not take."""
+    given = {name: value for name, value in vars(args).items() if value is not None and any(name in flags for flags in _FLAGS.values())}
+    for name in given:
+        if name not in _FLAGS[args.what]:
+            others = ", ".join(task for task, flags in _FLAGS.items() if name in flags)
+            raise UsageError(f"bench {args.what} takes no --{name.replace('_', '-')}, which is for {others}")
+    return given
