@@ -11,6 +11,7 @@ next start.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -444,3 +445,10 @@ def _quiet_orbax() -> None:
     logger = logging.getLogger("absl")
     if not any(isinstance(f, _OrbaxSilence) for f in logger.filters):
         logger.addFilter(_OrbaxSilence())
+        sys.unraisablehook = functools.partial(_without_late_reads, sys.unraisablehook)
+
+
+def _without_late_reads(hook: Callable[[Any], None], found: Any) -> None:
+    """Where one file of many is damaged, the reads of the others end after Orbax has given up and would print a traceback each."""
+    if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+        hook(found)

@@ -165,6 +165,10 @@ def two_processes(folder: Path, dataset: str) -> None:
         check(status != 0 and seconds < 30, words)
     finish_two(killed, dataset, "mesh.data=1", "mesh.fsdp=2")
     equal(whole, killed)
+    before = (killed / "config.json").stat().st_mtime_ns
+    finish_two(killed, dataset, "mesh.data=1", "mesh.fsdp=2")  # neither may wait for the other, or be taken for dead
+    said = f"nothing to do: step {STEPS} is reached" in " ".join(Path(f"{killed}.0.log").read_text().split())
+    check(said and (killed / "config.json").stat().st_mtime_ns == before, "started once more, both find nothing to do and end with 0")
 
     stopped = folder / "two_stopped"
     both = start_two(stopped, dataset, "mesh.data=1", "mesh.fsdp=2")

@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -252,6 +253,14 @@ def test_bits_that_flip_on_the_disk_are_noticed(tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / "1" / "checksums")
     with Checkpoints(tmp_path, read_only=True) as saved:
         assert np.array_equal(saved.restore(1, abstract)[0].params["block"]["kernel"], state.params["block"]["kernel"])
+
+
+def test_only_late_reads_of_a_damaged_checkpoint_are_silent(tmp_path):
+    heard = []
+    with Checkpoints(tmp_path):
+        for kind, words in ((RuntimeError, "Event loop is closed"), (RuntimeError, "another"), (ValueError, "Event loop is closed")):
+            checkpoints._without_late_reads(heard.append, SimpleNamespace(exc_type=kind, exc_value=kind(words)))
+    assert [(found.exc_type, str(found.exc_value)) for found in heard] == [(RuntimeError, "another"), (ValueError, "Event loop is closed")]
 
 
 def test_checksums_depend_on_every_bit_and_place_and_not_on_the_type_s_width():

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import tiny_runs as tiny
 
+from converters import model_directory
+from keysync_jax.training.export import export
+
 SMALL = ("data.batch_size=2",)
 STEPS = 30
 
@@ -65,3 +68,23 @@ def test_saved_on_eight_devices_it_continues_on_four(tmp_path, dataset):
     worst = max(np.abs(a[name] - b[name]).max() for name in names)
     moved = max(np.abs(a[name] - before[name]).max() for name in names)
     assert worst < 1e-6 < 1e-4 < moved
+
+
+@pytest.mark.slow
+def test_a_run_that_rotates_its_checkpoints_is_exported_while_it_trains(tmp_path, dataset):
+    """Every checkpoint makes way for the next; each export takes the one that is there when it reads."""
+    run = tmp_path / "run"
+    options = ("num_steps=1000000", "checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.keep_every=0")
+    process = tiny.start(run, dataset, *SMALL, *options)
+    try:
+        tiny.wait_for(lambda: tiny.saved_steps(run), process)
+        steps = []
+        for i in range(8):
+            export([run], tmp_path / f"model{i}")
+            notes = model_directory.load(tmp_path / f"model{i}", complete=False).index["notes"]
+            steps.append(next(int(note.split("step ")[1].split(",")[0]) for note in notes if note.startswith("keyframe: ")))
+        assert process.poll() is None and steps == sorted(steps) and steps[0] < steps[-1]
+        assert steps[0] not in tiny.saved_steps(run)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
@@ -215,6 +216,18 @@ def test_what_is_not_there(run, vae_run, model, tmp_path):
         with pytest.raises(UsageError, match="--step"):
             ExportOptions(steps=parse_steps(words))
     assert not (tmp_path / "out").exists()
+
+
+def test_check_also_opens_what_the_loss_and_the_log_need(run, tmp_path, monkeypatch):
+    config = runs.read_config(run)
+    loss = dataclasses.replace(config.loss, pixel_losses=("l2", "lpips"))
+    for folder, words in (("", "the LPIPS term needs weights"), (str(tmp_path / "none"), "none holds no weights of LPIPS")):
+        with pytest.raises(KeySyncError, match=words):
+            initial.describe(dataclasses.replace(config, loss=loss, lpips=folder), tmp_path / "new")
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(UsageError, match="wandb is not installed; pip install wandb"):
+        initial.describe(dataclasses.replace(config, log=dataclasses.replace(config.log, wandb=True)), tmp_path / "new")
+    assert initial.describe(config, tmp_path / "new")[-1].endswith("2 steps of 1 samples")
 
 
 def test_options_that_no_source_heeds_are_refused(run, vae_run, model, tmp_path):
