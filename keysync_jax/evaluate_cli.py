@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+from keysync_jax import assets
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.verbs import add_verb
 
@@ -19,13 +21,17 @@ def add_demo(verbs) -> None:
         "  keysync demo -o demo\n  keysync demo --seed 7 --model DIR",
     )  # fmt: skip
     p.add_argument("-o", "--output", default="keysync_demo", metavar="DIR", help="folder for the clip, the dub, a picture and the figures")
-    p.add_argument("--seed", type=int, default=0, help="another seed is another person with another voice")
+    p.add_argument("--seed", type=int, help="another seed is another person with another voice (default 0)")
     p.add_argument("--model", metavar="DIR", help="another model directory for drawn talkers (default: the bundled model)")
-    p.add_argument("--record", type=int, metavar="N", help="run seeds 0 to N-1 and record in the model directory what they reach")
-    p.add_argument("--quiet", action="store_true", help="no progress")
+    p.add_argument("--record", type=int, metavar="N", help="run seeds 0 to N-1 and record in --model DIR what they reach")
+    p.add_argument("--quiet", action="store_true", help="print nothing but figures below the model's recorded floor")
 
 
 def _demo(args) -> int:
+    if args.record is not None and args.model in (None, assets.NAME):
+        raise UsageError("--record writes into the model directory; name yours with --model DIR (the bundled one is part of the package)")
+    if args.record is not None and args.seed is not None:
+        raise UsageError("--record runs seeds 0 to N-1; leave out --seed")
     from keysync_jax.inference import demo
     from keysync_jax.inference.runtime import use_compile_cache
 
@@ -33,7 +39,7 @@ def _demo(args) -> int:
     if args.record is not None:
         print(demo.record(args.output, args.model, args.record, quiet=args.quiet))
         return 0
-    return 0 if demo.run_demo(args.output, seed=args.seed, model=args.model, quiet=args.quiet).passed else 1
+    return 0 if demo.run_demo(args.output, seed=args.seed or 0, model=args.model, quiet=args.quiet).passed else 1
 
 
 def add_evaluate(verbs) -> None:
@@ -51,16 +57,16 @@ def add_evaluate(verbs) -> None:
     what.add_argument("--vae", action="store_true", help="the autoencoder alone on held-out true frames: the gate before training")
     what.add_argument("--video", metavar="GEN", help="mouth aspect ratio, LipLeak and variance of Laplacian of a real video")
     p.add_argument("--output", "-o", metavar="JSON", help="write the figures here, per clip as well")
-    p.add_argument("--gate", action="store_true", help="exit with status 1 if a mark is missed")
+    p.add_argument("--gate", action="store_true", help="exit with status 1 if a mark is missed; takes a test that can decide")
     p.add_argument("--quiet", action="store_true", help="no progress")
     clips = p.add_argument_group("talkers and vae")
     clips.add_argument("--model", metavar="DIR", help="model directory (it may lack the parts that are not measured)")
     clips.add_argument("--clips", type=int, metavar="N", help=f"held-out clips (default 50; {_GRID_CLIPS} for the grid)")
     clips.add_argument("--silent-clips", type=int, metavar="N", help="of these, dubbed with silence too (default: all, at most 24)")
-    clips.add_argument("--seconds", type=float, default=6.0, metavar="S", help="length of a clip (default 6)")
-    clips.add_argument("--seed", type=int, default=0, help="another seed is another set of clips, and other noise")
+    clips.add_argument("--seconds", type=float, metavar="S", help="length of a clip (default 6)")
+    clips.add_argument("--seed", type=int, help="another seed is another set of clips, and other noise (default 0)")
     clips.add_argument("--split", choices=["test", "validation"], help="held-out set (default test; the grid uses validation)")
-    clips.add_argument("--size", type=int, default=128, metavar="PX", help="side of the drawn frames (default 128)")
+    clips.add_argument("--size", type=int, metavar="PX", help="side of the drawn frames (default 128)")
     clips.add_argument("--keyframes-only", action="store_true", help="the keyframe stage alone, measured where keyframes stand")
     clips.add_argument("--one-stage", action="store_true", help="consecutive frames from the keyframe stage, nothing interpolated")
     clips.add_argument("--audio-scale", type=float, metavar="X", help="audio guidance of both stages (default: the model's own)")
@@ -68,34 +74,41 @@ def add_evaluate(verbs) -> None:
     clips.add_argument(
         "--guidance-grid", metavar="A/I,…", help="pairs audio/identity to compare; KEYFRAME:INTERPOLATION pairs as in 5/2:2.5/1.5"
     )
-    clips.add_argument("--steps", type=int, metavar="N", help="sampler steps (default: the model's own)")
+    clips.add_argument("--steps", type=int, metavar="N", help="sampler steps, at least 10 (default: the model's own)")
     clips.add_argument("--dtype", choices=["float32", "bfloat16"], help="network compute type")
     clips.add_argument("--microbatch", type=int, metavar="N", help="windows per device and call (default 4 on a CPU, else 16)")
     video = p.add_argument_group("video")
     video.add_argument("--reference", metavar="V", help="video to compare with: the same figures, differences, correlation")
     video.add_argument("--audio-silent", action="store_true", help="GEN was driven by silence: its open frames are the leak")
-    video.add_argument("--threshold", type=float, default=0.25, metavar="X", help="mouth aspect ratio above which a mouth is open (0.25)")
-    video.add_argument("--ratio", choices=["inner", "inner centre", "outer"], default="inner", help="which lip points (default inner)")
+    video.add_argument("--threshold", type=float, metavar="X", help="mouth aspect ratio above which a mouth is open (0.25)")
+    video.add_argument("--ratio", choices=["inner", "inner centre", "outer"], help="which lip points (default inner)")
     video.add_argument("--series", metavar="FILE", help="figures of every frame as .csv or .json")
     video.add_argument("--plot", metavar="PNG", help="draw the mouth aspect ratio over time")
-    video.add_argument("--faces", choices=["mediapipe", "fan"], default="mediapipe", help="landmark detector")
+    video.add_argument("--faces", choices=["mediapipe", "fan"], help="landmark detector (default mediapipe)")
     video.add_argument("--face-weights", metavar="DIR", help="folder with FAN's weight files")
-    video.add_argument("--face", default="largest", metavar="WHICH", help="largest, center, left, right or X,Y in pixels")
+    video.add_argument("--face", metavar="WHICH", help="largest, center, left, right or X,Y in pixels (default largest)")
 
 
-_VIDEO_ONLY = ("reference", "audio_silent", "series", "plot")
+# None or False where not given, so that one that is given to another mode is refused and not ignored.
+_VIDEO_ONLY = ("reference", "audio_silent", "threshold", "ratio", "series", "plot", "faces", "face_weights", "face")
+_CLIPS_ONLY = ("model", "clips", "seconds", "seed", "split", "size", "microbatch", "gate")
 _TALKERS_ONLY = ("guidance_grid", "keyframes_only", "one_stage", "audio_scale", "identity_scale", "silent_clips", "steps", "dtype")
 
 
 def _evaluate(args) -> int:
     refused = _TALKERS_ONLY if not args.talkers else ()
-    refused += _VIDEO_ONLY if args.video is None else ("model", "clips", "split", "microbatch", "gate")
-    wrong = [name for name in refused if getattr(args, name) not in (None, False)]
+    refused += _VIDEO_ONLY if args.video is None else _CLIPS_ONLY
+    wrong = [name for name in refused if getattr(args, name) is not None and getattr(args, name) is not False]  # 0 == False
     if wrong:
         mode = "--talkers" if args.talkers else "--vae" if args.vae else "--video"
         raise UsageError(f"--{wrong[0].replace('_', '-')} does not go with {mode}")
     if args.microbatch is not None and args.microbatch < 1:
         raise UsageError(f"--microbatch is {args.microbatch}; it must be at least 1")
+    if args.steps is not None:
+        from keysync_jax.diffusion.schedules import MIN_STEPS
+
+        if args.steps < MIN_STEPS:
+            raise UsageError(f"--steps is {args.steps}; the noise schedule is defined from {MIN_STEPS} steps up")
     if args.gate and args.guidance_grid:
         raise UsageError("--gate judges one guidance; leave out --guidance-grid")
     taken = {Path(path).resolve(): path for path in (args.video, args.reference) if path is not None}
@@ -104,10 +117,10 @@ def _evaluate(args) -> int:
     if args.video is not None:
         from keysync_jax.evaluation.video_report import evaluate_video
 
+        chosen = {"threshold": args.threshold, "ratio": args.ratio, "backend": args.faces, "weights": args.face_weights, "face": args.face}
         report = evaluate_video(
-            args.video, args.reference, silent=args.audio_silent, threshold=args.threshold, ratio=args.ratio, series=args.series,
-            plot=args.plot, backend=args.faces, weights=args.face_weights, face=args.face, quiet=args.quiet,
-        )  # fmt: skip
+            args.video, args.reference, silent=args.audio_silent, series=args.series, plot=args.plot, quiet=args.quiet, **_chosen(chosen)
+        )
         _write(args.output, report)
         return 0
     if not args.model:
@@ -120,16 +133,23 @@ def _evaluate(args) -> int:
     return 0 if not args.gate or reports[0]["passed"] else 1
 
 
+def _chosen(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that were given; the others keep the callee's defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _test(args, mode: str):
     from keysync_jax.evaluation.talkers import TalkerTest
 
     grid = args.guidance_grid is not None
     if grid and args.split == "test":
         raise UsageError("guidance is chosen on the validation split; leave out --split test")
-    return TalkerTest(
-        clips=(_GRID_CLIPS if grid else 50) if args.clips is None else args.clips, silent_clips=args.silent_clips, seconds=args.seconds,
-        size=args.size, seed=args.seed, split=args.split or ("validation" if grid else "test"), mode=mode,
-    )  # fmt: skip
+    options = {"clips": _GRID_CLIPS, "split": "validation"} if grid else {}
+    options |= _chosen({name: getattr(args, name) for name in ("clips", "silent_clips", "seconds", "size", "seed", "split")})
+    test = TalkerTest(**options, mode=mode)
+    if args.gate and test.undecided:
+        raise UsageError(f"--gate needs a test that can decide: {test.undecided}")
+    return test
 
 
 def _vae(args) -> list[dict]:
@@ -222,11 +242,16 @@ def _check_target(path: str | None, taken: dict[Path, str]) -> None:
         raise KeySyncError(f"{path}: the folder {target.parent} does not exist; create it first")
     if target.is_dir():
         raise UsageError(f"{path} is a folder; name a file in it")
-    if not os.access(target if target.exists() else target.parent, os.W_OK):
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{path} is no ordinary file, and is not replaced; name another")
+    if not all(os.access(each, os.W_OK) for each in (target.parent, target) if each.exists()):
         raise KeySyncError(f"{path} cannot be written: permission denied")
     taken[target] = path
 
 
 def _write(path: str | None, report: dict) -> None:
     if path is not None:
-        Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        from data_pipeline.synthetic.write import write_atomically
+
+        text = json.dumps(report, indent=1) + "\n"
+        write_atomically(Path(path), lambda p: p.write_text(text, encoding="utf-8"))

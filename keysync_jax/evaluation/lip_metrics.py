@@ -2,7 +2,7 @@
 
 Everything here works on plain series of one number per video frame (25 fps): an opening, a width, a loudness. Where the numbers come
 from (pixels of drawn talkers, landmarks of real faces, the truth itself) is the caller's business. A figure of a series that does not
-vary is 0, not an error: a mouth that never moves follows nothing.
+vary is 0, not an error: a mouth that never moves follows nothing. A figure of too few frames to tell anything is NaN.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from keysync_jax.errors import KeySyncError
 
 OPEN = 0.2  # a mouth is open above this share of the speaker's maximum
 MAX_LAG = 5  # frames searched on either side
+FEWEST = 8  # frames a correlation needs: two points always correlate by ±1, unrelated series of three or four often nearly so
 SAMPLES_PER_FRAME = 640  # 16 kHz at 25 fps
 _LOUDNESS_FLOOR_DB = -80.0
 _LOUDNESS_DEGREE = 3
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation of two series `[T]`; 0 where one of them is constant.
+    """Pearson correlation of two series `[T]`; 0 where one of them is constant, NaN for fewer than `FEWEST` frames.
 
     Raises:
       KeySyncError: different lengths, or values that are not finite.
@@ -30,8 +31,8 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     a, b = _series(a), _series(b)
     if a.shape != b.shape:
         raise KeySyncError(f"series of {len(a)} and {len(b)} frames cannot be correlated; they must be of the same clip")
-    if len(a) < 2:
-        return 0.0
+    if len(a) < FEWEST:
+        return math.nan
     a, b = a - a.mean(), b - b.mean()
     power = math.sqrt(float(a @ a) * float(b @ b))
     return float(np.clip(a @ b / power, -1, 1)) if power > 1e-12 else 0.0
@@ -41,12 +42,12 @@ def cross_correlation(generated: np.ndarray, true: np.ndarray, max_lag: int = MA
     """Correlation of `generated[t + lag]` with `true[t]` for lag = -max_lag … max_lag, `[2 max_lag + 1]`.
 
     Raises:
-      KeySyncError: as `correlation`; series no longer than the lags.
+      KeySyncError: as `correlation`; fewer than `FEWEST` frames left at the largest lag.
     """
     generated, true = _series(generated), _series(true)
-    if len(true) <= max_lag + 1:
-        raise KeySyncError(f"{len(true)} frames are too few to look for a lag of up to {max_lag}")
     count = len(true)
+    if count < FEWEST + max_lag:
+        raise KeySyncError(f"{count} frames are too few to look for a lag of up to {max_lag}; it takes {FEWEST + max_lag}")
     return np.array(
         [
             correlation(generated[max(0, lag) : count + min(0, lag)], true[max(0, -lag) : count - max(0, lag)])
@@ -90,8 +91,13 @@ def partial_correlation(generated: np.ndarray, true: np.ndarray, loudness: np.nd
       generated, true: `[T]`.
       loudness: `[T]` in dB.
       degree: of the polynomial.
+
+    Returns:
+      NaN for fewer than `FEWEST` frames beyond the powers that are taken out, which alone would explain the rest away.
     """
     z = _series(loudness)
+    if len(z) < FEWEST + degree:
+        return math.nan
     z = (z - z.mean()) / max(float(z.std()), 1e-9)
     basis, _ = np.linalg.qr(np.stack([z**k for k in range(degree + 1)], axis=1))
     rests = []
@@ -141,10 +147,10 @@ def input_leak(generated: np.ndarray, true: np.ndarray, source: np.ndarray) -> f
       generated, true, source: `[T]` in one unit; a constant `true` (silence) is allowed.
 
     Returns:
-      NaN where the input's mouth does not move, or for fewer than four frames.
+      NaN where the input's mouth does not move, or for fewer than `FEWEST` frames.
     """
     basis = np.stack([np.ones(len(generated)), _series(true), _series(source)], axis=1)
-    if len(generated) < 4 or basis[:, 2].std() < 1e-9:
+    if len(generated) < FEWEST or basis[:, 2].std() < 1e-9:
         return math.nan
     return float(np.linalg.lstsq(basis, _series(generated), rcond=1e-9)[0][2])
 
@@ -170,8 +176,8 @@ def follow_figures(opening: np.ndarray, width: np.ndarray, found: np.ndarray, tr
       lag: whether the frames follow one another, so that lag and smoothness mean something.
 
     Returns:
-      "opening_r", "width_r", "closed" (NaN without closed frames), "partial_r", "input_leak"; with `lag` also "lag" (frames) and
-      "roughness".
+      "opening_r", "width_r", "closed" (NaN without closed frames), "partial_r", "input_leak"; with `lag` also "lag" (frames; NaN for a
+      mouth that does not move or a clip too short to search) and "roughness".
     """
     out = {
         "opening_r": correlation(opening, truth.opening),
@@ -181,7 +187,8 @@ def follow_figures(opening: np.ndarray, width: np.ndarray, found: np.ndarray, tr
         "input_leak": input_leak(opening, truth.opening, truth.source),
     }
     if lag:
-        out["lag"] = best_lag(cross_correlation(opening, truth.opening))
+        long_enough = len(opening) >= FEWEST + MAX_LAG
+        out["lag"] = best_lag(cross_correlation(opening, truth.opening)) if long_enough else math.nan
         out["roughness"] = roughness(opening, truth.opening)
     return out
 

@@ -35,12 +35,22 @@ class Mark:
             return False
         return abs(value) <= self.bound if self.at_most else value >= self.bound
 
+    def met(self, figures: Mapping[str, float | None]) -> bool | None:
+        """Whether the mark is met; None where the figure was not asked for (its key is missing).
+
+        A clip that should have the figure and has none (counted as `key_missing`) misses the mark, whatever the mean of the others.
+        """
+        if self.key not in figures:
+            return None
+        return self.passed(figures[self.key]) and not figures.get(f"{self.key}_missing")
+
     @property
     def text(self) -> str:
         return f"{'≤' if self.at_most else '≥'} {self.bound:g}"
 
 
-# Means over clips, judged on at least 50 of six seconds and more, cross-sync, held-out faces and voices.
+# What the marks were set for: means over so many clips and more of that length, cross-sync, held-out faces and voices.
+CLIPS, SILENT_CLIPS, SECONDS = 50, 24, 6.0
 FOLLOW = (
     Mark("opening_r", "opening: correlation with the truth", 0.80),
     Mark("width_r", "width: correlation with the truth", 0.60),
@@ -67,7 +77,7 @@ VAE = (
 
 
 def judge(marks: Sequence[Mark], figures: Mapping[str, float | None]) -> list[dict[str, Any]]:
-    """One JSON-ready row per mark: key, bound, direction, figure, verdict."""
+    """One JSON-ready row per mark: key, bound, direction, figure, verdict (None where the figure was not measured)."""
     return [
         {
             "key": mark.key,
@@ -75,7 +85,7 @@ def judge(marks: Sequence[Mark], figures: Mapping[str, float | None]) -> list[di
             "bound": mark.bound,
             "direction": "at most" if mark.at_most else "at least",
             "figure": number(figures.get(mark.key)),
-            "passed": mark.passed(figures.get(mark.key)),
+            "passed": mark.met(figures),
         }
         for mark in marks
     ]
@@ -108,7 +118,7 @@ def show(
     Args:
       title: above the table.
       marks: one row each.
-      columns: heading -> figures by key; a key that is missing leaves the cell empty.
+      columns: heading -> figures by key; a key that is missing leaves the cell empty, one that every column lacks was not measured.
       extra: (key, label) of figures without a mark, after the others.
       judged: headings whose figures are coloured by their verdict; default all.
       console: default stdout.
@@ -121,7 +131,7 @@ def show(
         table.add_column(heading, justify="right")
     for mark in marks:
         cells = [_cell(figures, mark.key, mark if heading in judged else None) for heading, figures in columns.items()]
-        table.add_row(mark.label, mark.text, *cells)
+        table.add_row(mark.label, mark.text, *(cells if any(cells) else ["[yellow]not measured[/yellow]"]))
     if extra:
         table.add_section()
     for key, label in extra:
@@ -144,4 +154,4 @@ def _cell(figures: Mapping[str, float | None], key: str, mark: Mark | None) -> s
         text += f" ±{error:.3f}"
     if mark is None:
         return text
-    return f"[green]{text} ok[/green]" if mark.passed(value) else f"[red]{text} missed[/red]"
+    return f"[green]{text} ok[/green]" if mark.met(figures) else f"[red]{text} missed[/red]"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +66,17 @@ class TalkerTest:
 
     @property
     def num_silent(self) -> int:
-        return min(self.clips, 24) if self.silent_clips is None else self.silent_clips
+        return min(self.clips, marks.SILENT_CLIPS) if self.silent_clips is None else self.silent_clips
+
+    @property
+    def undecided(self) -> str | None:
+        """Why this test cannot say that a model meets the marks; None where it can."""
+        if self.clips < marks.CLIPS or self.seconds < marks.SECONDS:
+            needed, given = f"{marks.CLIPS} clips of {marks.SECONDS:g} s", f"{self.clips} of {self.seconds:g} s"
+            return f"the marks are for {needed} or more, this test of {given} decides nothing"
+        if self.mode != "keyframes" and self.num_silent < marks.SILENT_CLIPS:
+            return f"the marks under silence are for {marks.SILENT_CLIPS} clips or more, this test dubs {self.num_silent} with silence"
+        return None
 
 
 class _Series(NamedTuple):
@@ -157,8 +167,7 @@ def evaluate_vae(
     return marks.clean(
         {
             "kind": "vae", "test": {**dataclasses.asdict(test), "frames": test.frames}, "model": directory.describe(),
-            "seconds": round(time.perf_counter() - start, 1), "columns": columns, "marks": marks.judge(marks.VAE, figures),
-            "passed": all(mark.passed(figures.get(mark.key)) for mark in marks.VAE),
+            "seconds": round(time.perf_counter() - start, 1), "columns": columns, **_verdict(marks.VAE, figures, test),
             "pooled": decoded.pooled(), "per_clip": decoded.per_clip,
         }
     )  # fmt: skip
@@ -186,16 +195,7 @@ class _Column:
         self.per_clip.append({"clip": number, **figures})
 
     def summary(self) -> dict[str, float]:
-        """Mean over clips and its standard error, by key and `key_error`; the lag by its absolute value."""
-        out: dict[str, float] = {}
-        for key in self._series[0].figures if self._series else ():
-            values = [s.figures[key] for s in self._series]
-            if key == "lag":
-                out["lag_within_1"] = float(np.mean(np.abs(values) <= 1))
-                out["lag_signed"] = float(np.mean(values))
-                values = [abs(v) for v in values]
-            out[key], out[f"{key}_error"] = mean_and_error(values)
-        return out
+        return summarize([s.figures for s in self._series])
 
     def pooled(self) -> dict[str, float]:
         """The same over all frames of all clips at once (openings in eye-corner distances, not scaled per clip)."""
@@ -214,6 +214,28 @@ class _Column:
             "closed": float(shut.mean()) if shut.size else math.nan,
             "partial_r": lip_metrics.partial_correlation(opening, true_opening, loudness),
         }
+
+
+def summarize(clips: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean over clips and its standard error, by key and `key_error`; the lag by its absolute value.
+
+    Args:
+      clips: figures by key, the same keys in each; NaN where a clip has none.
+
+    Returns:
+      Of the lag also "lag_within_1" (share of all clips), "lag_signed" (mean of those that have one) and "lag_missing" (how many have
+      none, which alone misses the mark).
+    """
+    out: dict[str, float] = {}
+    for key in clips[0] if clips else ():
+        values = [figures[key] for figures in clips]
+        if key == "lag":
+            out["lag_within_1"] = float(np.mean(np.abs(values) <= 1))
+            out["lag_signed"] = mean_and_error(values)[0]
+            out["lag_missing"] = int(np.isnan(values).sum())
+            values = [abs(v) for v in values]
+        out[key], out[f"{key}_error"] = mean_and_error(values)
+    return out
 
 
 class _Run:
@@ -272,18 +294,22 @@ def _report(about: dict[str, Any], scale: Scales, run: _Run, shared: _Run, test:
     columns["output"]["outside_change"] = max(row["outside_change"] for row in run.output.per_clip)
     columns["output"].pop("outside_change_error")
     wanted = marks.KEYFRAMES if test.mode == "keyframes" else marks.TALKERS
-    if not run.silence:
-        wanted = tuple(mark for mark in wanted if mark not in marks.SILENCE)
     figures = {**_measurer(columns["truth"]), **columns["output"]}
     return marks.clean(
         {
-            **about, "guidance": scale.text, "columns": columns, "marks": marks.judge(wanted, figures),
-            "passed": all(mark.passed(figures.get(mark.key)) for mark in wanted),
+            **about, "guidance": scale.text, "columns": columns, **_verdict(wanted, figures, test),
             "pooled": {"output": run.output.pooled(), "copied input": shared.copy.pooled()},
             "silence": {"kinds": kinds, "per_clip": [a | b for a, b in zip(run.silence, shared.silence, strict=True)]},
             "per_clip": run.output.per_clip,
         }
     )  # fmt: skip
+
+
+def _verdict(wanted: Sequence[marks.Mark], figures: Mapping[str, float], test: TalkerTest) -> dict[str, Any]:
+    """Every mark's row, and the whole: `passed` is None where the test cannot decide, and `undecided` then says why."""
+    rows = marks.judge(wanted, figures)
+    passed = None if test.undecided else all(row["passed"] for row in rows)
+    return {"marks": rows, "passed": passed, "undecided": test.undecided}
 
 
 def marks_of(report: dict[str, Any]) -> Sequence[marks.Mark]:

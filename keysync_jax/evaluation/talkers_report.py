@@ -14,6 +14,7 @@ from keysync_jax.progress import Bars
 
 _EXTRA = (
     ("lag_within_1", "clips with a lag within ± 1 frame"),
+    ("lag_missing", "clips in which no lag can be measured"),
     ("roughness", "roughness of the opening (truth 1)"),
     ("flicker", "flicker of the mask's pixels (truth 1)"),
     ("input_leak", "weight of the input's opening (copy 1)"),
@@ -64,15 +65,14 @@ def show_grid(reports: Sequence[dict[str, Any]]) -> None:
     console.print(f"best correlation of the opening: {best['guidance']}", highlight=False)
 
 
-# What the marks were set for.
-_MARK_CLIPS, _MARK_SECONDS = 50, 6
-
-
 def _verdict(report: dict[str, Any]) -> str:
-    missed = [row["label"] for row in report["marks"] if not row["passed"]]
-    test, few = report["test"], ""
-    if test["clips"] < _MARK_CLIPS or test["seconds"] < _MARK_SECONDS:
-        few = f"; the marks are for {_MARK_CLIPS} clips of {_MARK_SECONDS} s or more, this test of {test['clips']} decides nothing"
+    rows = report["marks"]
+    missed, unknown = ([row["label"] for row in rows if row["passed"] is verdict] for verdict in (False, None))
+    parts = [f"{len(missed)} of {len(rows)} marks are missed: {'; '.join(missed)}"] if missed else []
     if not missed:
-        return f"all {len(report['marks'])} marks are met{few} ({report['seconds']:.0f} s)"
-    return f"{len(missed)} of {len(report['marks'])} marks are missed: {'; '.join(missed)}{few} ({report['seconds']:.0f} s)"
+        parts.append(f"{len(rows) - len(unknown)} of {len(rows)} marks are met" if unknown else f"all {len(rows)} marks are met")
+    if unknown:
+        parts.append(f"not measured: {'; '.join(unknown)}")
+    if report["undecided"]:
+        parts.append(report["undecided"])
+    return f"{'; '.join(parts)} ({report['seconds']:.0f} s)"

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.ndimage import laplace
 
+from data_pipeline.synthetic.write import write_atomically
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.evaluation.lip_metrics import correlation
 from keysync_jax.media import faces, video
@@ -213,10 +214,11 @@ def _take(figures: FrameFigures, index: np.ndarray) -> FrameFigures:
 
 
 def write_series(path: str | os.PathLike, figures: FrameFigures) -> None:
-    """The figures of every frame as .csv or .json; an empty field or null where no face was found.
+    """The figures of every frame as .csv or .json, whole or not at all; an empty field or null where no face was found.
 
     Raises:
       UsageError: another extension.
+      KeySyncError: it cannot be written.
     """
     path = Path(path)
     columns = {
@@ -227,13 +229,17 @@ def write_series(path: str | os.PathLike, figures: FrameFigures) -> None:
     }
     rows = {name: [None if np.isnan(v) else round(float(v), 5) for v in values] for name, values in columns.items()}
     if check_series(path) == ".json":
-        path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+        write_atomically(path, lambda p: p.write_text(json.dumps(rows) + "\n", encoding="utf-8"))
         return
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["frame", *rows])
-        for number, values in enumerate(zip(*rows.values(), strict=True)):
-            table.writerow([number, *("" if value is None else value for value in values)])
+
+    def write(file: Path) -> None:
+        with file.open("w", newline="", encoding="utf-8") as lines:
+            table = csv.writer(lines, lineterminator="\n")
+            table.writerow(["frame", *rows])
+            for number, values in enumerate(zip(*rows.values(), strict=True)):
+                table.writerow([number, *("" if value is None else value for value in values)])
+
+    write_atomically(path, write)
 
 
 def check_series(path: str | os.PathLike) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.synthetic.write import write_atomically
 from keysync_jax.errors import UsageError
 from keysync_jax.evaluation import marks, talkers_report, video_metrics
 from keysync_jax.evaluation.lip_metrics_plot import draw_curves
@@ -55,7 +56,8 @@ def evaluate_video(
       quiet: no progress.
 
     Raises:
-      KeySyncError: unreadable video, no face. UsageError: a threshold outside 0 to 2, an unknown file type.
+      KeySyncError: unreadable video, no face, or an output that cannot be written.
+      UsageError: a threshold outside 0 to 2, an unknown file type.
     """
     if not 0 < threshold < 2:
         raise UsageError(f"--threshold {threshold:g} is no mouth aspect ratio; choose between 0 and 2 (the paper uses 0.25)")
@@ -78,7 +80,8 @@ def evaluate_video(
         times = [each.time - each.time[0] + video_metrics.frame_step(each.time) / 2 for each in figures]
         seconds = max(float(time[-1]) + video_metrics.frame_step(time) / 2 for time in times)
         width = min(max(_SMALLEST_PLOT, 100 + 4 * len(curves[0][1])), _LARGEST_PLOT)
-        draw_curves(curves, seconds, "gap / width", width, 200, levels=(threshold,), times=times).save(plot)
+        picture = draw_curves(curves, seconds, "gap / width", width, 200, levels=(threshold,), times=times)
+        write_atomically(Path(plot), picture.save)
     report = marks.clean(report)
     _show(report, ratio, threshold)
     return report

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from converters.initialize import initialize
 from data_pipeline.synthetic import write_clip
+from data_pipeline.synthetic.write import write_atomically
 from keysync_jax import assets
-from keysync_jax.errors import UsageError
+from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.evaluation import lip_metrics, marks, talkers_clips
 from keysync_jax.evaluation.lip_metrics_plot import draw_curves, stack
 from keysync_jax.evaluation.talkers_clips import HeldOut
@@ -32,6 +33,9 @@ from keysync_jax.media.strip import draw_strip
 FRAMES = 150  # 6 s
 SIZE = 256  # the model's crop is 128; twice that is pleasant to look at and the face detector misses fewer frames
 _COLUMNS = 6
+FILES = (
+    "clip.mp4", "clip.landmarks.npy", "clip.truth.json", "voice.wav", "demo.mp4", "report.json", "figures.json", "strip.png",
+)  # fmt: skip
 _EDGE = 92, 4  # margins of `draw_strip`, so that curves and waveform share their time axis
 
 
@@ -41,12 +45,16 @@ class DemoResult(NamedTuple):
     Attributes:
       dub: the job's own result.
       figures: by key; `marks.FOLLOW` says what they mean.
-      passed: no figure is below the model's recorded floor (True where nothing is recorded).
+      below: keys of the figures below the model's recorded floor (none where nothing is recorded).
     """
 
     dub: DubResult
     figures: dict[str, float]
-    passed: bool
+    below: list[str]
+
+    @property
+    def passed(self) -> bool:
+        return not self.below
 
 
 def run_demo(
@@ -61,19 +69,18 @@ def run_demo(
     """Make the clip and the voice in `folder`, dub, measure, and draw `strip.png`.
 
     Args:
-      folder: gets clip.mp4, voice.wav, demo.mp4, report.json, figures.json and strip.png.
+      folder: gets the files of `FILES` in place of an earlier demo's; other files in it stay.
       seed: another seed is another person with another voice.
       model: model directory; default the bundled one, and where the package holds none, a tiny random one made for the occasion.
       frames, size: of the clip.
-      quiet: no progress.
+      quiet: print nothing but figures below a floor.
 
     Raises:
-      KeySyncError: anything the dub itself refuses.
+      KeySyncError: a model or its record that is incomplete or damaged, or anything the dub itself refuses.
     """
     console = Console(stderr=True, quiet=quiet)
-    path = _model(model, Path(folder), seed, console)
-    recorded = demo_record.read(path)
-    pipeline = KeySyncPipeline.from_pretrained(path)
+    pipeline = KeySyncPipeline.from_pretrained(_model(model, Path(folder), seed, console))
+    recorded = demo_record.read(pipeline.describe())
     start = time.perf_counter()
     console.print("drawing a talker and inventing a second voice …")
     clip = talkers_clips.held_out("demo", seed, 0, frames, size)
@@ -86,14 +93,15 @@ def run_demo(
 
     _draw(clip, measured, dub, folder / "strip.png")
     report = _report(clip, seed, pipeline, measured, judged, below, time.perf_counter() - start)
-    (folder / "figures.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=1) + "\n"
+    write_atomically(folder / "figures.json", lambda p: p.write_text(text, encoding="utf-8"))
     _show(console, report, dub, folder)
-    return DemoResult(dub, measured.figures, not below)
+    return DemoResult(dub, measured.figures, below)
 
 
 def record(
     folder: str | Path,
-    model: str | os.PathLike | None,
+    model: str | os.PathLike,
     count: int,
     *,
     frames: int = FRAMES,
@@ -108,8 +116,9 @@ def record(
     """
     if count < demo_record.FEWEST:
         raise UsageError(f"--record {count}: at least {demo_record.FEWEST} clips are needed to tell how much single clips scatter")
-    path = assets.resolve(assets.NAME if model is None else model)
-    pipeline = KeySyncPipeline.from_pretrained(path)
+    pipeline = KeySyncPipeline.from_pretrained(model)
+    if not os.access(model, os.W_OK):  # before the dubs; a hub: or gs:// model is no folder of this machine either
+        raise KeySyncError(f"{model}: {demo_record.FILE} cannot be written there; name a model directory of your own on this machine")
     console = Console(stderr=True, quiet=quiet)
     rows = []
     for seed in range(count):
@@ -117,7 +126,7 @@ def record(
         _, measured = _dub(pipeline, clip, Path(folder) / f"seed_{seed}", seed, progress=False)
         rows.append(measured.figures)
         console.print(f"seed {seed} of {count}: " + ", ".join(f"{k} {v:.3f}" for k, v in measured.figures.items()), highlight=False)
-    written = demo_record.write(path, rows, frames=frames, size=size, model=pipeline.describe())
+    written = demo_record.write(pipeline.describe(), rows, frames=frames, size=size)
     return f"{written}: {count} clips, mean opening r {np.mean([row['opening_r'] for row in rows]):.3f}"
 
 
@@ -139,6 +148,8 @@ class _Measured(NamedTuple):
 def _dub(pipeline: KeySyncPipeline, clip: HeldOut, folder: Path, seed: int, progress: bool) -> tuple[DubResult, _Measured]:
     """Write the clip and the voice, run the job on the files, measure its output."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:  # should this run fail, no result of an earlier one stands beside its input
+        (folder / name).unlink(missing_ok=True)
     write_clip(clip.source, folder / "clip.mp4")
     audio.save_wav(folder / "voice.wav", clip.target.samples, clip.target.sample_rate)
     result = pipeline(
@@ -200,7 +211,7 @@ def _draw(clip: HeldOut, measured: _Measured, dub: DubResult, path: Path) -> Non
     strip = draw_strip([(name, list(frames)) for name, frames in rows], times, clip.target.samples, seconds)
     left, right = _EDGE
     curves = draw_curves(list(measured.opening.items()), seconds, "opening", strip.width, 150, left, right)
-    stack([strip, curves]).save(path)
+    write_atomically(path, stack([strip, curves]).save)
 
 
 def _show(console: Console, report: dict[str, Any], dub: DubResult, folder: Path) -> None:
@@ -219,8 +230,14 @@ def _show(console: Console, report: dict[str, Any], dub: DubResult, folder: Path
     else:
         console.print("this model draws [b]cartoon mouths[/b]; for real videos: keysync dub --help")
     if report["below_recorded"]:
-        console.print(f"[bold red]below what this model is recorded to reach: {', '.join(report['below_recorded'])}[/bold red]")
+        missed = (f"{key} {_number(report['figures'][key])} (floor {recorded['floors'][key]:g})" for key in report["below_recorded"])
+        text = f"[bold red]below what this model is recorded to reach: {', '.join(missed)}[/bold red]"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)  # also with `quiet`: it is why the exit status is 1
     elif recorded:
         console.print("no figure is below what this model is recorded to reach")
     else:
         console.print("nothing is recorded for this model, so nothing is compared (keysync demo --record N does that)")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_pipeline.synthetic.write import write_atomically
 from keysync_jax import __version__
 from keysync_jax.config import MaskConfig, from_dict
 from keysync_jax.errors import KeySyncError
@@ -27,6 +27,7 @@ _CORRELATIONS = ("opening_r", "width_r", "partial_r")
 _DEVIATIONS = 3.0
 _MARGIN = 0.02  # below the worst recorded clip: other processors round differently
 _CLOSED_MARGIN = 0.15  # a clip has some fifteen closed frames: rounding moves the share by a frame or two, .07 each
+_AGAIN = "record again with keysync demo --record N --model DIR"
 _NEEDED = {"clips", "frames", "size", "mean", "deviation", "floors", "weights"}
 
 
@@ -65,8 +66,13 @@ def below(figures: Mapping[str, float], floors: Mapping[str, float | None]) -> l
     return missed
 
 
-def write(folder: str | os.PathLike, rows: Sequence[Mapping[str, float]], *, frames: int, size: int, model: Mapping[str, Any]) -> Path:
-    """Summarize the clips of seeds 0, 1, … in `folder`/recorded.json.
+def write(model: Mapping[str, Any], rows: Sequence[Mapping[str, float]], *, frames: int, size: int) -> Path:
+    """Summarize the clips of seeds 0, 1, … in recorded.json beside the model's weights.
+
+    Args:
+      model: the model directory's description (`ModelDirectory.describe`).
+      rows: figures of each clip.
+      frames, size: of the clips.
 
     Raises:
       KeySyncError: the folder cannot be written to.
@@ -90,36 +96,51 @@ def write(folder: str | os.PathLike, rows: Sequence[Mapping[str, float]], *, fra
         f"({_CLOSED_MARGIN:g} for closed)",
         **hashes(model),
     }
-    path = Path(folder) / FILE
-    try:
-        path.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise KeySyncError(f"cannot write {path}: {error.strerror or error}") from None
+    path, text = Path(model["path"]) / FILE, json.dumps(recorded, indent=1) + "\n"
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
     return path
 
 
-def read(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """What is recorded for the model directory `folder`; None where nothing is.
+def read(model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What is recorded for a model; None where nothing is.
+
+    Args:
+      model: the model directory's description (`ModelDirectory.describe`).
 
     Raises:
-      KeySyncError: a damaged file, or one that was recorded for other weights.
+      KeySyncError: a damaged file, one without floors, or one that was recorded for other weights.
     """
-    path = Path(folder) / FILE
+    path = Path(model["path"]) / FILE
     if not path.is_file():
         return None
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise KeySyncError(f"{path} is not valid JSON: {error}; record again with keysync demo --record") from None
+        raise KeySyncError(f"{path} is not valid JSON: {error}; {_AGAIN}") from None
     missing = sorted(_NEEDED - set(recorded)) if isinstance(recorded, dict) else sorted(_NEEDED)
     if missing:
-        raise KeySyncError(f"{path} lacks {', '.join(missing)}; record again with keysync demo --record")
-    for part, digest in recorded["weights"].items():
-        config = Path(folder) / part / "config.json"
-        found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        if (found.get("weights") or {}).get("sha256") != digest:
-            raise KeySyncError(f"{path} was recorded for other weights of {part}; record again with keysync demo --record")
+        raise KeySyncError(f"{path} lacks {', '.join(missing)}; {_AGAIN}")
+    for name in ("clips", "frames", "size"):
+        if type(recorded[name]) is not int:
+            raise KeySyncError(f"{path}: {name} is no whole number; {_AGAIN}")
+    for name in ("mean", "deviation", "floors"):
+        values = recorded[name]
+        if not isinstance(values, dict) or set(values) != set(KEYS) or not all(v is None or _is_number(v) for v in values.values()):
+            raise KeySyncError(f"{path}: {name} must hold a number or null for each of {', '.join(KEYS)}; {_AGAIN}")
+    # A record that holds a model against nothing would let anything pass.
+    if all(value is None for value in recorded["floors"].values()):
+        raise KeySyncError(f"{path} holds no floor; {_AGAIN}")
+    if not isinstance(recorded["weights"], dict):
+        raise KeySyncError(f"{path}: weights must name the SHA-256 of each part; {_AGAIN}")
+    own = hashes(model)["weights"]
+    for part in sorted(own.keys() | recorded["weights"].keys()):
+        if own.get(part) != recorded["weights"].get(part):
+            raise KeySyncError(f"{path} was recorded for other weights of {part}; {_AGAIN}")
     return recorded
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def hashes(model: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -15,7 +15,6 @@ import contextlib
 import logging
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
@@ -146,15 +145,15 @@ def save_wav(path: str | os.PathLike, samples: np.ndarray, rate: int, subtype: s
         raise KeySyncError(f"{path}: the samples to write are not all finite")
     if not path.parent.is_dir():
         raise KeySyncError(f"{path}: the folder {path.parent} does not exist; create it first")
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # not mkstemp, whose files only their owner may read
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             soundfile.write(file, samples, rate, format="WAV", subtype=subtype)
         os.replace(temporary, path)
     except (OSError, soundfile.LibsndfileError) as error:
         raise KeySyncError(f"{path}: cannot be written: {error}") from error
     finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,23 @@ def test_correlation_is_pearsons():
     assert lip_metrics.correlation(a, np.full(150, 0.3)) == 0.0
 
 
+def test_too_few_frames_correlate_with_nothing():
+    few = lip_metrics.FEWEST - 1
+    for count in (1, 2, few):  # two points would give ±1
+        assert math.isnan(lip_metrics.correlation(TRUE[:count], _wander(2)[:count]))
+    assert lip_metrics.correlation(TRUE[: few + 1], TRUE[: few + 1]) == pytest.approx(1)
+    # A cubic in the loudness passes through any four points: the rest of a few more is no evidence.
+    assert math.isnan(lip_metrics.partial_correlation(TRUE[: few + 3], TRUE[: few + 3], _wander(5)[: few + 3]))
+    assert lip_metrics.partial_correlation(TRUE[: few + 4], TRUE[: few + 4], _wander(5)[: few + 4]) == pytest.approx(1)
+    short = few + lip_metrics.MAX_LAG  # at the largest lag one frame too few is left
+    with pytest.raises(KeySyncError, match="12 frames are too few to look for a lag of up to 5; it takes 13"):
+        lip_metrics.cross_correlation(TRUE[:short], TRUE[:short])
+    for count, lag in ((short, math.nan), (short + 1, 0.0)):
+        truth = MouthTruth(TRUE[:count], TRUE[:count], TRUE[:count] < 0.1, _wander(5)[:count], 1.0, _wander(7)[:count])
+        figures = lip_metrics.follow_figures(TRUE[:count], TRUE[:count], np.ones(count, bool), truth)
+        assert figures["lag"] == pytest.approx(lag, nan_ok=True) and figures["opening_r"] == pytest.approx(1)
+
+
 def test_a_mouth_that_does_not_move_has_no_lag_and_no_correlation():
     still = np.full(150, 0.4)
     truth = MouthTruth(TRUE, TRUE, TRUE < 0.1, _wander(5), 1.0, _wander(7))
@@ -103,7 +120,7 @@ def test_leak_is_the_weight_of_the_inputs_mouth():
         assert lip_metrics.input_leak(mixed, TRUE, source) == pytest.approx(share, abs=1e-9)
     assert lip_metrics.input_leak(0.3 * source, np.zeros(150), source) == pytest.approx(0.3)  # silence: the true mouth is shut
     assert math.isnan(lip_metrics.input_leak(TRUE, TRUE, np.full(150, 0.2)))
-    assert math.isnan(lip_metrics.input_leak(TRUE[:3], TRUE[:3], source[:3]))
+    assert math.isnan(lip_metrics.input_leak(TRUE[:7], TRUE[:7], source[:7]))
 
 
 def test_roughness_is_relative_to_the_truth():
@@ -130,7 +147,10 @@ def test_bad_series_are_refused():
 
 
 def test_marks_judge_both_ways():
-    rows = {row["key"]: row["passed"] for row in marks.judge(marks.FOLLOW, {"opening_r": 0.8, "width_r": 0.59, "lag": -1, "closed": None})}
-    assert rows == {"opening_r": True, "width_r": False, "lag": True, "closed": False, "partial_r": False}
+    figures = {"opening_r": 0.8, "width_r": 0.59, "lag": -1, "closed": None}
+    rows = {row["key"]: row["passed"] for row in marks.judge(marks.FOLLOW, figures)}
+    assert rows == {"opening_r": True, "width_r": False, "lag": True, "closed": False, "partial_r": None}  # not measured: no verdict
+    for missing, verdict in ((0, True), (1, False)):  # one clip without a lag is one too many
+        assert marks.FOLLOW[2].met({"lag": 0.0, "lag_missing": missing}) is verdict
     assert not marks.FOLLOW[2].passed(-2)
     assert marks.clean({"a": [math.nan, 0.12345678], "b": 3}) == {"a": [None, 0.1235], "b": 3}

@@ -2,7 +2,10 @@
 
 import argparse
 import csv
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 from data_pipeline.synthetic import make_clip, write_clip
 from keysync_jax import evaluate_cli
 from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.evaluation import video_metrics
+from keysync_jax.evaluation import video_metrics, video_report
 from keysync_jax.evaluation.lip_metrics_plot import COLOURS, draw_curves, stack
 from keysync_jax.evaluation.video_metrics import FrameFigures
 
@@ -80,11 +83,14 @@ def _figures(ratios):
 
 
 def test_comparison_uses_frames_with_a_face_in_both():
-    ours, theirs = _figures([0.1, 0.3, np.nan, 0.5, 0.2]), _figures([0.2, 0.6, 0.9, 1.0])
+    known = np.array([0.1, 0.3, 0.4, 0.3, 0.2, 0.15, 0.35, 0.5])
+    ours, theirs = _figures([*known[:2], np.nan, *known[2:], 0.2]), _figures([*2 * known[:2], 0.9, *2 * known[2:]])
     both = video_metrics.compare(ours, theirs)
-    assert both["frames_compared"] == 3 and both["frames_apart"] == 1
-    assert both["ratio_r"] == pytest.approx(1) and both["ratio_difference"] == pytest.approx((0.1 + 0.3 + 0.5) / 3)
-    assert both["open_difference"] == pytest.approx(2 / 3 - 2 / 3)  # over the frames that are compared
+    assert both["frames_compared"] == 8 and both["frames_apart"] == 1
+    assert both["ratio_r"] == pytest.approx(1) and both["ratio_difference"] == pytest.approx(known.mean())
+    assert both["open_difference"] == pytest.approx(5 / 8 - 7 / 8)  # over the frames that are compared
+    short = video_metrics.compare(_figures(known[:7]), theirs)
+    assert short["frames_compared"] == 7 and np.isnan(short["ratio_r"])  # too few to correlate
     with pytest.raises(KeySyncError, match="fewer than two frames"):
         video_metrics.compare(_figures([0.1, np.nan, np.nan]), theirs)
 
@@ -135,6 +141,7 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(video, tmp_path):
         (("-o", path), "named twice"),
         (("-o", tmp_path / "a.json", "--series", tmp_path / "a.json"), "named twice"),
         (("-o", tmp_path), "is a folder"),
+        (("-o", os.devnull), "is no ordinary file"),
     ):
         with pytest.raises(UsageError, match=message):
             _command("--video", path, *words)
@@ -143,6 +150,34 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(video, tmp_path):
         _command("--talkers", "--model", "demo", "--microbatch", 0)
     with pytest.raises(UsageError, match="--gate judges one guidance"):
         _command("--talkers", "--model", "demo", "--gate", "--guidance-grid", "1/1,2/2")
+
+
+def test_outputs_are_whole_or_as_they_were(tmp_path, monkeypatch):
+    table, series, plot = (tmp_path / name for name in ("a.json", "a.csv", "a.png"))
+    for path in (table, series, plot):
+        path.write_text("before")
+
+    def full(path, *args, **kwargs):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a full disk says it: without a name
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(KeySyncError, match=r"a\.json: the disk is full"):
+            evaluate_cli._write(str(table), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(video_metrics.csv, "writer", lambda file, **_: full(file.name))
+        with pytest.raises(KeySyncError, match=r"a\.csv: the disk is full"):
+            video_metrics.write_series(series, _figures([0.1, 0.2]))
+    figures = _figures(np.linspace(0, 1, 20))
+    monkeypatch.setattr(video_report, "_read", lambda *_: figures)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", lambda picture, path: full(path))
+        with pytest.raises(KeySyncError, match=r"a\.png: the disk is full"):
+            video_report.evaluate_video("x.mp4", plot=plot)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(("a.json", "a.csv", "a.png"), "before")
+    video_report.evaluate_video("x.mp4", plot=plot, series=series)
+    assert Image.open(plot).size == (480, 200) and len(series.read_text().splitlines()) == 21
 
 
 def _command(*words):

@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keysync_jax import assets, evaluate_cli
+from converters import model_directory
+from keysync_jax import KeySyncPipeline, assets, evaluate_cli
+from keysync_jax.cli import main
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.evaluation import marks, talkers_clips
 from keysync_jax.inference import demo, demo_record
@@ -68,12 +71,12 @@ def test_figures_stand_beside_their_marks(made):
     assert report["opening"]["true target"] != report["opening"]["input"]
 
 
-def test_recording_and_what_falls_below_it(model, tmp_path, monkeypatch):
+def test_recording_and_what_falls_below_it(model, tmp_path, monkeypatch, capsys):
     own = tmp_path / "model"
     shutil.copytree(model, own)
     monkeypatch.setattr(demo_record, "FEWEST", 2)
     demo.record(tmp_path / "runs", own, 2, frames=FRAMES, size=SIZE, quiet=True)
-    recorded = demo_record.read(own)
+    recorded = demo_record.read(model_directory.load(own).describe())
     assert recorded["clips"] == 2 and set(recorded["weights"]) == {"keyframe", "interpolation", "vae"}
     again = demo.run_demo(tmp_path / "again", 1, own, frames=FRAMES, size=SIZE, quiet=True)
     assert again.passed  # a recorded seed is never below its own floor
@@ -81,12 +84,17 @@ def test_recording_and_what_falls_below_it(model, tmp_path, monkeypatch):
     (own / demo_record.FILE).write_text(json.dumps(recorded))
     run = functools.partial(demo.run_demo, frames=FRAMES, size=SIZE)
     monkeypatch.setattr(demo, "run_demo", run)
+    capsys.readouterr()
     assert _command("-o", tmp_path / "worse", "--seed", 1, "--model", own, "--quiet") == 1
-    assert json.loads((tmp_path / "worse" / "figures.json").read_text())["below_recorded"] == ["width_r"]
+    report = json.loads((tmp_path / "worse" / "figures.json").read_text())
+    assert report["below_recorded"] == ["width_r"]
+    shown = capsys.readouterr()
+    width = f"width_r {report['figures']['width_r']:.3f} (floor 0.95)"
+    assert (shown.out, shown.err) == ("", f"below what this model is recorded to reach: {width}\n")
     recorded["weights"]["vae"] = "0" * 64
     (own / demo_record.FILE).write_text(json.dumps(recorded))
     with pytest.raises(KeySyncError, match="recorded for other weights of vae"):
-        demo_record.read(own)
+        demo_record.read(model_directory.load(own).describe())
 
 
 def _command(*words):
@@ -99,6 +107,52 @@ def _command(*words):
 def test_too_few_clips_to_record(model, tmp_path):
     with pytest.raises(UsageError, match="--record 3: at least 8"):
         _command("-o", tmp_path, "--record", 3, "--model", model)
+
+
+def test_a_record_never_goes_into_the_package(tmp_path, model, monkeypatch):
+    for words in ((), ("--model", "demo")):
+        with pytest.raises(UsageError, match="--record writes into the model directory; name yours with --model DIR"):
+            _command("-o", tmp_path, "--record", 8, *words)
+    with pytest.raises(UsageError, match="leave out --seed"):
+        _command("-o", tmp_path, "--record", 8, "--model", model, "--seed", 0)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(KeySyncError, match="recorded.json cannot be written there"):
+        _command("-o", tmp_path, "--record", 8, "--model", model)
+
+
+def test_a_failed_rerun_leaves_no_results_of_the_run_before(model, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in (*demo.FILES, "notes.txt"):
+        (folder / name).write_text("of the run before")
+    with pytest.raises(KeySyncError, match="no such model"):  # nothing is new yet, so everything may stay
+        monkeypatch.setattr(demo, "_model", lambda *_: (_ for _ in ()).throw(KeySyncError("no such model")))
+        demo.run_demo(folder, 3, model, frames=FRAMES, size=SIZE, quiet=True)
+    assert len(list(folder.iterdir())) == len(demo.FILES) + 1
+    monkeypatch.undo()
+
+    def broken(*args, **kwargs):
+        raise KeySyncError("the dub fails")
+
+    monkeypatch.setattr(demo.KeySyncPipeline, "__call__", broken)
+    with pytest.raises(KeySyncError, match="the dub fails"):
+        demo.run_demo(folder, 3, model, frames=FRAMES, size=SIZE, quiet=True)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"clip.mp4", "clip.landmarks.npy", "clip.truth.json", "voice.wav", "notes.txt"}
+    assert (folder / "notes.txt").read_text() == "of the run before" and (folder / "voice.wav").stat().st_size > 1000
+
+
+def test_the_voice_is_readable_as_the_umask_says(made):
+    before = os.umask(0o022)
+    os.umask(before)
+    assert {name: (made[0] / name).stat().st_mode & 0o777 for name in ("voice.wav", "figures.json")} == dict.fromkeys(
+        ("voice.wav", "figures.json"), 0o666 & ~before
+    )
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_dub(model, tmp_path):
+    with pytest.raises(UsageError, match="--report .* is a folder; name a file in it"):
+        KeySyncPipeline.from_pretrained(model)("no_such_video.mp4", "no_such_voice.wav", tmp_path / "a.mp4", report=tmp_path)
 
 
 def test_floor_lies_under_every_recorded_clip():
@@ -121,13 +175,56 @@ def test_below_names_what_missed():
 
 
 def test_damaged_record_is_named(tmp_path):
-    assert demo_record.read(tmp_path) is None
-    (tmp_path / demo_record.FILE).write_text("{")
-    with pytest.raises(KeySyncError, match="recorded.json is not valid JSON"):
-        demo_record.read(tmp_path)
-    (tmp_path / demo_record.FILE).write_text('{"clips": 3}')
-    with pytest.raises(KeySyncError, match="lacks deviation, floors"):
-        demo_record.read(tmp_path)
+    described = {"path": str(tmp_path), "parts": {"vae": {"sha256": "12"}, "audio/log_mel": {"sha256": None}}}
+    assert demo_record.read(described) is None
+    figures = dict.fromkeys(demo_record.KEYS, 0.5)
+    good = {"clips": 8, "frames": 150, "size": 256, "mean": figures, "deviation": figures, "floors": figures, "weights": {"vae": "12"}}
+    path = tmp_path / demo_record.FILE
+    path.write_text(json.dumps(good))
+    assert demo_record.read(described) == good
+    for text, message in (
+        ("{", "is not valid JSON"),
+        ("[1]", "lacks clips, deviation"),
+        ('{"clips": 3}', "lacks deviation, floors"),
+        (json.dumps(good | {"frames": "150"}), "frames is no whole number"),
+        (json.dumps(good | {"mean": 3}), "mean must hold a number or null for each of opening_r"),
+        (json.dumps(good | {"floors": {}}), "floors must hold a number"),  # would let anything pass
+        (json.dumps(good | {"floors": figures | {"lag": "1"}}), "floors must hold a number"),
+        (json.dumps(good | {"floors": figures | {"lag": math.nan}}), "floors must hold a number"),
+        (json.dumps(good | {"floors": dict.fromkeys(figures)}), "holds no floor"),
+        (json.dumps(good | {"weights": ["vae"]}), "weights must name"),
+        (json.dumps(good | {"weights": {}}), "other weights of vae"),
+        (json.dumps(good | {"weights": {"vae": "12", "keyframe": "34"}}), "other weights of keyframe"),
+    ):
+        path.write_text(text)
+        with pytest.raises(KeySyncError, match=message) as caught:
+            demo_record.read(described)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value) and "keysync demo --record" in str(caught.value)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(KeySyncError, match="is not valid JSON"):
+        demo_record.read(described)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "keyframe/config.json", "vae/config.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"{}", b'{"part": "keyframe", "config": {}, "weights": 3}'])
+def test_a_damaged_model_is_one_line_that_names_the_file(model, tmp_path, capsys, name, content):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / demo_record.FILE).write_text("{")  # the model is looked at first
+    (tmp_path / "model" / name).write_bytes(content)
+    assert main(["demo", "-o", str(tmp_path / "out"), "--model", str(tmp_path / "model")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("keysync: error: ") and error.count("\n") == 1 and str(tmp_path / "model" / name) in error
+
+
+def test_a_missing_stage_is_named_whatever_is_recorded(model, tmp_path, capsys):
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    (own / demo_record.FILE).write_text('{"weights": {"interpolation": "12"}}')
+    index = json.loads((own / "model_index.json").read_text())
+    (own / "model_index.json").write_text(json.dumps(index | {"parts": [part for part in index["parts"] if part != "interpolation"]}))
+    assert main(["demo", "-o", str(tmp_path / "out"), "--model", str(own)]) == 1
+    assert "has no part interpolation" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_name_of_the_bundled_model(tmp_path, monkeypatch):
