@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.errors import KeySyncError, UsageError
 
 # "Align Your Steps" schedule for Stable Video Diffusion (Sabour et al. 2024), from pure noise to almost clean. Eleven values:
 # ten steps between them and an eleventh to zero.
@@ -24,10 +24,11 @@ def ays_sigmas(num_steps: int = MIN_STEPS, strength: float = 1.0) -> np.ndarray:
       float64 `[number of evaluations + 1]`.
 
     Raises:
-      KeySyncError: fewer than 10 steps, or a strength outside [0, 1].
+      UsageError: fewer than 10 steps.
+      KeySyncError: a strength outside [0, 1].
     """
     if num_steps < MIN_STEPS:
-        raise KeySyncError(
+        raise UsageError(
             f"--steps {num_steps} is too few: the noise schedule is published for {MIN_STEPS} steps and is not defined below; "
             f"use --steps {MIN_STEPS} or more"
         )

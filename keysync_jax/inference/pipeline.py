@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,16 @@ class KeySyncPipeline:
           progress: show progress bars on stderr.
 
         Raises:
+          UsageError: the output or the report would replace an input or each other.
           KeySyncError: see `job.dub`.
         """
         video = os.fspath(video)
         output = os.fspath(output) if output is not None else str(Path(video).with_name(f"{Path(video).stem}_dubbed.mp4"))
+        inputs = {Path(video).resolve(): "the video", Path(audio).resolve(): "the voice"}
+        _keep(inputs, output, "output")
         if report is not None:
             reporting.check_target(report)
+            _keep(inputs | {Path(output).resolve(): "the output"}, report, "report")
         result = job.dub(self, video, os.fspath(audio), output, options or DubOptions(), StageProgress(progress))
         if report is not None:
             Path(report).write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
@@ -131,3 +136,10 @@ class KeySyncPipeline:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+
+def _keep(taken: Mapping[Path, str], path: str | os.PathLike, what: str) -> None:
+    """Refuses to write over a file that the same job reads or writes."""
+    role = taken.get(Path(path).resolve())
+    if role is not None:
+        raise UsageError(f"the {what} {path} would replace {role}; name another file")

@@ -12,7 +12,7 @@ import pytest
 
 from keysync_jax import KeySyncPipeline
 from keysync_jax.config import MaskConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.media import audio, video
 
@@ -121,6 +121,20 @@ def test_frames_are_bit_equal_on_one_and_eight_devices_without_torch(tiny_model,
     assert len(one) == FRAMES
     for (_, a), (_, b) in zip(one, eight, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_nothing_is_written_over_what_the_job_reads(pipeline, talker, tmp_path):
+    clip, voice = talker / "clip.mp4", talker / "voice.wav"
+    before = clip.read_bytes(), voice.read_bytes()
+    (tmp_path / "b").mkdir()
+    for output, report, words in (
+        (clip, None, "the output .* would replace the video"),
+        (tmp_path / "a.mp4", voice, "the report .* would replace the voice"),
+        (tmp_path / "a.mp4", tmp_path / "b" / ".." / "a.mp4", "the report .* would replace the output"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            pipeline(clip, voice, output, report=report)
+    assert before == (clip.read_bytes(), voice.read_bytes()) and not (tmp_path / "a.mp4").exists()
 
 
 def test_pretrained_round_trip(pipeline, tiny_model, tmp_path):
