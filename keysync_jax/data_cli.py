@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
+from pathlib import Path
 
-from keysync_jax.errors import UsageError
+from etils import epath
+
+from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.verbs import add_verb
+
+_LARGEST_CROP = 4096
 
 
 def add_verbs(verbs) -> None:
@@ -24,7 +30,9 @@ def _add_prepare(verbs) -> None:
     )  # fmt: skip
     p.add_argument("input", metavar="INPUT", help="folder, video, list of paths (.txt), or manifest (.csv, .json)")
     p.add_argument("-o", "--output", required=True, metavar="DIR", help="dataset directory, local or gs://; run again to go on or to add")
-    p.add_argument("--model", required=True, metavar="DIR", help="model directory whose VAE and speech encoders compute the features")
+    p.add_argument(
+        "--model", required=True, metavar="DIR", help="model directory whose VAE and speech encoders compute the features, or demo"
+    )
     p.add_argument("--annotations", metavar="PATH", help="annotations of HDTF, CelebV-HQ or CelebV-Text; INPUT holds the videos")
     p.add_argument("--source", default="", metavar="NAME", help="name of the collection, for items that do not state one")
     p.add_argument("--seed", type=int, default=0, help="of posterior samples, random views and splits")
@@ -32,8 +40,8 @@ def _add_prepare(verbs) -> None:
     keep.add_argument("--crop-size", type=int, metavar="PX", help="side of the face crop (default: the model's resolution)")
     keep.add_argument("--min-frames", type=int, metavar="N", help="shortest clip at 25 fps (default 25)")
     keep.add_argument("--max-frames", type=int, metavar="N", help="longest clip; longer shots are cut (default 500)")
-    keep.add_argument("--min-face", type=float, metavar="X", help="smallest face as a fraction of the crop (default 0.3)")
-    keep.add_argument("--max-silence", type=float, metavar="X", help="largest share of silence (default: no limit)")
+    keep.add_argument("--min-face", type=_number, metavar="X", help="smallest face as a fraction of the crop (default 0.3)")
+    keep.add_argument("--max-silence", type=_number, metavar="X", help="largest share of silence (default: no limit)")
     keep.add_argument("--faces", choices=["mediapipe", "fan"], help="landmark detector where a video has no landmark file")
     keep.add_argument("--face-weights", metavar="DIR", help="folder with FAN's weight files")
     keep.add_argument(
@@ -45,7 +53,7 @@ def _add_prepare(verbs) -> None:
         "--columns", metavar="LIST", help="of jpeg,sound,log_mel,wav2vec2,whisper,emotion,occluder (default jpeg,sound,log_mel)"
     )
     out.add_argument("--column-weights", action="append", default=[], metavar="NAME=PATH", help="weights of wav2vec2, whisper or occluder")
-    out.add_argument("--shard-mb", type=float, metavar="MB", help="size of a shard (default 256)")
+    out.add_argument("--shard-mb", type=_number, metavar="MB", help="size of a shard (default 256)")
     out.add_argument("--splits", metavar="LIST", help="shares of speakers (default train=0.9,validation=0.05,test=0.05)")
     out.add_argument("--discard-work", action="store_true", help="delete the computed features once all shards are written")
     job = p.add_argument_group("running")
@@ -62,9 +70,15 @@ def _prepare(args) -> int:
     from data_pipeline.prepare.run import prepare
     from data_pipeline.prepare.scorers import parse
     from data_pipeline.prepare.settings import Curation, Output
+    from keysync_jax import assets
 
     if args.workers < 1:
         raise UsageError(f"--workers is {args.workers}; it must be at least 1")
+    if args.crop_size is not None and not 1 <= args.crop_size <= _LARGEST_CROP:
+        raise UsageError(f"--crop-size is {args.crop_size}; choose 1 to {_LARGEST_CROP} pixels")
+    if not args.output or ("://" not in args.output and Path(args.output).is_file()):
+        raise UsageError(f"--output {args.output!r} is no folder; name a dataset directory")
+    _check_remote(args.output)
     items = read_inputs(args.input, args.annotations, args.source)
     chosen = {
         "columns": _columns(args.columns), "shard_megabytes": args.shard_mb, "split_fractions": _shares(args.splits),
@@ -72,7 +86,8 @@ def _prepare(args) -> int:
         "discard_work": args.discard_work,
     }  # fmt: skip
     target = Output(**{k: v for k, v in chosen.items() if v is not None})
-    size = plan_features(args.model, target, args.crop_size).crop_size
+    model = assets.resolve(args.model)
+    size = plan_features(model, target, args.crop_size).crop_size
     wanted = {
         "crop_size": size, "min_frames": args.min_frames, "max_frames": args.max_frames, "min_face": args.min_face,
         "max_silence": args.max_silence, "faces": args.faces, "face_weights": args.face_weights, "seed": args.seed,
@@ -80,9 +95,25 @@ def _prepare(args) -> int:
     }  # fmt: skip
     curation = Curation(**{k: v for k, v in wanted.items() if v is not None})
     flags = ([f"--runner={args.runner}"] if args.runner else []) + shlex.split(args.beam)
-    summary = prepare(items, args.output, args.model, curation, target, work=args.work, workers=args.workers, beam=flags, quiet=args.quiet)
+    summary = prepare(items, args.output, model, curation, target, work=args.work, workers=args.workers, beam=flags, quiet=args.quiet)
     print(summary)
     return 0
+
+
+def _check_remote(path: str) -> None:
+    """Raises KeySyncError where the package that speaks gs:// is not installed."""
+    if "://" in path:
+        try:
+            epath.Path(path).exists()
+        except ImportError as error:
+            raise KeySyncError(f"cannot open {path}: {error}") from None
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
 
 
 def _columns(text: str | None) -> tuple[str, ...] | None:
@@ -93,8 +124,8 @@ def _shares(text: str | None) -> dict[str, float] | None:
     if text is None:
         return None
     try:
-        return {name.strip(): float(share) for name, share in (part.split("=") for part in text.split(","))}
-    except ValueError:
+        return {name.strip(): _number(share) for name, share in (part.split("=") for part in text.split(","))}
+    except (ValueError, argparse.ArgumentTypeError):
         raise UsageError(f"--splits {text!r} must read like train=0.9,validation=0.1") from None
 
 
@@ -106,7 +137,11 @@ def _pair(text: str, option: str) -> tuple[str, str]:
 
 
 def _add_data(verbs) -> None:
-    p = verbs.add_parser("data", help="make drawn talkers, look into a dataset", description="Make drawn talkers, look into a dataset.")
+    p = verbs.add_parser(
+        "data", help="make drawn talkers, look into a dataset", description="Make drawn talkers, look into a dataset.",
+        epilog="example:\n  keysync data synth -n 500 -o talkers\n  keysync data inspect data\n\nkeysync data VERB --help explains a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     p.add_argument("-v", "--verbose", action="count", default=0, help=argparse.SUPPRESS)
     parts = p.add_subparsers(title="verbs", metavar="VERB", required=True)
     synth = add_verb(
@@ -114,16 +149,18 @@ def _add_data(verbs) -> None:
         "  keysync data synth -n 500 -o talkers\n  keysync data synth -n 24 --size 256 --occluders 0.3 --emotion 0.5 -o talkers",
     )  # fmt: skip
     synth.add_argument("-n", "--clips", type=int, required=True, metavar="N", help="number of clips; a larger number extends a folder")
-    synth.add_argument("-o", "--output", required=True, metavar="DIR")
+    synth.add_argument("-o", "--output", required=True, metavar="DIR", help="local folder; what is finished there is kept")
     synth.add_argument("--frames", type=int, default=180, metavar="N", help="frames per clip at 25 fps (default 180)")
     synth.add_argument("--size", type=int, default=128, metavar="PX", help="side of the frames (default 128)")
     synth.add_argument("--speakers", type=int, metavar="N", help="different faces (default: a new one for each clip)")
-    synth.add_argument("--seed", type=int, default=0)
-    synth.add_argument("--silent", type=float, default=0.06, metavar="P", help="share of clips without speech (default 0.06)")
-    synth.add_argument("--laughter", type=float, default=0.0, metavar="P", help="share of clips with laughter-like sounds")
-    synth.add_argument("--occluders", type=float, default=0.0, metavar="P", help="share of clips with a hand or microphone and exact masks")
-    synth.add_argument("--emotion", type=float, default=0.0, metavar="P", help="share of clips with valence and arousal expressions")
-    synth.add_argument("--workers", type=int, default=1, metavar="N", help="processes; the result does not depend on it")
+    synth.add_argument("--seed", type=int, default=0, help="another seed is another set (default 0)")
+    synth.add_argument("--silent", type=_number, default=0.06, metavar="P", help="share of clips without speech (default 0.06)")
+    synth.add_argument("--laughter", type=_number, default=0.0, metavar="P", help="share of clips with laughter-like sounds")
+    synth.add_argument(
+        "--occluders", type=_number, default=0.0, metavar="P", help="share of clips with a hand or microphone and exact masks"
+    )
+    synth.add_argument("--emotion", type=_number, default=0.0, metavar="P", help="share of clips with valence and arousal expressions")
+    synth.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1); the result does not depend on it")
     synth.add_argument("--arrays", action="store_true", help="write frames and voice as .npy (9 MB a clip) instead of .mp4")
     synth.add_argument("--quiet", action="store_true", help="no progress")
     look = add_verb(
@@ -155,6 +192,7 @@ def _inspect(args) -> int:
 
     if args.output and not args.clip:
         raise UsageError("-o draws one clip: name it with --clip ID")
+    _check_remote(args.data)
     if args.output:  # first: whatever is wrong with it is the only thing that is said
         draw_clip(args.data, args.clip, args.output, MaskConfig(kind=args.mask))
     print_summary(args.data, args.clip, args.json)

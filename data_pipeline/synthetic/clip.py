@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from data_pipeline.synthetic.voice import SAMPLE_RATE, sample_voice, synthesize
 from keysync_jax.errors import UsageError
 
 FPS = 25
-MIN_SIZE = 48
+MIN_SIZE, MAX_SIZE = 48, 4096
+MAX_FRAMES = 15_000  # ten minutes: the voice is made in one piece
+_MAX_BYTES = 4 << 30  # of a clip's frames, which are all in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,30 @@ class TalkerOptions:
             value = getattr(self, name)
             if not 0 <= value <= (0.9 if name == "pause_share" else 1):
                 raise UsageError(f"{name} must lie between 0 and {0.9 if name == 'pause_share' else 1}, not {value}")
+        if not 0 <= self.motion < math.inf:
+            raise UsageError(f"motion must be a finite number that is not negative, not {self.motion}")
+        if self.room_db is not None and not self.room_db <= 0:
+            raise UsageError(f"room_db is a level in dB full scale, at most 0, not {self.room_db}")
+
+
+def check_extent(frames: int, size: int) -> None:
+    """Refuses a clip that cannot be drawn.
+
+    Args:
+        frames: length at 25 fps.
+        size: side of the frames in pixels.
+
+    Raises:
+        UsageError: no frame, more than ten minutes, an odd, too small or too large side, or frames that are too many for the memory.
+    """
+    if not 1 <= frames <= MAX_FRAMES:
+        raise UsageError(f"a talker clip has 1 to {MAX_FRAMES} frames, not {frames}")
+    if not MIN_SIZE <= size <= MAX_SIZE or size % 2:
+        raise UsageError(f"frame size must be even and {MIN_SIZE} to {MAX_SIZE} pixels, not {size}")
+    if frames * size * size * 3 > _MAX_BYTES:
+        raise UsageError(
+            f"{frames} frames of {size} pixels are {frames * size * size * 3 / 1e9:.0f} GB in memory; choose fewer frames or a smaller size"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +133,11 @@ def make_clip(
     Args:
         seed: non-negative integer.
         frames: number of frames at 25 fps.
-        size: side of the square frames in pixels, even.
+        size: side of the square frames in pixels, even, 48 to 4096.
         options: see `TalkerOptions`.
 
     Raises:
-        UsageError: a negative seed, no frames, or a size that is odd or too small.
+        UsageError: a negative seed, or a length or size that `check_extent` refuses.
     """
     options = options or TalkerOptions()
     seeds = {
@@ -121,10 +148,7 @@ def make_clip(
     for name, value in seeds.items():
         if value < 0:
             raise UsageError(f"{name} seed must be a non-negative integer, not {value}")
-    if frames < 1:
-        raise UsageError(f"a talker clip needs at least one frame, not {frames}")
-    if size < MIN_SIZE or size % 2:
-        raise UsageError(f"frame size must be even and at least {MIN_SIZE} pixels, not {size}")
+    check_extent(frames, size)
     seconds = frames / FPS
     phonemes: list[Phoneme] = []
     if not options.silent:

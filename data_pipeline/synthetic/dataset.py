@@ -7,20 +7,25 @@ which clips finish or on how often the run was interrupted; finished clips are k
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.synthetic.clip import MIN_SIZE, TalkerOptions, make_clip
+from data_pipeline.synthetic.clip import FPS, TalkerOptions, check_extent, make_clip
 from data_pipeline.synthetic.occluders import OCCLUDERS
-from data_pipeline.synthetic.write import sidecar, write_atomically, write_clip
+from data_pipeline.synthetic.write import TRUTH_FILE, check_clip, check_suffix, local_folder, sidecar, write_atomically, write_clip
 from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.locking import only_process
 from keysync_jax.progress import Bars
 
 MANIFEST_FIELDS = ("path", "speaker", "split", "source", "consent", "licence")
@@ -28,6 +33,7 @@ SOURCE, CONSENT, LICENCE = "synthetic-talkers", "not needed (drawn)", "CC0-1.0"
 SPLITS = ("train", "validation", "test")
 _TAG = 0xDA7A
 _SETTINGS = "synth.json"
+_MAX_CLIPS = 1_000_000  # names have six digits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +58,8 @@ class SynthSettings:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UsageError(f"seed must be a non-negative integer, not {self.seed}")
-        if self.frames < 1:
-            raise UsageError(f"a talker clip needs at least one frame, not {self.frames}")
-        if self.size < MIN_SIZE or self.size % 2:
-            raise UsageError(f"frame size must be even and at least {MIN_SIZE} pixels, not {self.size}")
+        check_extent(self.frames, self.size)
+        check_suffix(Path(f"clip{self.suffix}"))
         if self.speakers is not None and self.speakers < 1:
             raise UsageError(f"speakers must be at least 1, not {self.speakers}")
         for field in dataclasses.fields(self):
@@ -125,28 +129,36 @@ def plan_clip(index: int, settings: SynthSettings) -> ClipPlan:
     )
 
 
-def _finished(path: Path, plan: ClipPlan) -> bool:
-    """The truth is written last: a clip whose truth names the planned seeds is complete."""
-    record = sidecar(path, "truth.json")
-    if not (record.exists() and path.exists() and sidecar(path, "landmarks.npy").exists()):
-        return False
-    seeds = json.loads(record.read_text(encoding="utf-8"))["seeds"]
-    return seeds == {"identity": plan.identity_seed, "audio": plan.audio_seed, "motion": plan.motion_seed}
+def _finished(path: Path, plan: ClipPlan, settings: SynthSettings) -> bool:
+    """The truth is written last: a clip whose truth names the planned seeds is complete, unless its files were damaged since."""
+    try:
+        record = json.loads(sidecar(path, TRUTH_FILE).read_text(encoding="utf-8"))
+        seeds = record["seeds"]
+        extent = check_clip(path, occluder=plan.options.occluder is not None)
+    except (KeySyncError, OSError, ValueError, KeyError, TypeError):
+        return False  # not there or damaged: it is drawn again
+    wanted = {"identity": plan.identity_seed, "audio": plan.audio_seed, "motion": plan.motion_seed}
+    return seeds == wanted and extent == (settings.frames, settings.size)
 
 
 def _make(index: int, folder: str, settings: SynthSettings) -> int:
     plan = plan_clip(index, settings)
     clip = make_clip(0, settings.frames, settings.size, plan.identity_seed, plan.audio_seed, plan.motion_seed, plan.options)
-    for rest in Path(folder).glob(f".{Path(plan.name).stem}.*.part*"):  # of a run that was killed
-        rest.unlink(missing_ok=True)
     write_clip(clip, Path(folder) / plan.name)
     return index
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
     import cv2
 
     cv2.setNumThreads(1)  # the processes already fill the cores
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _run(todo: list[int], folder: Path, settings: SynthSettings, workers: int) -> Iterator[int]:
@@ -157,14 +169,32 @@ def _run(todo: list[int], folder: Path, settings: SynthSettings, workers: int) -
         return
     # Spawned, not forked: the parent may hold JAX threads.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(workers, max(len(todo), 1)), context, initializer=_one_thread) as pool:
+    workers = max(1, min(workers, len(todo), os.cpu_count() or 1))  # more than cores would only wait
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         futures = [pool.submit(_make, index, str(folder), settings) for index in todo]
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool:
+            raise KeySyncError("a process that draws was killed (out of memory?); the same command goes on, try fewer --workers") from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other drawing in the folder: two would take each other's unfinished files for rubbish. That of killed ones is removed."""
+    with contextlib.ExitStack() as stack:
+        try:
+            refusal = f"another process is drawing into {folder}; wait for it to end, or choose another folder"
+            stack.enter_context(only_process(str(folder), refusal))
+            for name in ("talker_*", "manifest", "synth"):
+                for rest in folder.glob(f".{name}.*.part*"):
+                    rest.unlink(missing_ok=True)
+        except OSError as error:
+            raise KeySyncError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+        yield
 
 
 def _check_folder(folder: Path, settings: SynthSettings) -> None:
@@ -203,24 +233,28 @@ def synth_dataset(
     """Make (or finish, or extend) a folder of `n` clips with `manifest.csv`.
 
     Args:
-        out_dir: local folder; clips already finished there are kept.
+        n: 1 to 1,000,000.
+        out_dir: local folder; clips already finished there are kept, damaged ones are drawn again.
         settings: what the clips are like; must equal the folder's if it holds some.
-        workers: processes; the result does not depend on it.
+        workers: processes, at least 1; the result does not depend on it.
         quiet: no progress bar.
 
     Raises:
-        UsageError: n below 1. KeySyncError: the folder holds another set, or cannot be written.
+        UsageError: an impossible number, or no local folder.
+        KeySyncError: the folder holds another set, is being drawn into, or cannot be written.
     """
-    if n < 1:
-        raise UsageError(f"the number of clips must be at least 1, not {n}")
+    if not 1 <= n <= _MAX_CLIPS:
+        raise UsageError(f"the number of clips must be 1 to {_MAX_CLIPS}, not {n}")
+    if workers < 1:
+        raise UsageError(f"--workers is {workers}; it must be at least 1")
     settings = settings or SynthSettings()
-    folder = Path(out_dir)
-    _check_folder(folder, settings)
-    plans = [plan_clip(i, settings) for i in range(n)]
-    todo = [i for i, plan in enumerate(plans) if not _finished(folder / plan.name, plan)]
-
-    with Bars(quiet) as progress:
-        task = progress.add_task("drawing talkers", total=n, completed=n - len(todo))
-        for _ in _run(todo, folder, settings, workers):
-            progress.advance(task)
-    return SynthSummary(_write_manifest(folder, plans), len(todo), n - len(todo), n * settings.frames / 25)
+    folder = local_folder(out_dir)
+    with _alone(folder):
+        _check_folder(folder, settings)
+        plans = [plan_clip(i, settings) for i in range(n)]
+        todo = [i for i, plan in enumerate(plans) if not _finished(folder / plan.name, plan, settings)]
+        with Bars(quiet) as progress:
+            task = progress.add_task("drawing talkers", total=n, completed=n - len(todo))
+            for _ in _run(todo, folder, settings, workers):
+                progress.advance(task)
+        return SynthSummary(_write_manifest(folder, plans), len(todo), n - len(todo), n * settings.frames / FPS)

@@ -16,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 from keysync_jax.errors import KeySyncError
 
 SAMPLES_PER_UNIT = 96  # window samples per distance between the outer eye corners
+_EYE_CORNERS = (36, 39, 42, 45)
 _LEFT, _RIGHT, _TOP, _BOTTOM = -0.46, 0.46, 0.635, 1.40
 _SEARCH = (0.70, 1.02)  # rows that hold part of the lips in every mouth, open or shut
 _BAND = 0.07  # half width of the column band in which the opening is measured
@@ -39,7 +40,7 @@ def mouth_windows(frames: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
         frames: uint8 [T, H, W, 3].
         landmarks: [T, 68, 2] continuous pixels.
     """
-    corners = landmarks[:, [36, 39, 42, 45]].astype(np.float64)
+    corners = landmarks[:, list(_EYE_CORNERS)].astype(np.float64)
     across = corners[:, 3] - corners[:, 0]
     origin = corners.mean(axis=1)
     columns = _LEFT + (np.arange(int((_RIGHT - _LEFT) * SAMPLES_PER_UNIT)) + 0.5) / SAMPLES_PER_UNIT
@@ -104,10 +105,14 @@ def measure_mouth(frames: np.ndarray, landmarks: np.ndarray) -> MouthMeasure:
         landmarks: [T, 68, 2]; only the eye corners 36, 39, 42, 45 are read.
 
     Raises:
-        KeySyncError: shapes that do not fit together.
+        KeySyncError: no frame, shapes that do not fit together, frames of another type, or eye corners that are not finite.
     """
-    if frames.ndim != 4 or frames.shape[-1] != 3 or landmarks.shape != (len(frames), 68, 2):
+    if len(frames) < 1 or frames.ndim != 4 or frames.shape[-1] != 3 or landmarks.shape != (len(frames), 68, 2):
         raise KeySyncError(f"measure_mouth needs frames [T, H, W, 3] and landmarks [T, 68, 2], not {frames.shape} and {landmarks.shape}")
+    if frames.dtype != np.uint8:  # colours are read in steps of 8 bits
+        raise KeySyncError(f"measure_mouth needs uint8 frames, 0 to 255, not {frames.dtype}")
+    if not np.isfinite(landmarks[:, list(_EYE_CORNERS)]).all():
+        raise KeySyncError("measure_mouth needs finite eye corners (landmarks 36, 39, 42, 45)")
     windows = mouth_windows(frames, landmarks)
     red = _redness(windows)
     luminance = windows @ np.array([0.299, 0.587, 0.114], np.float32)

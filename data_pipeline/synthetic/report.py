@@ -1,12 +1,14 @@
 """Figures about the generator itself: what leaks, how well the measurer measures, what the sound holds. See docs/synthetic.md.
 
-`python -m data_pipeline.synthetic.report [-n CLIPS] [--detection]` prints them as Markdown.
+`python -m data_pipeline.synthetic.report [-n CLIPS] [--detection]` prints them.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cv2
@@ -17,7 +19,9 @@ from data_pipeline.synthetic.measure import measure_mouth
 from data_pipeline.synthetic.motion import sample_motion
 from data_pipeline.synthetic.phonemes import articulate, at_frames, sample_phonemes
 from data_pipeline.synthetic.voice import SAMPLE_RATE, sample_voice, synthesize
+from keysync_jax.errors import KeySyncError
 
+MAX_CLIPS = 10_000  # the seeds of the figures lie that far apart
 STILL_LANDMARKS = (0, 1, 2, 14, 15, 16, *range(17, 48))  # jaw sides, brows, nose, eyes
 CHIN_LANDMARKS = (7, 8, 9)
 
@@ -164,27 +168,45 @@ def audio_probe(train: int = 100, held_out: int = 24, *, frames: int = 180, feat
     return AudioProbe(float(score[0]), float(score[1]), float(alone))
 
 
-def main() -> None:
-    """Print all figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-n", type=int, default=24, help="clips per figure")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print all figures; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.synthetic.report", description=__doc__.splitlines()[0],
+        epilog="example:\n  python -m data_pipeline.synthetic.report\n  python -m data_pipeline.synthetic.report -n 40 --detection",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("-n", type=int, default=24, metavar="CLIPS", help="clips per figure (default 24)")
     parser.add_argument("--detection", action="store_true", help="also the face detector's rates (minutes)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if not 1 <= args.n <= MAX_CLIPS:
+        parser.error(f"-n is {args.n}; choose 1 to {MAX_CLIPS} clips")
+    try:
+        _print_figures(args.n, args.detection)
+    except KeySyncError as error:
+        print(f"keysync: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("keysync: error: stopped", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print_figures(clips: int, detection: bool) -> None:
     start = time.process_time()
     for seed in range(5):
         make_clip(seed)
     print(f"one clip of 180 frames at 128 px: {(time.process_time() - start) / 5:.2f} s of one core\n")
-    for name, value in leakage(args.n, size=128)._asdict().items():
+    for name, value in leakage(clips, size=128)._asdict().items():
         print(f"R² against the opening, {name}: {value:.4f}")
     for blur, noise in ((0.0, 0.0), (1.2, 0.0), (1.2, 4.0)):
-        q = measure_quality(args.n, blur=blur, noise=noise)
+        q = measure_quality(clips, blur=blur, noise=noise)
         print(f"\nmeasured at blur {blur} px, noise {noise}: " + ", ".join(f"{k} {v:.3f}" for k, v in q._asdict().items()))
     print("\naudio probe: " + ", ".join(f"{k} {v:.3f}" for k, v in audio_probe()._asdict().items()))
-    if args.detection:
+    if detection:
         from data_pipeline.synthetic.detection import format_report, report_detection
 
-        print("\n" + format_report(report_detection(args.n)))
+        print("\n" + format_report(report_detection(clips)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

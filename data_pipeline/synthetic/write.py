@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -19,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.synthetic.clip import TalkerClip
+from data_pipeline.synthetic.clip import FPS, TalkerClip
+from data_pipeline.synthetic.voice import SAMPLE_RATE
 from keysync_jax.errors import KeySyncError, UsageError
 
 # Container, audio codec and its sample format by file name suffix.
 _CONTAINERS = {".mp4": ("mp4", "aac", "fltp"), ".mkv": ("matroska", "pcm_s16le", "s16")}
-ARRAYS, VOICE = ".npy", "voice.npy"
+ARRAYS = ".npy"
+VOICE_FILE, LANDMARK_FILE, OCCLUDER_FILE, TRUTH_FILE = "voice.npy", "landmarks.npy", "occluder.npz", "truth.json"
 _BT709 = 1  # H.273: primaries, transfer and matrix of the video
 _LIMITED = 1
 
@@ -34,20 +37,38 @@ def sidecar(path: Path, suffix: str) -> Path:
     return path.with_name(f"{path.stem}.{suffix}")
 
 
+def local_folder(path: str | os.PathLike) -> Path:
+    """The folder to write to, which need not exist.
+
+    Raises:
+        UsageError: nothing, or an object store. KeySyncError: there is a file where a folder must be.
+    """
+    text = os.fspath(path)
+    if not text or "://" in text:
+        raise UsageError(f"output {text!r} is no local folder; name one")
+    folder = Path(text)
+    there = next((each for each in (folder, *folder.parents) if each.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise KeySyncError(f"{there} is a file; name a folder")
+    return folder
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file next to `path`, then rename it; nothing half-written ever bears the final name.
 
     Raises:
         KeySyncError: the disk is full or the folder cannot be written to.
     """
+    # The process's number keeps two writers apart.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        raise KeySyncError(f"cannot write {path}: {reason}; free space or choose another folder") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, None):  # None: NumPy, which says how much it could write
+            raise KeySyncError(f"cannot write {path}: the disk is full; free space or choose another folder") from error
+        raise KeySyncError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
     finally:
         if temporary.exists():
             temporary.unlink()
@@ -83,7 +104,10 @@ def _encode(path: Path, clip: TalkerClip, container: str, audio_codec: str, audi
     import av
 
     height, width = clip.frames.shape[1:3]
-    with av.open(str(path), "w", format=container) as output:
+    # Absolute: what stands before the first colon of a relative path would be taken for a protocol.
+    # Matroska files carry a random identifier otherwise.
+    options = {"fflags": "+bitexact"} if container == "matroska" else {}
+    with av.open(str(path.absolute()), "w", format=container, container_options=options) as output:
         video = output.add_stream("libx264", rate=clip.fps)
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         # One thread: the encoder's output must not depend on the machine.
@@ -123,17 +147,89 @@ def write_clip(clip: TalkerClip, path: str | Path, *, crf: int = 12) -> Path:
         UsageError: another suffix. KeySyncError: it cannot be written.
     """
     path = Path(path)
-    if path.suffix not in (*_CONTAINERS, ARRAYS):
-        raise UsageError(f"{path.name}: a talker clip is written as {', '.join(_CONTAINERS)} or {ARRAYS}")
-    sidecar(path, "truth.json").unlink(missing_ok=True)  # a clip without its truth is unfinished
+    check_suffix(path)
+    record = sidecar(path, TRUTH_FILE)
+    try:
+        record.unlink(missing_ok=True)  # a clip without its truth is unfinished
+    except OSError as error:
+        raise KeySyncError(f"cannot replace {record}: {error.strerror}; remove it or choose another folder") from error
     if path.suffix == ARRAYS:
         write_atomically(path, lambda p: np.save(p, clip.frames))
-        write_atomically(sidecar(path, VOICE), lambda p: np.save(p, clip.samples))
+        write_atomically(sidecar(path, VOICE_FILE), lambda p: np.save(p, clip.samples))
     else:
         write_atomically(path, lambda p: _encode(p, clip, *_CONTAINERS[path.suffix], crf))
-    write_atomically(sidecar(path, "landmarks.npy"), lambda p: np.save(p, clip.landmarks))
+    write_atomically(sidecar(path, LANDMARK_FILE), lambda p: np.save(p, clip.landmarks))
     if clip.occluder_mask is not None:
         mask = clip.occluder_mask
-        write_atomically(sidecar(path, "occluder.npz"), lambda p: np.savez_compressed(p, mask=mask))
-    write_atomically(sidecar(path, "truth.json"), lambda p: p.write_text(json.dumps(truth(clip)), encoding="utf-8"))
+        write_atomically(sidecar(path, OCCLUDER_FILE), lambda p: np.savez_compressed(p, mask=mask))
+    write_atomically(record, lambda p: p.write_text(json.dumps(truth(clip)), encoding="utf-8"))
     return path
+
+
+def check_suffix(path: Path) -> None:
+    """Raises UsageError where no clip is written under such a name."""
+    if path.suffix not in (*_CONTAINERS, ARRAYS):
+        raise UsageError(f"{path.name}: a talker clip is written as {', '.join(_CONTAINERS)} or {ARRAYS}")
+
+
+def check_clip(path: Path, *, occluder: bool = False) -> tuple[int, int]:
+    """Checks that the files of a written clip are there, whole and of one length; pictures are not decoded, the truth is not read.
+
+    Args:
+        path: of the video, or of the `.npy` with the frames.
+        occluder: whether there must be a mask.
+
+    Returns:
+        Number of frames, and their side in pixels.
+
+    Raises:
+        KeySyncError: names the file that is missing, damaged or does not fit.
+    """
+    if path.suffix == ARRAYS:
+        frames = _open(path)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or len(frames) < 1 or frames.shape[1:] != (frames.shape[2], frames.shape[2], 3):
+            raise KeySyncError(f"{path} holds {frames.dtype} {frames.shape}; frames are uint8 (T, size, size, 3)")
+        count, size = frames.shape[:2]
+        _check_numbers(sidecar(path, VOICE_FILE), (count * SAMPLE_RATE // FPS,))
+    else:
+        count, size = _video_extent(path)
+    _check_numbers(sidecar(path, LANDMARK_FILE), (count, 68, 2))
+    if occluder:
+        try:
+            with np.load(sidecar(path, OCCLUDER_FILE), allow_pickle=False) as file:
+                known = "mask" in file.files
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+            raise KeySyncError(f"{sidecar(path, OCCLUDER_FILE)} cannot be read ({error})") from error
+        if not known:
+            raise KeySyncError(f"{sidecar(path, OCCLUDER_FILE)} holds no mask")
+    return count, size
+
+
+def _open(path: Path) -> np.ndarray:
+    """The array of a file, mapped: a file that was cut off is noticed, and little of it is read."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise KeySyncError(f"{path} does not exist") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise KeySyncError(f"{path} is no whole array ({error})") from error
+
+
+def _check_numbers(path: Path, shape: tuple[int, ...]) -> None:
+    values = _open(path)
+    if values.dtype.kind != "f" or values.shape != shape:
+        raise KeySyncError(f"{path} holds {values.dtype} {values.shape}, not float {shape}, as its clip's frames ask for")
+    if not np.isfinite(values).all():
+        raise KeySyncError(f"{path} holds values that are not finite")
+
+
+def _video_extent(path: Path) -> tuple[int, int]:
+    import av
+
+    try:
+        with av.open(str(path.absolute())) as video:
+            stream = video.streams.video[0]
+            # Matroska does not say how many frames there are.
+            return stream.frames or round((video.duration or 0) * FPS / av.time_base), stream.width
+    except (av.error.FFmpegError, OSError, IndexError) as error:
+        raise KeySyncError(f"{path} is no whole video ({error})") from error

@@ -28,11 +28,17 @@ from typing import Any, NamedTuple
 from converters import model_directory
 from converters.model_directory import ModelDirectory
 from converters.parts import Part
+from data_pipeline.layout import GROUP_FILE
+from data_pipeline.synthetic.write import local_folder, write_atomically
+from keysync_jax import assets, recipes
 from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.evaluation import talkers, talkers_report
+from keysync_jax.evaluation import talkers, talkers_clips, talkers_report
 from keysync_jax.evaluation.lip_metrics import mean_and_error
 from keysync_jax.evaluation.talkers import TalkerTest
 from keysync_jax.evaluation.talkers_model import TalkerModel
+from keysync_jax.training import initial, runs, validation
+from keysync_jax.training.config import TrainConfig, train_config
+from keysync_jax.training.data import make_reader
 from keysync_jax.training.export import parts_of
 
 # A quarter of the bundled model's 15,240 updates of 64 windows.
@@ -107,20 +113,42 @@ def train(name: str, folder: Path, data: str, overrides: Sequence[str], say: Cal
     Raises:
       KeySyncError: the trainer or the export failed; its own words are in the log.
     """
-    model, log, run = folder / f"{name}_model", folder / f"{name}.log", RUNS[name]
-    settings = [f"--config.{s}" for s in (f"data.datasets={data}", f"num_steps={QUARTER}", *run.settings)]
-    asked, record = [run.recipe, *settings, *overrides], folder / f"{name}.settings.json"
-    if model.is_dir():
-        # Figures of other settings must not pass for those of these.
-        if _recorded(record) != asked:
-            raise KeySyncError(f"{model} was trained with other settings than these; name another folder with -o, or remove {model}")
+    model, log = folder / f"{name}_model", folder / f"{name}.log"
+    if is_trained(name, folder, data, overrides):
         return model
-    record.write_text(json.dumps(asked) + "\n", encoding="utf-8")
-    _keysync(
-        ["train", "--config", run.recipe, "--workdir", str(folder / name), *settings, *overrides], log, lambda line: say(f"{name}: {line}")
-    )
+    recipe, *settings = asked = _asked(name, data, overrides)
+    _write(_record(name, folder), json.dumps(asked) + "\n")
+    _keysync(["train", "--config", recipe, "--workdir", str(folder / name), *settings], log, lambda line: say(f"{name}: {line}"))
     _keysync(["export", str(folder / name), "--ema", "-o", str(model)], log)
     return model
+
+
+def is_trained(name: str, folder: Path, data: str, overrides: Sequence[str]) -> bool:
+    """Whether the run `name` has been trained and exported.
+
+    Raises:
+      KeySyncError: it has, or has begun, with other settings: its figures must not pass for those of these.
+    """
+    model, run = folder / f"{name}_model", folder / name
+    begun = [path for path, there in ((model, model.is_dir()), (run, runs.last_step(str(run)) is not None)) if there]
+    if begun and _recorded(_record(name, folder)) != _asked(name, data, overrides):
+        both = " and ".join(map(str, begun))
+        raise KeySyncError(f"{begun[0]} was trained with other settings than these; name another folder with -o, or remove {both}")
+    return model.is_dir()
+
+
+def _asked(name: str, data: str, overrides: Sequence[str]) -> list[str]:
+    """Recipe and settings of a run; what comes later prevails."""
+    run = RUNS[name]
+    return [run.recipe, *(f"--config.{s}" for s in (f"data.datasets={data}", f"num_steps={QUARTER}", *run.settings)), *overrides]
+
+
+def _record(name: str, folder: Path) -> Path:
+    return folder / f"{name}.settings.json"
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _recorded(path: Path) -> Any:
@@ -167,6 +195,64 @@ def train_all(names: Sequence[str], folder: Path, data: str, overrides: Sequence
         done.result()
 
 
+# -- what can be wrong, before anything starts ---------------------------------------------------------------------------------------
+
+
+def check(
+    names: Sequence[str], folder: Path, data: str, overrides: Sequence[str], extra: ModelDirectory | None, say: Callable[[str], None]
+) -> None:
+    """Refuses what would stop a run at its start, or its judgement at the end. Touches no device, whose memory the runs need.
+
+    Args:
+      names: of `RUNS`.
+      folder: of the runs, which need not exist.
+      data: dataset directory.
+      overrides: `--config.KEY=VALUE` for every run.
+      extra: gives the interpolation stage where none is trained.
+      say: takes notes about the data.
+
+    Raises:
+      UsageError: a `--config.KEY=VALUE` that no recipe knows, or no VAE to judge with.
+      KeySyncError: data that a run cannot read, or a model that was trained with other settings.
+    """
+    held = {} if extra is None else {"interpolation": set(extra.parts)}  # parts that each model will have
+    if extra is not None:
+        extra.stage("interpolation")
+        if "://" in extra.path:
+            raise KeySyncError(f"--interpolation {extra.path}: copy the model directory to a local folder first")
+    for name in names:
+        if is_trained(name, folder, data, overrides):
+            held[name] = set(model_directory.load(folder / f"{name}_model", complete=False).parts)
+            continue
+        recipe, *settings = _asked(name, data, overrides)
+        config, _ = initial.resolve(train_config(recipes.load(recipe, settings)), folder / name)
+        for path in config.data.datasets or [data]:
+            if "://" not in path and not (path and (Path(path) / GROUP_FILE).is_file()):
+                raise KeySyncError(f"--data {path!r} holds no shards; python -m data_pipeline.synthetic.shards makes them")
+        try:
+            reader = make_reader(config)
+            initial.check_latents(config, reader)
+            reader.read([reader.sample(0, 0, 1)])  # shards are opened when they are read
+            validation.open_reader(config, lambda line, name=name: say(f"{name}: {line}"))
+        except (KeySyncError, ImportError) as error:  # the latter: the package that speaks gs:// is not installed
+            raise KeySyncError(f"--data cannot train {name}: {error}") from error
+        held[name] = _parts_to_come(config)
+    for entry in JUDGED.values():
+        parts = [held.get(run) for run in entry.runs]
+        if None not in parts and not any("vae" in each for each in parts):
+            raise UsageError(f"{entry.label} cannot be judged without a VAE: name a model directory with one, --config.init.vae=DIR")
+
+
+def _parts_to_come(config: TrainConfig) -> set[str]:
+    """What `keysync export` will find for a run: its stage, and the VAE of the directories that it starts from."""
+    init = initial.located(config.init)
+    given = [path for path in (init.vae, init.path) if path]
+    known = (model_directory.load(path, complete=False).parts for path in given if model_directory.is_model_directory(path))
+    # What a run begins with that another run or the hub gives is known only then.
+    later = init.kind == "run" or any(path.startswith("hub:") for path in given)
+    return {config.stage.stage, *(["vae"] if later or any("vae" in parts for parts in known) else [])}
+
+
 # -- judging -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +283,7 @@ def judge(name: str, sources: Sequence[Path], folder: Path, clips: int, seed: in
     scales = [grid for text in entry.guidance for grid in parse_grid(text)]
     with talkers_report.progress(entry.label, talkers.total_windows(test, model, len(scales)), quiet) as tick:
         reports = talkers.evaluate(directory, test, model, scales, tick)
-    cache.write_text(json.dumps({"judged": judged, "reports": reports}, indent=1) + "\n", encoding="utf-8")
+    _write(cache, json.dumps({"judged": judged, "reports": reports}, indent=1) + "\n")
     return reports
 
 
@@ -298,8 +384,9 @@ def draw_curves(folder: Path, names: Sequence[str]) -> Path:
             axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1)
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(folder / "curves.png", dpi=110)
+    if axes.lines:  # none where the runs were too short for a row
+        axes.legend()
+    write_atomically(folder / "curves.png", lambda partial: figure.savefig(partial, dpi=110))
     return folder / "curves.png"
 
 
@@ -327,30 +414,33 @@ def run(
       What `ablations.json` holds.
 
     Raises:
-      UsageError: an unknown run.
-      KeySyncError: a run failed; what others reached is kept.
+      UsageError: an unknown run, or what `check` says.
+      KeySyncError: what `check` says, before anything is written; a run failed: what others reached is kept.
     """
-    from keysync_jax import assets
-
+    only = tuple(dict.fromkeys(only))
     unknown = [name for name in only if name not in RUNS]
     if unknown:
         raise UsageError(f"no run {unknown[0]!r}; choose among {', '.join(RUNS)}")
-    TalkerTest(clips=clips, silent_clips=clips, seed=seed, mode="keyframes")  # a wrong number is said before days of training
-    extra = None if interpolation is None else assets.resolve(interpolation)
-    if extra is not None:
-        model_directory.load(extra, complete=False)
-    folder, lock = Path(output), threading.Lock()
-    folder.mkdir(parents=True, exist_ok=True)
+    # A wrong number is said before days of training, and so is whatever else can be known.
+    test = TalkerTest(clips=clips, silent_clips=clips, seed=seed, mode="keyframes")
+    talkers_clips.seeds_of(test.split, seed, 0)
+    folder, lock = local_folder(output), threading.Lock()
+    extra = None if interpolation is None else model_directory.load(assets.resolve(interpolation), complete=False)
 
     def say(line: str) -> None:
         if not quiet:
             with lock:
                 print(line, file=sys.stderr, flush=True)
 
-    train_all(tuple(dict.fromkeys(only)), folder, data, overrides, jobs, say)
+    check(only, folder, data, overrides, extra, say)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KeySyncError(f"cannot write to {folder}: {error.strerror}; name another folder with -o") from error
+    train_all(only, folder, data, overrides, jobs, say)
     models = {name: folder / f"{name}_model" for name in only}
     if extra is not None:
-        models.setdefault("interpolation", Path(extra))
+        models.setdefault("interpolation", Path(extra.path))
     found = {
         name: judge(name, [models[r] for r in entry.runs], folder, clips, seed, quiet)
         for name, entry in JUDGED.items()
@@ -360,8 +450,8 @@ def run(
         "kind": "ablations", "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "settings": list(overrides),
         "runs": {name: RUNS[name]._asdict() for name in only}, "judged": found,
     }  # fmt: skip
-    (folder / "ablations.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (folder / "ablations.md").write_text(tables(found), encoding="utf-8")
+    _write(folder / "ablations.json", json.dumps(report, indent=1) + "\n")
+    _write(folder / "ablations.md", tables(found))
     draw_curves(folder, only)
     return report
 
@@ -389,7 +479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.jobs < 1:
             raise UsageError(f"--jobs is {args.jobs}; it must be at least 1")
         report = run(
-            args.output, args.data, [a for a in argv if a.startswith("--config.")], only=args.only.split(","),
+            args.output, args.data, [a for a in argv if a.startswith("--config.")], only=[name.strip() for name in args.only.split(",")],
             interpolation=args.interpolation, clips=args.clips, seed=args.seed, jobs=args.jobs, quiet=args.quiet,
         )  # fmt: skip
     except (KeySyncError, OSError) as error:

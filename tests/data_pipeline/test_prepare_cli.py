@@ -52,6 +52,11 @@ def test_synth_prepare_inspect(tmp_path, tiny_model, capsys):
         ("--scorer", "quality=nothing@pyproject.toml"),
         ("--splits", "train=0.5"),
         ("--crop-size", "66"),
+        ("--crop-size", "0"),
+        ("--crop-size", "100000000"),
+        ("--splits", "train=nan"),
+        ("--output", ""),
+        ("--output", "pyproject.toml"),
     ],
 )
 def test_wrong_usage(tmp_path, tiny_model, words):
@@ -59,6 +64,22 @@ def test_wrong_usage(tmp_path, tiny_model, words):
     with pytest.raises(UsageError):
         run("prepare", tmp_path, "-o", tmp_path / "out", "--model", tiny_model, *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--min-face", "--max-silence", "--shard-mb"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_that_are_none(tmp_path, capsys, flag, value):
+    with pytest.raises(SystemExit) as stop:
+        run("prepare", tmp_path, "-o", tmp_path / "out", "--model", "demo", flag, value)
+    assert stop.value.code == 2 and f"{flag}: {value} is no finite number" in capsys.readouterr().err
+
+
+def test_a_remote_folder_whose_package_is_missing(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    (tmp_path / "a.mp4").touch()
+    for words in (("data", "inspect", "gs://bucket/data"), ("prepare", tmp_path, "-o", "gs://bucket/data", "--model", tiny_model)):
+        with pytest.raises(KeySyncError, match="cannot open gs://bucket/data: .*gcsfs"):
+            run(*words)
 
 
 @pytest.mark.parametrize(

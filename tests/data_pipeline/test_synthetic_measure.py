@@ -76,3 +76,15 @@ def test_shapes_that_do_not_fit():
     clip = make_clip(61_002, frames=4, size=64)
     with pytest.raises(KeySyncError, match="68, 2"):
         measure_mouth(clip.frames, clip.landmarks[:3])
+
+
+def test_what_cannot_be_measured_is_refused():
+    clip = make_clip(61_003, frames=5)
+    with pytest.raises(KeySyncError, match="uint8 frames"):
+        measure_mouth(clip.frames / np.float32(255), clip.landmarks)
+    with pytest.raises(KeySyncError, match="measure_mouth needs frames"):
+        measure_mouth(clip.frames[:0], clip.landmarks[:0])
+    lost = clip.landmarks.copy()
+    lost[2, 45] = np.nan
+    with pytest.raises(KeySyncError, match="finite eye corners"):
+        measure_mouth(clip.frames, lost)
