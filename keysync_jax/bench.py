@@ -37,6 +37,7 @@ from keysync_jax import __version__
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.files import write_text
 from keysync_jax.models.attention import IMPLEMENTATIONS, attention
 from keysync_jax.models.freezing import frozen_mask
 from keysync_jax.models.remat import Remat
@@ -374,6 +375,10 @@ class _OutOfTimeError(Exception):
     """A case is not done at the deadline. The message says what became of it."""
 
 
+class _FailedError(Exception):
+    """What ran apart failed as a whole. The message is the reason."""
+
+
 def run_all(
     cases: Sequence[Case], output: str | os.PathLike | None = None, budget: float | None = None, *, accelerator: bool = False
 ) -> dict[str, Any]:
@@ -393,7 +398,7 @@ def run_all(
 
     Raises:
       UsageError: the output cannot be a file, or there is no accelerator.
-      KeySyncError: the output's folder is not writable, or JAX finds no device within the budget.
+      KeySyncError: the output cannot be written, or JAX finds no device within the budget.
     """
     deadline = None if budget is None else time.monotonic() + (1 - _RESERVE) * budget
     target = None if output is None else _target(output)
@@ -401,6 +406,8 @@ def run_all(
         (where,) = _apart(_surroundings, deadline=deadline)
     except _OutOfTimeError:
         raise KeySyncError("--budget: the time is used up before JAX has found its device; give more seconds") from None
+    except _FailedError as error:
+        raise KeySyncError(f"JAX finds no device: {error}") from error
     if accelerator and where["platform"] == "cpu":
         raise UsageError("keysync bench gpu measures the full-size network on an accelerator; this machine has none")
     report: dict[str, Any] = {"environment": where, "results": [], "skipped": []}
@@ -409,7 +416,7 @@ def run_all(
         report[kind].append(found)
         print(line(found), flush=True)
         if target is not None:
-            _write(target, report)
+            write_text(target, json.dumps(report, indent=1) + "\n")
 
     for case in cases:
         try:
@@ -417,7 +424,7 @@ def run_all(
                 add("results", found)
         except _OutOfTimeError as error:
             add("skipped", _about(case) | {"reason": str(error)})
-        except KeySyncError as error:
+        except _FailedError as error:
             add("results", _about(case) | {"error": str(error)})
     return report
 
@@ -451,14 +458,14 @@ def _apart(function: Callable[..., Iterator[Any]], *args: Any, deadline: float |
             found = reader.recv()
             if found is None:
                 return
-            if isinstance(found, KeySyncError):
+            if isinstance(found, _FailedError):
                 raise found
             yield found
         raise _OutOfTimeError("stopped, the time is used up")
     except EOFError:
         process.join(max(0.0, deadline - time.monotonic()))
         code = process.exitcode or 0
-        raise KeySyncError(f"its process ended: {f'exit status {code}' if code >= 0 else signal.strsignal(-code)}") from None
+        raise _FailedError(f"its process ended: {f'exit status {code}' if code >= 0 else signal.strsignal(-code)}") from None
     finally:
         process.kill()
         process.join()
@@ -472,7 +479,7 @@ def _answer(writer: Connection, function: Callable[..., Iterator[Any]], args: tu
         for found in function(*args):
             writer.send(found)
     except Exception as error:  # the parent reports it, whatever it is
-        writer.send(KeySyncError(_reason(error)))
+        writer.send(_FailedError(_reason(error)))
     else:
         writer.send(None)
 
@@ -493,16 +500,6 @@ def _target(output: str | os.PathLike) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise KeySyncError(f"-o {output}: the folder {path.parent} is not writable")
     return path
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    """Replaces the file in one step, so that an interruption costs nothing measured before."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def line(result: dict[str, Any]) -> str:

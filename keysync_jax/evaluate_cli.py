@@ -9,6 +9,7 @@ from typing import Any
 
 from keysync_jax import assets
 from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.files import write_text
 from keysync_jax.verbs import add_verb
 
 _GRID_CLIPS = 24  # enough that a mean over clips does not mislead
@@ -251,7 +252,4 @@ def _check_target(path: str | None, taken: dict[Path, str]) -> None:
 
 def _write(path: str | None, report: dict) -> None:
     if path is not None:
-        from data_pipeline.synthetic.write import write_atomically
-
-        text = json.dumps(report, indent=1) + "\n"
-        write_atomically(Path(path), lambda p: p.write_text(text, encoding="utf-8"))
+        write_text(path, json.dumps(report, indent=1) + "\n")

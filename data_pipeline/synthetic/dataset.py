@@ -23,8 +23,9 @@ import numpy as np
 
 from data_pipeline.synthetic.clip import FPS, TalkerOptions, check_extent, make_clip
 from data_pipeline.synthetic.occluders import OCCLUDERS
-from data_pipeline.synthetic.write import TRUTH_FILE, check_clip, check_suffix, local_folder, sidecar, write_atomically, write_clip
+from data_pipeline.synthetic.write import TRUTH_FILE, check_clip, check_suffix, sidecar, write_clip
 from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.files import local_folder, write_atomically, write_text
 from keysync_jax.locking import only_process
 from keysync_jax.progress import Bars
 
@@ -213,7 +214,7 @@ def _check_folder(folder: Path, settings: SynthSettings) -> None:
             detail = ", ".join(f"{k} {found.get(k)} against {wanted[k]}" for k in different)
             raise KeySyncError(f"{folder} holds clips made with other settings ({detail}); choose another folder or the same settings")
     else:
-        write_atomically(record, lambda p: p.write_text(json.dumps(wanted, indent=1), encoding="utf-8"))
+        write_text(record, json.dumps(wanted, indent=1))
 
 
 def _write_manifest(folder: Path, plans: list[ClipPlan]) -> Path:

@@ -9,11 +9,8 @@ is an occluder. The truth is written last and every file appears under its name 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
 import zipfile
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import numpy as np
 from data_pipeline.synthetic.clip import FPS, TalkerClip
 from data_pipeline.synthetic.voice import SAMPLE_RATE
 from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.files import write_atomically, write_text
 
 # Container, audio codec and its sample format by file name suffix.
 _CONTAINERS = {".mp4": ("mp4", "aac", "fltp"), ".mkv": ("matroska", "pcm_s16le", "s16")}
@@ -35,43 +33,6 @@ _LIMITED = 1
 def sidecar(path: Path, suffix: str) -> Path:
     """Path of a companion file: `clip.mp4`, "truth.json" -> `clip.truth.json`."""
     return path.with_name(f"{path.stem}.{suffix}")
-
-
-def local_folder(path: str | os.PathLike) -> Path:
-    """The folder to write to, which need not exist.
-
-    Raises:
-        UsageError: nothing, or an object store. KeySyncError: there is a file where a folder must be.
-    """
-    text = os.fspath(path)
-    if not text or "://" in text:
-        raise UsageError(f"output {text!r} is no local folder; name one")
-    folder = Path(text)
-    there = next((each for each in (folder, *folder.parents) if each.exists()), folder)
-    if there.exists() and not there.is_dir():
-        raise KeySyncError(f"{there} is a file; name a folder")
-    return folder
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file next to `path`, then rename it; nothing half-written ever bears the final name.
-
-    Raises:
-        KeySyncError: the disk is full or the folder cannot be written to.
-    """
-    # The process's number keeps two writers apart.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, None):  # None: NumPy, which says how much it could write
-            raise KeySyncError(f"cannot write {path}: the disk is full; free space or choose another folder") from error
-        raise KeySyncError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 def truth(clip: TalkerClip) -> dict[str, Any]:
@@ -162,7 +123,7 @@ def write_clip(clip: TalkerClip, path: str | Path, *, crf: int = 12) -> Path:
     if clip.occluder_mask is not None:
         mask = clip.occluder_mask
         write_atomically(sidecar(path, OCCLUDER_FILE), lambda p: np.savez_compressed(p, mask=mask))
-    write_atomically(record, lambda p: p.write_text(json.dumps(truth(clip)), encoding="utf-8"))
+    write_text(record, json.dumps(truth(clip)))
     return path
 
 

@@ -29,13 +29,13 @@ from converters import model_directory
 from converters.model_directory import ModelDirectory
 from converters.parts import Part
 from data_pipeline.layout import GROUP_FILE
-from data_pipeline.synthetic.write import local_folder, write_atomically
 from keysync_jax import assets, recipes
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.evaluation import talkers, talkers_clips, talkers_report
 from keysync_jax.evaluation.lip_metrics import mean_and_error
 from keysync_jax.evaluation.talkers import TalkerTest
 from keysync_jax.evaluation.talkers_model import TalkerModel
+from keysync_jax.files import local_folder, write_atomically, write_text
 from keysync_jax.training import initial, runs, validation
 from keysync_jax.training.config import TrainConfig, train_config
 from keysync_jax.training.data import make_reader
@@ -117,7 +117,7 @@ def train(name: str, folder: Path, data: str, overrides: Sequence[str], say: Cal
     if is_trained(name, folder, data, overrides):
         return model
     recipe, *settings = asked = _asked(name, data, overrides)
-    _write(_record(name, folder), json.dumps(asked) + "\n")
+    write_text(_record(name, folder), json.dumps(asked) + "\n")
     _keysync(["train", "--config", recipe, "--workdir", str(folder / name), *settings], log, lambda line: say(f"{name}: {line}"))
     _keysync(["export", str(folder / name), "--ema", "-o", str(model)], log)
     return model
@@ -145,10 +145,6 @@ def _asked(name: str, data: str, overrides: Sequence[str]) -> list[str]:
 
 def _record(name: str, folder: Path) -> Path:
     return folder / f"{name}.settings.json"
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _recorded(path: Path) -> Any:
@@ -283,7 +279,7 @@ def judge(name: str, sources: Sequence[Path], folder: Path, clips: int, seed: in
     scales = [grid for text in entry.guidance for grid in parse_grid(text)]
     with talkers_report.progress(entry.label, talkers.total_windows(test, model, len(scales)), quiet) as tick:
         reports = talkers.evaluate(directory, test, model, scales, tick)
-    _write(cache, json.dumps({"judged": judged, "reports": reports}, indent=1) + "\n")
+    write_text(cache, json.dumps({"judged": judged, "reports": reports}, indent=1) + "\n")
     return reports
 
 
@@ -450,8 +446,8 @@ def run(
         "kind": "ablations", "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "settings": list(overrides),
         "runs": {name: RUNS[name]._asdict() for name in only}, "judged": found,
     }  # fmt: skip
-    _write(folder / "ablations.json", json.dumps(report, indent=1) + "\n")
-    _write(folder / "ablations.md", tables(found))
+    write_text(folder / "ablations.json", json.dumps(report, indent=1) + "\n")
+    write_text(folder / "ablations.md", tables(found))
     draw_curves(folder, only)
     return report
 

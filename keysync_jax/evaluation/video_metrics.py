@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.ndimage import laplace
 
-from data_pipeline.synthetic.write import write_atomically
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.evaluation.lip_metrics import correlation
+from keysync_jax.files import write_atomically, write_text
 from keysync_jax.media import faces, video
 from keysync_jax.media.landmarks import check_landmarks
 
@@ -229,7 +229,7 @@ def write_series(path: str | os.PathLike, figures: FrameFigures) -> None:
     }
     rows = {name: [None if np.isnan(v) else round(float(v), 5) for v in values] for name, values in columns.items()}
     if check_series(path) == ".json":
-        write_atomically(path, lambda p: p.write_text(json.dumps(rows) + "\n", encoding="utf-8"))
+        write_text(path, json.dumps(rows) + "\n")
         return
 
     def write(file: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.synthetic.write import write_atomically
 from keysync_jax.errors import UsageError
 from keysync_jax.evaluation import marks, talkers_report, video_metrics
 from keysync_jax.evaluation.lip_metrics_plot import draw_curves
+from keysync_jax.files import write_atomically
 from keysync_jax.media import faces, video
 
 _ROWS = (

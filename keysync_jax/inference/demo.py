@@ -17,12 +17,12 @@ from rich.console import Console
 
 from converters.initialize import initialize
 from data_pipeline.synthetic import write_clip
-from data_pipeline.synthetic.write import write_atomically
 from keysync_jax import assets
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.evaluation import lip_metrics, marks, talkers_clips
 from keysync_jax.evaluation.lip_metrics_plot import draw_curves, stack
 from keysync_jax.evaluation.talkers_clips import HeldOut
+from keysync_jax.files import write_atomically, write_text
 from keysync_jax.inference import demo_record
 from keysync_jax.inference.job import DubResult
 from keysync_jax.inference.options import DubOptions
@@ -93,8 +93,7 @@ def run_demo(
 
     _draw(clip, measured, dub, folder / "strip.png")
     report = _report(clip, seed, pipeline, measured, judged, below, time.perf_counter() - start)
-    text = json.dumps(report, indent=1) + "\n"
-    write_atomically(folder / "figures.json", lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(folder / "figures.json", json.dumps(report, indent=1) + "\n")
     _show(console, report, dub, folder)
     return DemoResult(dub, measured.figures, below)
 

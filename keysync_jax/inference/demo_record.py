@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.synthetic.write import write_atomically
 from keysync_jax import __version__
 from keysync_jax.config import MaskConfig, from_dict
 from keysync_jax.errors import KeySyncError
+from keysync_jax.files import write_text
 
 FILE = "recorded.json"
 KEYS = ("opening_r", "width_r", "lag", "closed", "partial_r")
@@ -96,8 +96,8 @@ def write(model: Mapping[str, Any], rows: Sequence[Mapping[str, float]], *, fram
         f"({_CLOSED_MARGIN:g} for closed)",
         **hashes(model),
     }
-    path, text = Path(model["path"]) / FILE, json.dumps(recorded, indent=1) + "\n"
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+    path = Path(model["path"]) / FILE
+    write_text(path, json.dumps(recorded, indent=1) + "\n")
     return path
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from converters import model_directory
 from keysync_jax import assets
 from keysync_jax.errors import UsageError
+from keysync_jax.files import write_text
 from keysync_jax.inference import job
 from keysync_jax.inference import report as reporting
 from keysync_jax.inference.audio_features import AudioFeatures
@@ -102,7 +103,7 @@ class KeySyncPipeline:
             _keep(inputs | {Path(output).resolve(): "the output"}, report, "report")
         result = job.dub(self, video, os.fspath(audio), output, options or DubOptions(), StageProgress(progress))
         if report is not None:
-            Path(report).write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
+            write_text(report, json.dumps(result.report, indent=1) + "\n")
         return result
 
     # What a job asks for ----------------------------------------------------------------------------------------------------

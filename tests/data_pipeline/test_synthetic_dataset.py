@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -20,7 +19,6 @@ import pytest
 
 from data_pipeline.synthetic import SynthSettings, TalkerOptions, dataset, make_clip, report, shards, synth_dataset, write_clip
 from data_pipeline.synthetic.dataset import MANIFEST_FIELDS, SPLITS, plan_clip
-from data_pipeline.synthetic.write import write_atomically
 from keysync_jax.cli import main
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.locking import only_process
@@ -109,21 +107,6 @@ def test_a_folder_that_cannot_be_used_is_one_clear_line(tmp_path, monkeypatch):
         with pytest.raises(UsageError, match="local folder"):
             synth_dataset(1, path, SMALL, quiet=True)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_full_disk_is_named(tmp_path):
-    def full(error):
-        def write(path):
-            path.write_text("half")
-            raise error
-
-        return write
-
-    # NumPy's own error has no number.
-    for error in (OSError(errno.ENOSPC, "No space left on device"), OSError("4096 requested and 100 written")):
-        with pytest.raises(KeySyncError, match="cannot write .*clip.npy: the disk is full"):
-            write_atomically(tmp_path / "clip.npy", full(error))
-    assert not list(tmp_path.iterdir())
 
 
 def _damage(path, how):

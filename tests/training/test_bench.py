@@ -110,19 +110,6 @@ def test_a_failure_costs_one_measurement_and_the_file_has_all(tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["bench.json"]
 
 
-def test_an_interrupted_write_leaves_the_file_whole(tmp_path, monkeypatch):
-    path = tmp_path / "bench.json"
-    bench._write(path, {"results": [1]})
-
-    def full(partial, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pathlib.Path.replace", full)
-    with pytest.raises(OSError, match="No space"):
-        bench._write(path, {"results": [1, 2]})
-    assert json.loads(path.read_text()) == {"results": [1]} and os.listdir(tmp_path) == ["bench.json"]
-
-
 def test_an_output_that_cannot_be_is_refused_first(tmp_path):
     for wrong in (tmp_path, tmp_path / "none" / "bench.json", os.devnull):
         with pytest.raises(UsageError, match="-o"):
@@ -189,7 +176,7 @@ def test_the_command_ends_as_every_verb_does(tmp_path, monkeypatch, capsys):
     assert "accelerator" in capsys.readouterr().err
     for error, text in ((PermissionError(13, "Permission denied", "bench.json"), "bench.json"), (KeyboardInterrupt(), "stopped")):
         monkeypatch.setattr(bench, "_measure", lambda *_, error=error: _raise(error))
-        monkeypatch.setattr(bench, "_write", lambda *_, error=error: _raise(error))
+        monkeypatch.setattr(bench, "write_text", lambda *_, error=error: _raise(error))
         assert cli.main(["bench", "attention", "-o", str(tmp_path / "bench.json")]) == 1
         assert text in capsys.readouterr().err.splitlines()[-1]
     report = {"results": [], "skipped": [{"title": "unet"}]}

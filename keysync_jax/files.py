@@ -1,0 +1,52 @@
+"""Local files that appear whole or not at all, and the folders they go to."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from keysync_jax.errors import KeySyncError, UsageError
+
+
+def local_folder(path: str | os.PathLike) -> Path:
+    """The folder to write to, which need not exist.
+
+    Raises:
+      UsageError: nothing, or an object store.
+      KeySyncError: there is a file where a folder must be.
+    """
+    text = os.fspath(path)
+    if not text or "://" in text:
+        raise UsageError(f"output {text!r} is no local folder; name one")
+    folder = Path(text)
+    there = next((each for each in (folder, *folder.parents) if each.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise KeySyncError(f"{there} is a file; name a folder")
+    return folder
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file next to `path`, then rename it; nothing half-written ever bears the final name.
+
+    Raises:
+      KeySyncError: the disk is full or the folder cannot be written to.
+    """
+    # The process's number keeps two writers apart.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, None):  # None: NumPy, which says how much it could write
+            raise KeySyncError(f"cannot write {path}: the disk is full; free space or choose another folder") from error
+        raise KeySyncError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """`write_atomically` of UTF-8 text."""
+    write_atomically(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
