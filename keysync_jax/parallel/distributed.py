@@ -26,13 +26,14 @@ def start(
     """Join the other processes of the run, before anything else touches JAX.
 
     With none of the arguments given, here or in `KEYSYNC_COORDINATOR`, `KEYSYNC_NUM_PROCESSES` and `KEYSYNC_PROCESS_ID`, TPU pods, GKE,
-    Slurm and Open MPI are recognised by what they put into the environment; elsewhere the process stays alone and nothing happens.
+    Slurm and Open MPI are recognised by what they put into the environment; elsewhere the process stays alone and nothing happens. One
+    process on a machine has all of its GPUs; several have one each.
 
     From then on, a process that dies takes all others with it: they end with a status other than 0 within `HEARTBEAT_SECONDS` or so.
 
     Args:
       coordinator: host:port of process 0.
-      num_processes: of the run.
+      num_processes: of the run; 1 alone says that there is no other, whatever the environment looks like.
       process_id: of this one, from 0.
       timeout: seconds to wait for the others.
 
@@ -42,8 +43,13 @@ def start(
     """
     given = _given(coordinator, num_processes, process_id, os.environ)
     cluster = None if given else detected(os.environ)
-    if (not given and cluster is None) or jax.distributed.is_initialized():
+    if given == _ALONE or (not given and cluster is None) or jax.distributed.is_initialized():
         return
+    if cluster == "Kubernetes" and importlib.util.find_spec("kubernetes") is None:
+        raise KeySyncError(
+            "this is a pod of an Indexed Job: give --num-processes 1 if it is the only one; for several, pip install 'jax[k8s]', "
+            "or give --coordinator, --num-processes and --process-id"
+        )
     where = f"the {cluster} cluster"
     if given:
         where = f"{given['coordinator_address']} as process {given['process_id']} of {given['num_processes']}"
@@ -54,15 +60,34 @@ def start(
     except (RuntimeError, ValueError, TypeError, OSError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise KeySyncError(f"cannot join {where}: {reason}; check that all processes run and can reach the coordinator") from error
+    if _owns_gpus(os.environ):
+        # On Slurm and Open MPI, JAX takes one GPU a process, the local number's, however many processes the machine has.
+        for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+            jax.config.update(name, "all")
+
+
+_ALONE = {"num_processes": 1}
+
+
+def _owns_gpus(environ: Mapping[str, str]) -> bool:
+    """Whether every GPU that this process can see is its own: it is the only one of its machine, or was given a single GPU."""
+    if environ.get("JAX_LOCAL_DEVICE_IDS"):
+        return False
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS")
+    one_a_node = tasks > 0 and tasks == _number(environ, "SLURM_STEP_NUM_NODES")
+    seen = environ.get("CUDA_VISIBLE_DEVICES", "")
+    return one_a_node or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or (seen != "" and "," not in seen)
 
 
 def _given(coordinator: str | None, num_processes: int | None, process_id: int | None, environ: Mapping[str, str]) -> dict:
-    """Arguments of `jax.distributed.initialize`, {} if nothing is given."""
+    """Arguments of `jax.distributed.initialize`; {} if nothing is given, `_ALONE` if there is one process."""
     values = {COORDINATOR: coordinator, NUM_PROCESSES: num_processes, PROCESS_ID: process_id}
     values = {name: environ.get(name) or None if value is None else value for name, value in values.items()}
     missing = [name for name, value in values.items() if value is None]
     if len(missing) == 3:
         return {}
+    if missing == [COORDINATOR, PROCESS_ID] and values[NUM_PROCESSES] in (1, "1"):
+        return _ALONE
     if missing:
         flags = {COORDINATOR: "--coordinator", NUM_PROCESSES: "--num-processes", PROCESS_ID: "--process-id"}
         raise UsageError(f"several processes need all of coordinator, number and id: {flags[missing[0]]} or {missing[0]} is missing")

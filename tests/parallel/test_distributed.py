@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from keysync_jax.errors import UsageError
+from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.parallel import distributed
 
 WORKER = Path(__file__).with_name("hosts_worker.py")
@@ -79,6 +79,55 @@ def test_half_a_start_is_refused(arguments, words, monkeypatch):
 )
 def test_clusters(environ, cluster, tmp_path):
     assert distributed.detected(environ, devices=tmp_path) == cluster
+
+
+SLURM = {
+    "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environ", "visible"),
+    [
+        ({"SLURM_STEP_NUM_NODES": "2"}, "all"),  # one task a node, as docs/training.md has it
+        ({"SLURM_STEP_NUM_NODES": "1"}, "0"),  # two on one node: a GPU each
+        ({"SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "3"}, "all"),  # Slurm has dealt them out already
+        ({"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "0,1"}, "0,1"),  # the user has
+    ],
+)
+def test_a_slurm_task_takes_the_gpus_that_are_its_own(environ, visible):
+    code = (
+        "import jax; from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES as visible; from keysync_jax.parallel import distributed; "
+        "distributed.start(timeout=60); print(jax.process_index(), jax.process_count(), visible.value)"
+    )
+    base = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COORDINATOR_PORT": str(port())} | SLURM | environ
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=base | {"SLURM_PROCID": str(i)}, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        assert [p.communicate(timeout=120)[0].split()[:3] for p in processes] == [[str(i), "2", visible] for i in range(2)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_pod_of_an_indexed_job_is_told_what_to_say(monkeypatch):
+    for name in (distributed.COORDINATOR, distributed.NUM_PROCESSES, distributed.PROCESS_ID):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(KeySyncError, match="give --num-processes 1 if it is the only one; for several, pip install 'jax\\[k8s\\]'"):
+        distributed.start()
+    called = []
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **kw: called.append(kw))
+    distributed.start(num_processes=1)
+    monkeypatch.setenv(distributed.NUM_PROCESSES, "1")
+    distributed.start()
+    assert not called
+    with pytest.raises(UsageError, match="--coordinator"):
+        distributed.start(num_processes=2)
 
 
 def test_nobody_answers():
