@@ -29,6 +29,14 @@ def _choice(config: Any, field: str, allowed: tuple[str, ...]) -> None:
         raise KeySyncError(f"{type(config).__name__}.{field} is {value!r}; choose one of {', '.join(allowed)}")
 
 
+def _at_least(config: Any, least: int, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        if not values or min(values) < least:
+            raise KeySyncError(f"{type(config).__name__}.{field} is {value!r}; it must be at least {least}")
+
+
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """Latent video U-Net (SVD's `VideoUNet`). Defaults are the full-size keyframe network."""
@@ -66,6 +74,11 @@ class UNetConfig:
     def __post_init__(self):
         _choice(self, "audio_cond_method", ("both_keyframes", "both", "to_time_emb", "to_time_emb_image", "none"))
         _choice(self, "merge_strategy", ("learned", "fixed", "learned_with_images"))
+        _at_least(
+            self, 1, "in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "num_head_channels", "context_dim",
+            "num_frames", "norm_groups", "video_kernel_size",
+        )  # fmt: skip
+        _at_least(self, 0, "transformer_depth", "audio_dim", "additional_audio_frames", "adm_in_channels")
 
     @property
     def time_embed_dim(self) -> int:
@@ -98,6 +111,9 @@ class VAEConfig:
 
     def __post_init__(self):
         _choice(self, "decoder", ("temporal", "image"))
+        _at_least(
+            self, 1, "in_channels", "out_channels", "base_channels", "channel_mult", "num_res_blocks", "latent_channels", "norm_groups"
+        )
         if any(self.base_channels * mult % self.norm_groups for mult in self.channel_mult):
             widths = [self.base_channels * mult for mult in self.channel_mult]
             raise KeySyncError(f"VAEConfig: channels {widths} are not all multiples of norm_groups {self.norm_groups}")
@@ -198,6 +214,7 @@ class StageConfig:
         _choice(self, "audio_merge", ("mean", "concat", "add"))
         _choice(self, "filler", ("zeros", "ones", "random", "fixed_zeros", "fixed_ones", "none"))
         _choice(self, "audio_encoder", AUDIO_TOKENS)
+        _at_least(self, 1, "resolution", "latent_size", "num_frames", "audio_feature_dim", "num_steps")
 
     @property
     def has_learned_filler(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -41,8 +42,9 @@ class LossConfig:
         for name, known in ((self.latent_loss, [*_ERRORS]), *((name, [*_ERRORS, _PERCEPTUAL]) for name in self.pixel_losses)):
             if name not in known:
                 raise KeySyncError(f"loss {name!r} is not known; choose from {', '.join(known)}")
-        if self.pixel_weight < 0:
-            raise KeySyncError(f"pixel_weight is {self.pixel_weight}; it must not be negative")
+        for name in ("pixel_weight", "upper_weight", "lower_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise KeySyncError(f"loss.{name} is {getattr(self, name)}; it must be finite and not negative")
         if self.pixel_weight > 0 and not self.pixel_losses:
             raise KeySyncError("loss.pixel_losses is empty but loss.pixel_weight is positive; name one, or set loss.pixel_weight=0")
 

@@ -16,6 +16,7 @@ from keysync_jax.diffusion import schedules
 from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.diffusion.sigma_sampling import P_MEAN, P_STD
 from keysync_jax.errors import KeySyncError
+from keysync_jax.models import attention
 from keysync_jax.models.remat import Remat
 
 
@@ -50,6 +51,8 @@ class OptimizerConfig:
         _require(0 <= self.ema_decay < 1, f"optimizer.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
         _require(self.accumulate >= 1, f"optimizer.accumulate is {self.accumulate}; it counts microbatches and must be at least 1")
         _require(self.clip_norm >= 0, f"optimizer.clip_norm is {self.clip_norm}; it must not be negative")
+        start = self.warmup_start
+        _require(0 <= start <= 1, f"optimizer.warmup_start is {start}; it is the share of the rate that the first update has")
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative")
         _require(self.max_skipped >= 1, f"optimizer.max_skipped is {self.max_skipped}; it must be at least 1")
 
@@ -155,7 +158,8 @@ class DataConfig:
     prefetch: int = 4
 
     def __post_init__(self):
-        _require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1")
+        for name, least in (("batch_size", 1), ("threads", 0), ("workers", 0), ("prefetch", 1)):
+            _require(getattr(self, name) >= least, f"data.{name} is {getattr(self, name)}; it must be at least {least}")
         if self.weights:
             count = len(self.datasets)
             _require(len(self.weights) == count, f"data.weights has {len(self.weights)} entries for {count} datasets; give one each")
@@ -242,6 +246,7 @@ class TrainConfig:
       freeze: "temporal" (the reference's rule: temporal layers stay as SVD left them) or "none".
       dtype: compute type; parameters, optimizer and losses are float32.
       remat: see `models.remat`.
+      attention: see `models.attention`.
       vae: the autoencoder, for `model="vae"`; stages read the config of theirs from the model directory.
       resolution: VAE only: side of the frames.
     """
@@ -275,12 +280,14 @@ class TrainConfig:
             ("freeze", ("temporal", "none")),
             ("dtype", ("float32", "bfloat16")),
             ("remat", tuple(r.value for r in Remat)),
+            ("attention", attention.IMPLEMENTATIONS),
         ):
             _require(getattr(self, name) in allowed, f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         _require(self.seed >= 0, f"seed is {self.seed}; it must not be negative")
         scale = self.stage.latent_scale
         _require(0 < scale < math.inf, f"stage.latent_scale is {scale}; it must be positive")
-        _require(self.vae.latent_channels >= 1, f"vae.latent_channels is {self.vae.latent_channels}; it must be at least 1")
+        nose = self.stage.mask.nose_index
+        _require(0 <= nose < 68, f"stage.mask.nose_index is {nose}; it names one of the 68 landmarks, 0 to 67")
         if self.model == "vae":
             factor = self.vae.downsample_factor
             for name, side in (("resolution", self.resolution), ("data.crop", self.data.crop)):

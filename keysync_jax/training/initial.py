@@ -114,9 +114,11 @@ def resolve(config: TrainConfig, workdir: str | os.PathLike | None = None) -> tu
       The config, and lines that say what was taken from where.
 
     Raises:
-      KeySyncError: a path of `config.init` does not exist, or the VAE does not fit the stage's latent size, resolution or channels;
-        names both.
+      KeySyncError: the workdir is a file, a path of `config.init` does not exist, or the VAE does not fit the stage's latent size,
+        resolution or channels; names both.
     """
+    if workdir is not None and "://" not in os.fspath(workdir) and os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise KeySyncError(f"--workdir {workdir} is a file; name a folder")
     stored = _stored(workdir)
     if stored is None:
         _require_sources(config)

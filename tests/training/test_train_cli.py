@@ -93,7 +93,21 @@ def test_check_says_what_would_happen_and_does_nothing(keysync, recipe_file, tmp
         (["loss.pixel_weight=1.0", "loss.pixel_losses=()"], 1, "loss.pixel_losses is empty"),
         (["model=vae", "resolution=65"], 1, "resolution is 65; the VAE needs a multiple of"),
         (["model=vae", "data.crop=9"], 1, "data.crop is 9; the VAE needs a multiple of"),
-        (["vae.latent_channels=0"], 1, "vae.latent_channels is 0"),
+        (["vae.latent_channels=0"], 1, "VAEConfig.latent_channels is 0; it must be at least 1"),
+        (["stage.latent_size=0"], 1, "StageConfig.latent_size is 0; it must be at least 1"),
+        (["stage.audio_feature_dim=0"], 1, "StageConfig.audio_feature_dim is 0"),
+        (["stage.unet.channel_mult=0"], 1, "UNetConfig.channel_mult is (0,); it must be at least 1"),
+        (["stage.unet.channel_mult=()"], 1, "UNetConfig.channel_mult is ()"),
+        (["stage.unet.norm_groups=0"], 1, "UNetConfig.norm_groups is 0"),
+        (["stage.unet.num_head_channels=0"], 1, "UNetConfig.num_head_channels is 0"),
+        (["stage.unet.num_res_blocks=-1"], 1, "UNetConfig.num_res_blocks is -1"),
+        (["loss.lower_weight=-1.0"], 1, "loss.lower_weight is -1.0"),
+        (["optimizer.warmup_start=-5.0"], 1, "optimizer.warmup_start is -5.0"),
+        (["attention=foo"], 1, "attention is 'foo'; choose one of auto, xla, cudnn, splash"),
+        (["data.threads=-1"], 1, "data.threads is -1"),
+        (["data.workers=-1"], 1, "data.workers is -1"),
+        (["data.prefetch=0"], 1, "data.prefetch is 0; it must be at least 1"),
+        (["stage.mask.nose_index=99"], 1, "stage.mask.nose_index is 99"),
     ],
 )
 def test_bad_recipes(overrides, status, words, keysync, recipe_file, tmp_path):
@@ -134,6 +148,14 @@ def test_meshes_that_do_not_fit(overrides, words, keysync, recipe_file, tmp_path
 def test_bad_options(more, words, keysync, recipe_file, tmp_path):
     status, line, _ = keysync(*train(recipe_file, tmp_path / "run", more=more))
     assert status == 2 and words in line
+
+
+def test_a_workdir_that_is_a_file(keysync, recipe_file, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for more in ([], ["--check"]):
+        status, line, _ = keysync(*train(recipe_file, tmp_path / "file", more=more))
+        assert status == 1 and "file is a file; name a folder" in line
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_unknown_recipe(keysync, tmp_path):
