@@ -28,8 +28,8 @@ def add_train(verbs) -> None:
     """Add `keysync train`."""
     p = add_verb(verbs, "train", _train, "train a stage or an autoencoder, or go on with a run", _TRAIN_EXAMPLES)
     p.add_argument("--config", required=True, metavar="NAME", help="recipe: a shipped name, a .py file, or a run's config.json")
-    p.add_argument(
-        "--config.KEY", dest="_", metavar="VALUE", help="set a key of the recipe, for example --config.data.batch_size=8; a list as a,b"
+    p.add_argument(  # for --help alone: `cli` takes such words out before
+        "--config.KEY=VALUE", dest="_", action="store_true", help="set a key of the recipe, as --config.data.batch_size=8; a list as a,b"
     )
     p.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, local or gs://; a run in it is continued")
     p.add_argument("--profile_steps", metavar="A:B", help="write a profile of steps A to B to WORKDIR/profile")

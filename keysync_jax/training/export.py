@@ -113,6 +113,7 @@ def export(
         return os.fspath(output)
     collected = _collect(sources, options)
     parts = [collected.parts[name] for name in sorted(collected.parts, key=_rank)]
+    model_directory.check(" + ".join(map(os.fspath, sources)), {part.name: part.config for part in parts}, complete=False)
     if options.dtype:
         parts = [dataclasses.replace(part, tensors=part.tensors.astype(FLOAT_TYPES[options.dtype])) for part in parts]
     for note in collected.notes:
@@ -214,7 +215,7 @@ def _collect(sources: Sequence[str | os.PathLike], options: ExportOptions) -> Co
         found.append(run)
         notes.append(f"{name}: {model_card.basename(source)} at step {run.step}{', averaged weights' * run.ema}")
         add(Part(name, run.config.vae if name == "vae" else run.config.stage, _tensors(run)), source)
-    _complete(parts, origins, found, notes)
+    _complete(parts, origins, found, notes, options.log_mel)
     _scale(parts, found, options, notes)
     _check_trained_with(parts, origins, found)
     _with_decoders(parts, found)
@@ -239,8 +240,9 @@ def _tensors(run: RunWeights) -> Tensors:
     return from_params(part_table(config), run.params, run.workdir)
 
 
-def _complete(parts: dict[str, Part], origins: dict[str, str], found: Sequence[RunWeights], notes: list[str]) -> None:
-    """Adds the VAE and the speech encoders of the directories that the stage runs started from."""
+def _complete(parts: dict[str, Part], origins: dict[str, str], found: Sequence[RunWeights], notes: list[str], log_mel: int | None) -> None:
+    """Adds the VAE and the speech encoders of the directories that the stage runs started from; no encoder of other tokens than the
+    run's, and no log-mel one where `log_mel` bands are asked for."""
     for run in found:
         if run.part == "vae":
             continue
@@ -250,6 +252,10 @@ def _complete(parts: dict[str, Part], origins: dict[str, str], found: Sequence[R
                 continue
             directory = model_directory.load(path, complete=False)
             for part in parts_of(directory):
+                if isinstance(part.config, AudioEncoderConfig):
+                    asked = log_mel is not None and part.name == audio_part_name("log_mel")
+                    if asked or part.config.hidden_size != run.config.stage.audio_feature_dim:
+                        continue
                 if part.name in wanted:
                     parts[part.name], origins[part.name] = part, path
                     wanted.remove(part.name)

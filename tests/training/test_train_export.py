@@ -11,10 +11,11 @@ import tiny_starts as tiny
 
 from converters import model_directory, safetensors_file, sgm, torch_file
 from converters.lazy import Tensors
-from converters.parts import part_table
+from converters.parts import Part, part_table
 from data_pipeline.prepare.groups import plan_features
 from data_pipeline.prepare.settings import Output
 from data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
+from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.models.vae import VAE, sample_posterior
 from keysync_jax.training import checkpoints, initial, model_card, runs, vae_scale
@@ -228,6 +229,20 @@ def test_check_also_opens_what_the_loss_and_the_log_need(run, tmp_path, monkeypa
     with pytest.raises(UsageError, match="wandb is not installed; pip install wandb"):
         initial.describe(dataclasses.replace(config, log=dataclasses.replace(config.log, wandb=True)), tmp_path / "new")
     assert initial.describe(config, tmp_path / "new")[-1].endswith("2 steps of 1 samples")
+
+
+def test_an_encoder_of_other_tokens_is_not_dragged_along(tmp_path):
+    """A VAE's directory may hold the encoder of another model, as the bundled one does."""
+    config = AudioEncoderConfig(kind="log_mel", hidden_size=24, num_mels=24)
+    other = model_directory.save(tmp_path / "other", [tiny.vae_part(), Part("audio/log_mel", config, Tensors({}, "log_mel"))])
+    run = tiny.save_run(tmp_path / "run", tiny.recipe(init=tiny.InitConfig(vae=str(other.path))))
+    for options in (ExportOptions(), ExportOptions(log_mel=tiny.MELS, force=True)):
+        export([run], tmp_path / "out", options)
+        made = model_directory.load(tmp_path / "out", complete=False)
+        assert made.audio("log_mel").hidden_size == tiny.MELS and "vae" in made.parts
+    with pytest.raises(KeySyncError) as error:  # what is asked for and cannot be names the run, not the output
+        export([run], tmp_path / "none", ExportOptions(log_mel=16))
+    assert str(error.value) == f"{run}: audio/log_mel gives 16 features per token, but the keyframe stage reads {tiny.MELS}"
 
 
 def test_options_that_no_source_heeds_are_refused(run, vae_run, model, tmp_path):
