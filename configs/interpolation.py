@@ -30,7 +30,7 @@ PRESETS = ("released", "paper")
 
 
 def train_config(preset: str = "released") -> TrainConfig:
-    """The recipe as a dataclass, for other recipes to start from."""
+    """The recipe as a dataclass, for other recipes to start from; `preset` is one of `PRESETS`."""
     config = TrainConfig(
         stage=StageConfig(stage="interpolation", audio_encoder="wavlm", unet=UNetConfig(in_channels=9)),
         num_steps=120_000,

@@ -28,7 +28,7 @@ PRESETS = ("released", "paper")
 
 
 def train_config(preset: str = "released") -> TrainConfig:
-    """The recipe as a dataclass, for other recipes to start from."""
+    """The recipe as a dataclass, for other recipes to start from; `preset` is one of `PRESETS`."""
     config = TrainConfig(
         stage=StageConfig(stage="keyframe", audio_encoder="hubert", unet=UNetConfig(in_channels=8)),
         num_steps=60_000,

@@ -73,7 +73,11 @@ def train_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
 
 
 def device_array(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """The devices of `train_mesh` as an array `[data, fsdp, tensor]`."""
+    """The devices of `train_mesh` as an array `[data, fsdp, tensor]`.
+
+    Raises:
+      KeySyncError: the mesh does not make up the devices, or `slices` is not how many there are.
+    """
     shape = mesh_shape((config.data, config.fsdp, config.tensor), len(devices))
     named = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, shape, strict=True))
     try:

@@ -331,7 +331,11 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def save_frozen(workdir: epath.PathLike, frozen: Tree) -> None:
-    """Write the frozen leaves, whole or not at all; replaces what a start that never reached a checkpoint left behind."""
+    """Write the frozen leaves, whole or not at all; replaces what a start that never reached a checkpoint left behind.
+
+    Raises:
+      KeySyncError: they cannot be written; nothing is left of them.
+    """
     _quiet_orbax()
     root = epath.Path(workdir).resolve()
     if jax.process_index() == 0:

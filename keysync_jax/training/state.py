@@ -57,7 +57,11 @@ def partition(tree: Mapping, mask: Mapping) -> tuple[Tree, Tree]:
 
 
 def merge(first: Mapping, second: Mapping) -> Tree:
-    """Nested dicts with the leaves of both; no leaf may be in both."""
+    """Nested dicts with the leaves of both.
+
+    Raises:
+      ValueError: a leaf is in both.
+    """
     a, b = flatten_dict(first), flatten_dict(second)
     if both := a.keys() & b.keys():
         raise ValueError(f"leaves in both trees: {sorted('/'.join(path) for path in both)[:3]}")

@@ -235,3 +235,12 @@ def test_name_of_the_bundled_model(tmp_path, monkeypatch):
     (tmp_path / "demo" / "model_index.json").write_text("{}")
     assert assets.resolve("demo") == str(tmp_path / "demo")
     assert assets.resolve("./demo") == "./demo" and assets.resolve(Path("other")) == "other"
+
+
+def test_the_bundled_model_is_small_and_whole():
+    """Autoencoder, both stages and what is recorded of them, 12 MB together."""
+    path = assets.bundled_model_path()
+    assert sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) <= 12_000_000
+    directory = model_directory.load(path, verify=True)
+    assert {"vae", "keyframe", "interpolation", "audio/log_mel"} <= set(directory.parts) and not directory.parts["keyframe"].random
+    assert demo_record.read(directory.describe())["floors"]
