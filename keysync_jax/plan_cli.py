@@ -12,13 +12,18 @@ _EXAMPLES = """\
   keysync plan --config keyframe --topology v5e:4x4 --config.mesh.fsdp=16 --config.remat=full --compile    (needs libtpu)
   keysync plan --config interpolation --topology cpu:8 --json"""
 
+_TOPOLOGY = (
+    "v5e:4x4, v5p:2x2x2 (TPU chips), h200x8, a100x8 (GPUs) or cpu:8; with --config.mesh.slices=N this is one slice (or host) and the plan "
+    "is for N of them"
+)
+
 
 def add_plan(verbs) -> None:
     """Add `keysync plan`."""
     p = add_verb(verbs, "plan", _plan, "memory, FLOPs and time of a recipe on devices you need not have", _EXAMPLES)
     p.add_argument("--config", required=True, metavar="NAME", help="recipe: a shipped name, a .py file, or a run's config.json")
     p.add_argument("--config.KEY", dest="_", metavar="VALUE", help="set a key of the recipe, for example --config.mesh.fsdp=8")
-    p.add_argument("--topology", required=True, metavar="T", help="v5e:4x4, v5p:2x2x2 (TPU chips), h200x8, a100x8 (GPUs) or cpu:8")
+    p.add_argument("--topology", required=True, metavar="T", help=_TOPOLOGY)
     p.add_argument(
         "--compile", nargs="?", const="memory", choices=["memory", "whole"],
         help="compile the step for the TPU topology (libtpu): until its memory is placed, or to the end (over an hour at full size)",
@@ -44,7 +49,7 @@ def _plan(args) -> int:
         more = {} if compiled is None else {"compiled": compiled._asdict() | {"total": compiled.total}}
         print(json.dumps(plans.as_json(plan) | more, indent=2))
     elif compiled is not None:
-        _print_compiled(compiled, topology)
+        _print_compiled(compiled, topology, config.mesh.slices)
     return 0
 
 
@@ -57,12 +62,17 @@ def _print(plan, config) -> None:
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items())
     device = topology.device
     held = f", {device.memory / 2**30:.0f} GiB each" if device.memory else ""
-    console.print(f"{topology.devices} x {device.name}{held}; mesh {mesh}; batch {plan.batch_size} ({config.dtype}, remat {config.remat})")
+    slices = f" ({config.mesh.slices} slices of {topology.name})" if config.mesh.slices > 1 else ""
+    devices = f"{plan.devices} x {device.name}{held}{slices}"
+    console.print(f"{devices}; mesh {mesh}; batch {plan.batch_size} ({config.dtype}, remat {config.remat})")
     trained, frozen = plan.parameters["trained"], plan.parameters["frozen"]
-    console.print(f"{trained:,} parameters are trained, {frozen:,} are frozen\n")
+    console.print(f"{trained:,} parameters are trained, {frozen:,} are frozen")
+    for note in plan.notes:
+        console.print(note)
+    console.print()
     console.print(rows_table(plan.rows, f"train state on {mesh}"))
     console.print(_flops_table(plan))
-    console.print(_memory_table(plan))
+    console.print(_memory_table(plan, config))
     if plan.peak is None:
         console.print(f"no peak is known of {device.name} in {config.dtype}, so no least time")
     else:
@@ -94,7 +104,7 @@ def _flops_table(plan):
     return table
 
 
-def _memory_table(plan):
+def _memory_table(plan, config):
     from rich.table import Table
 
     from keysync_jax.parallel.sharding import gib
@@ -105,7 +115,8 @@ def _memory_table(plan):
     memory = plan.memory
     table.add_row("train state", gib(memory.state), "exact, from the shardings")
     table.add_row("batch", gib(memory.batch), "exact")
-    table.add_row("gradients", gib(memory.gradients), "estimated: laid out as the parameters")
+    twice = ", twice: their sum and a microbatch's" if config.optimizer.accumulate > 1 else ""
+    table.add_row("gradients", gib(memory.gradients), f"estimated: laid out as the parameters{twice}")
     table.add_row("gathered parameters", gib(memory.gathered), "estimated: the two largest blocks")
     waiting = f"{gib(memory.residuals)} of them wait for the backward pass"
     table.add_row("activations", gib(memory.activations), f"estimated before fusion; {waiting}")
@@ -117,12 +128,13 @@ def _memory_table(plan):
     return table
 
 
-def _print_compiled(compiled, topology) -> None:
+def _print_compiled(compiled, topology, slices) -> None:
     from keysync_jax.parallel.sharding import gib
 
     code = "the program's own bytes not counted" if compiled.code is None else f"program {gib(compiled.code)}"
+    name = topology.name if slices == 1 else f"{slices} slices of {topology.name}"
     print(
-        f"compiled for {topology.name} in {compiled.seconds:.0f} s; GiB per chip: arguments {gib(compiled.arguments)}, "
+        f"compiled for {name} in {compiled.seconds:.0f} s; GiB per chip: arguments {gib(compiled.arguments)}, "
         f"temporaries {gib(compiled.temporaries)}, {code}; together {gib(compiled.total)} of {topology.device.memory / 2**30:.1f}: "
         f"{'fits' if compiled.total <= topology.device.memory else 'does not fit'}"
     )

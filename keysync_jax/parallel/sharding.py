@@ -20,9 +20,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from keysync_jax.errors import KeySyncError
 from keysync_jax.parallel.mesh import BATCH_AXES, FSDP_AXIS, TENSOR_AXIS
 
-# Heads over `tensor`: the columns that make them, the rows that read them. The feed-forward layers are not split: GEGLU's projection
-# holds all values, then all gates, so that neither half of its columns is a feed-forward of its own, and with tens of thousands of
-# tokens per video, exchanging hidden activations costs more than the halved product saves.
+# Heads over `tensor`: the columns that make them, the rows that read them. Shapes do not tell how wide a head is, so a cut may go through
+# one; the partitioner then moves what attention needs, and the result is the same. The feed-forward layers are not split: GEGLU's
+# projection holds all values, then all gates, so that neither half of its columns is a feed-forward of its own, and with tens of
+# thousands of tokens per video, exchanging hidden activations costs more than the halved product saves.
 TENSOR_RULES = (
     (re.compile(r"/attn\d/to_[qkv]/kernel$"), 1, "columns"),
     (re.compile(r"/attn\d/to_out_0/kernel$"), 0, "rows"),

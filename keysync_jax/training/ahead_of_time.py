@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -37,6 +37,8 @@ _STAGES = {
     "after_optimizations_after_buffer_assignment.txt": "the compiler writes machine code",
 }
 _ASSIGNMENT, _USAGE = "after_optimizations-buffer-assignment.txt", "after_optimizations-memory-usage-report.txt"
+# libtpu takes a v4 chip for two devices unless told that its cores work as one; of later chips it knows.
+_CHIP_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 _LOOK_SECONDS = 2.0
 _LINE_SECONDS = 60.0
 
@@ -77,7 +79,7 @@ def compile_step(config: TrainConfig, topology: Topology, *, whole: bool = False
 
     Args:
       config: the recipe.
-      topology: a TPU slice.
+      topology: one of the recipe's `mesh.slices` TPU slices.
       whole: wait for the machine code, whose size is then known.
       quiet: say nothing while waiting.
 
@@ -115,7 +117,9 @@ def read_assignment(dump: Path) -> dict[str, int | None]:
     usage, assignment = _dumped(dump, _USAGE), _dumped(dump, _ASSIGNMENT)
     # Color 0 is the chip's main memory (HBM); the others are on the core.
     total = re.search(r"^Memory Space: .*\(color=0\)\s+Total bytes: (\d+)", usage.read_text() if usage else "", re.MULTILINE)
-    sizes = re.findall(r"^allocation \d+: size (\d+), parameter ", assignment.read_text() if assignment else "", re.MULTILINE)
+    # Newer libtpu (0.0.52) names a page before what the allocation is for, 0.0.42 does not.
+    line = r"^allocation \d+: size (\d+), (?:page \d+, )?parameter "
+    sizes = re.findall(line, assignment.read_text() if assignment else "", re.MULTILINE)
     if total is None or not sizes:
         raise KeySyncError("libtpu's memory plan has a form that is not known here; --compile=whole takes the long way")
     arguments = sum(map(int, sizes))
@@ -161,18 +165,18 @@ def _dumped(dump: Path, ending: str) -> Path | None:
 
 
 def tpu_mesh(config: TrainConfig, topology: Topology) -> Mesh:
-    """The recipe's mesh over the devices of a TPU slice that need not be here.
+    """The recipe's mesh over the devices of its TPU slices, each of the topology, that need not be here.
 
     Raises:
       KeySyncError: libtpu does not know the topology.
     """
     from jax.experimental import topologies
 
-    slices = {"num_slices": config.mesh.slices} if config.mesh.slices > 1 else {}
-    if topology.devices % config.mesh.slices:
-        raise KeySyncError(f"{topology.name} has {topology.devices} chips, which mesh.slices {config.mesh.slices} does not divide")
+    options: dict[str, Any] = dict(_CHIP_OPTIONS.get(topology.kind, {}))
+    if config.mesh.slices > 1:
+        options["num_slices"] = config.mesh.slices  # of the named topology each
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **slices)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [""])[0][:160]
         raise KeySyncError(f"libtpu cannot compile for {topology.name}: {reason}") from error

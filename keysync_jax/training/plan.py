@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -10,12 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from keysync_jax.errors import UsageError
+from keysync_jax.config import VAEConfig
+from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.parallel import mesh as meshes
 from keysync_jax.parallel import sharding
-from keysync_jax.training import activations, flops, initial
+from keysync_jax.training import activations, flops, initial, lpips
 from keysync_jax.training import state as states
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.objective import DiffusionObjective, Objective, VaeObjective
@@ -24,10 +27,11 @@ from keysync_jax.training.step import make_train_step
 
 # Attention kernel of each platform, as `models.attention` chooses it there.
 _ATTENTION = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
+_VGG_WIDTHS = (64, 128, 256, 512, 512)  # channels of VGG-16's five groups
 
 
 class Topology(NamedTuple):
-    """Devices by kind and number, for example 16 of "v5e" (`v5e:4x4`)."""
+    """Devices of one slice (of GPUs with `mesh.slices`: of one host) by kind and number, for example 16 of "v5e" (`v5e:4x4`)."""
 
     name: str
     kind: str
@@ -43,8 +47,9 @@ class Memory(NamedTuple):
 
     Attributes:
       state, batch: exact, from the shardings.
-      gradients, gathered, activations: estimated. Gradients of all trained leaves, laid out as these are; the parameters of the two
-        largest blocks in the compute type, gathered for use; `activations.estimate`.
+      gradients, gathered, activations: estimated. Gradients of all trained leaves, laid out as these are, with accumulation twice: the
+        sum so far and a microbatch's own; the parameters of the two largest blocks in the compute type, gathered for use;
+        `activations.estimate`.
       residuals: the part of `activations` that waits for the backward pass.
     """
 
@@ -61,9 +66,16 @@ class Memory(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """See `make_plan`. FLOPs are those of one step over all devices; seconds those of a step."""
+    """See `make_plan`. FLOPs are those of one step over all devices; seconds those of a step.
+
+    Attributes:
+      topology: one slice.
+      devices: of all `mesh.slices` slices together.
+      notes: what the plan takes for granted, a line each.
+    """
 
     topology: Topology
+    devices: int
     mesh: dict[str, int]
     batch_size: int
     parameters: dict[str, int]
@@ -75,6 +87,7 @@ class Plan(NamedTuple):
     update_bytes: int
     update_seconds: float | None
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def steps_per_second(self) -> float | None:
@@ -131,28 +144,46 @@ def make_program(config: TrainConfig, batch_size: int | None = None) -> Program:
     """The step of a recipe with abstract arguments; `batch_size` other than the recipe's for a share of it.
 
     Raises:
-      KeySyncError: the recipe names weights of a loss that cannot be read.
+      KeySyncError: config.init.vae is there but holds no VAE.
     """
-    from keysync_jax.training import lpips
-
     tx = make_optimizer(config.optimizer)
     weights = initial.abstract_weights(config)
     ema = config.optimizer.ema_decay > 0
     shapes = jax.eval_shape(lambda p, f: states.create(p, f, tx, ema), weights.params, weights.frozen)
-    distance = lpips.load(config.lpips) if config.uses_lpips else None
+    distance = _stand_in_lpips() if config.uses_lpips else None
     objective = VaeObjective(config, distance) if config.model == "vae" else DiffusionObjective(config, weights.vae, distance)
     step = make_train_step(objective, tx, config.optimizer, config.seed)
     return Program(step, objective, shapes, batch_shapes(config, batch_size or config.data.batch_size))
 
 
+@functools.cache
+def _stand_in_lpips() -> lpips.Lpips:
+    """The distance with weights of VGG-16's shapes, so that a plan needs no files.
+
+    The step holds them as constants. The kernels are random, because a compiler would simplify convolutions with zeros away.
+    """
+    rng = np.random.default_rng(0)
+    convolutions, channels = [], 3
+    for group, width in zip(lpips.GROUPS, _VGG_WIDTHS, strict=True):
+        inputs = (channels, *[width] * (len(group) - 1))
+        convolutions.append(tuple((rng.standard_normal((3, 3, n, width), np.float32), np.zeros(width, np.float32)) for n in inputs))
+        channels = width
+    return lpips.Lpips(tuple(convolutions), tuple(np.ones(width, np.float32) for width in _VGG_WIDTHS))
+
+
 def make_plan(config: TrainConfig, topology: Topology) -> Plan:
     """Traces the recipe's step abstractly; seconds at full size.
+
+    Args:
+      config: the recipe.
+      topology: one of its `mesh.slices` slices.
 
     Raises:
       KeySyncError: mesh, devices and batch do not fit each other.
     """
     begin = time.perf_counter()
-    sizes = meshes.mesh_shape((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), topology.devices)
+    devices = topology.devices * config.mesh.slices
+    sizes = _mesh_shape(config, topology, devices)
     meshes.check_slices(sizes, config.mesh.slices)
     mesh = AbstractMesh(sizes, meshes.AXES)
     meshes.check_batch(mesh, config.data.batch_size, config.optimizer.accumulate)
@@ -175,6 +206,7 @@ def make_plan(config: TrainConfig, topology: Topology) -> Plan:
     update = 4 * trained * (9 if program.state.ema is not None else 7)
     return Plan(
         topology=topology,
+        devices=devices,
         mesh=dict(zip(meshes.AXES, sizes, strict=True)),
         batch_size=config.data.batch_size,
         parameters={"trained": trained, "frozen": _count(frozen)},
@@ -182,11 +214,32 @@ def make_plan(config: TrainConfig, topology: Topology) -> Plan:
         flops=counted,
         memory=memory,
         peak=peak,
-        compute_seconds=counted.total / (peak.flops * topology.devices) if peak else None,
+        compute_seconds=counted.total / (peak.flops * devices) if peak else None,
         update_bytes=update,
         update_seconds=update / mesh.shape[meshes.FSDP_AXIS] / topology.device.bandwidth if topology.device.bandwidth else None,
         seconds=time.perf_counter() - begin,
+        notes=_notes(config),
     )
+
+
+def _mesh_shape(config: TrainConfig, topology: Topology, devices: int) -> tuple[int, ...]:
+    try:
+        return meshes.mesh_shape((config.mesh.data, config.mesh.fsdp, config.mesh.tensor), devices)
+    except KeySyncError as error:
+        if config.mesh.slices == 1:
+            raise
+        raise KeySyncError(f"{error} (the topology, {topology.name}, is one of mesh.slices={config.mesh.slices} slices)") from None
+
+
+def _notes(config: TrainConfig) -> tuple[str, ...]:
+    # `vae_config` hands back the recipe's own where no other is found.
+    if not config.uses_pixels or initial.vae_config(config) is not config.vae:
+        return ()
+    decoder = "that of Stable Video Diffusion" if config.vae == VAEConfig() else "config.vae"
+    key = "vae" if config.init.vae else "path"
+    path = getattr(config.init, key) if key == "vae" or config.init.kind != "scratch" else ""
+    why = f"no VAE is found at config.init.{key} {path}" if path else "config.init names none"
+    return (f"decoder of the pixel loss: planned with {decoder}; {why}",)
 
 
 def _gradient(objective: Objective) -> Any:
@@ -204,11 +257,12 @@ def _memory(config: TrainConfig, mesh: Any, state: states.TrainState, rows: list
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.frozen)):
         block = "/".join(sharding.leaf_name(path).split("/")[1:4])
         blocks[block] = blocks.get(block, 0) + math.prod(leaf.shape) * jnp.dtype(config.dtype).itemsize
+    gradients = sum(row.bytes_per_device for row in rows if row.item == "params")
     gathered = sum(sorted(blocks.values())[-2:]) if mesh.shape[meshes.FSDP_AXIS] > 1 else 0
     return Memory(
         state=sum(row.bytes_per_device for row in rows),
         batch=sum(math.prod(over.shard_shape(x.shape)) * x.dtype.itemsize for x in batch.values()),
-        gradients=sum(row.bytes_per_device for row in rows if row.item == "params"),
+        gradients=gradients * (1 if config.optimizer.accumulate == 1 else 2),  # the sum and the next summand
         gathered=gathered,
         activations=work.peak,
         residuals=work.residuals,

@@ -38,7 +38,8 @@ def mesh(*sizes):
         ("x/in_layers_2/kernel", (3, 3, 321, 641), (1, 8, 1), P(None, None, None, None)),
         ("x/in_layers_2/bias", (640,), (1, 8, 1), P(None)),
         (f"{BLOCK}/attn1/to_q/kernel", (320, 320), (1, 4, 2), P("fsdp", "tensor")),
-        (f"{BLOCK}/attn2/to_k/kernel", (1024, 320), (1, 1, 2), P(None, "tensor")),
+        (f"{BLOCK}/attn2/to_k/kernel", (1024, 320), (1, 1, 2), P(None, "tensor")),  # 5 heads of 64: shapes do not tell
+        (f"{BLOCK}/attn2/to_k/kernel", (1024, 320), (1, 1, 3), P(None, None)),
         (f"{BLOCK}/attn1/to_out_0/kernel", (320, 320), (1, 4, 2), P("tensor", "fsdp")),
         (f"{BLOCK}/attn1/to_q/kernel", (320, 320), (1, 4, 1), P(None, "fsdp")),
         (f"{BLOCK}/ff/net_0/proj/kernel", (320, 2560), (1, 4, 2), P(None, "fsdp")),

@@ -7,12 +7,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.training import ahead_of_time
-from keysync_jax.training.config import TrainConfig
+from keysync_jax.training.config import MeshConfig, TrainConfig
 from keysync_jax.training.plan import parse_topology
 
 V5E = parse_topology("v5e:2x2")
@@ -34,6 +35,16 @@ allocation 1: size 917504, parameter 707, shape |f32[1,14,32,32,4]| at ShapeInde
 allocation 3: size 196608, parameter 2, shape |f32[768,64]| at ShapeIndex {}, maybe-live-out:
  value: <58796 param.258 @0> (size=196608,offset=0): f32[768,64]{0,1:T(8,128)}
 allocation 709: size 186418176, preallocated-temp:
+"""
+# Likewise of libtpu 0.0.52.
+PAGED_ASSIGNMENT = """\
+BufferAssignment:
+allocation 0: size 512, page 0, thread-local:
+ value: <11 region_0.5 @0> (size=512,offset=0): f32[]{:T(128)}
+allocation 1: size 147456, page 0, parameter 90, shape |f32[3,3,32,32]| at ShapeIndex {}, maybe-live-out:
+ value: <4177 param.162 @0> (size=147456,offset=0): f32[3,3,32,32]{3,2,1,0:T(8,128)}
+allocation 2: size 512, page 0, parameter 7, shape |f32[32]| at ShapeIndex {}:
+allocation 900: size 198394368, page 0, preallocated-temp:
 """
 
 
@@ -70,6 +81,35 @@ def test_the_compiler_is_stopped_once_its_buffers_are_placed(compiler):
     found = ahead_of_time.compile_step(TrainConfig(), V5E, quiet=True)
     assert found.arguments == 917504 + 196608 and found.total == 198542336 and found.code is None
     assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize("text, arguments", [(ASSIGNMENT, 917504 + 196608), (PAGED_ASSIGNMENT, 147456 + 512)])
+def test_both_forms_of_an_assignment_are_read(tmp_path, text, arguments):
+    (tmp_path / "module_0003.jit_step.cl_1.after_optimizations-buffer-assignment.txt").write_text(text)
+    (tmp_path / "module_0003.jit_step.cl_1.after_optimizations-memory-usage-report.txt").write_text(USAGE)
+    sizes = ahead_of_time.read_assignment(tmp_path)
+    assert sizes == {"arguments": arguments, "temporaries": 198542336 - arguments, "code": None}
+
+
+@pytest.mark.parametrize(
+    "name, slices, options",
+    [("v5e:2x2", 1, {}), ("v5e:2x2", 2, {"num_slices": 2}), ("v4:2x2x1", 1, {"chip_config_name": "megacore"})],
+)
+def test_libtpu_is_asked_for_the_slices_of_the_plan(monkeypatch, name, slices, options):
+    from jax.experimental import topologies
+
+    asked = {}
+
+    def describe(platform, topology_name, **given):
+        asked.update(platform=platform, topology_name=topology_name, **given)
+        return SimpleNamespace(devices=["chip"] * 4 * slices)
+
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    monkeypatch.setattr(ahead_of_time.meshes, "train_mesh", lambda config, devices: len(devices))
+    config = TrainConfig(mesh=MeshConfig(data=slices, fsdp=4, slices=slices))
+    topology = parse_topology(name)
+    assert ahead_of_time.tpu_mesh(config, topology) == topology.devices * slices
+    assert asked == {"platform": "tpu", "topology_name": name} | options
 
 
 def test_the_whole_program_is_waited_for(compiler):

@@ -9,7 +9,7 @@ from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.training import plan as plans
-from keysync_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from keysync_jax.training.config import DataConfig, InitConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 UNET = UNetConfig(
     model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,), num_head_channels=8, context_dim=32, audio_dim=32,
@@ -54,6 +54,8 @@ def test_batch_and_flops_scale(tiny):
     halves = make(dataclasses.replace(TINY, data=DataConfig(batch_size=32), optimizer=OptimizerConfig(accumulate=2)))
     assert halves.flops.total == pytest.approx(2 * tiny.flops.total)
     assert halves.memory.activations == tiny.memory.activations
+    # The sum so far and a microbatch's own are alive together.
+    assert halves.memory.gradients == 2 * tiny.memory.gradients == 2 * twice.memory.gradients > 0
 
 
 def test_rematerialisation_trades_memory_for_work(tiny):
@@ -69,6 +71,46 @@ def test_pixel_loss_is_an_item(tiny):
     assert with_pixels.flops.pixels_recompute > 0
     assert with_pixels.flops.forward == tiny.flops.forward
     assert with_pixels.parameters["frozen"] > tiny.parameters["frozen"]
+
+
+def test_the_topology_is_one_slice(tiny):
+    """Two slices of four chips are planned as eight chips, in every figure."""
+    two = make(dataclasses.replace(TINY, mesh=MeshConfig(data=2, fsdp=4, slices=2)), "v5e:2x2")
+    assert two.devices == tiny.devices == 8 and two.topology.devices == 4
+    for name in ("mesh", "rows", "flops", "memory", "compute_seconds", "update_seconds", "steps_per_second"):
+        assert getattr(two, name) == getattr(tiny, name)
+    filled = make(dataclasses.replace(TINY, mesh=MeshConfig(data=-1, fsdp=4, slices=2)), "h200x4")
+    assert filled.mesh == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+def test_the_decoder_that_is_planned_with_is_named(tmp_path):
+    loss, gone = LossConfig(pixel_weight=1.0), str(tmp_path / "gone")
+    named = dataclasses.replace(TINY, loss=loss, init=InitConfig(vae=gone))
+    assert make(named).notes == (f"decoder of the pixel loss: planned with config.vae; no VAE is found at config.init.vae {gone}",)
+    svd = plans._notes(dataclasses.replace(named, vae=VAEConfig(), init=InitConfig(kind="svd", path=gone)))
+    assert svd == (f"decoder of the pixel loss: planned with that of Stable Video Diffusion; no VAE is found at config.init.path {gone}",)
+    assert plans._notes(dataclasses.replace(TINY, loss=loss))[0].endswith("config.init names none")
+    assert plans._notes(dataclasses.replace(TINY, loss=loss, init=InitConfig(vae="demo"))) == ()
+    assert plans._notes(dataclasses.replace(named, loss=LossConfig())) == ()
+
+
+def test_lpips_needs_no_weights():
+    l2 = make(dataclasses.replace(TINY, loss=LossConfig(pixel_weight=1.0)))
+    both = make(dataclasses.replace(TINY, loss=LossConfig(pixel_weight=1.0, pixel_losses=("l2", "lpips")), lpips="/nowhere"))
+    # Two images of 16 x 16 through VGG-16, forward, again for the backward pass, and back (to the images only).
+    groups = zip(
+        (16, 8, 4, 2, 1), (3 * 64 + 64**2, 64 * 128 + 128**2, 128 * 256 + 2 * 256**2, 256 * 512 + 2 * 512**2, 3 * 512**2), strict=True
+    )
+    once = sum(2 * 2 * side**2 * 9 * products for side, products in groups)
+    assert 2.4 * once < (both.flops.total - l2.flops.total) / 16 < 3.1 * once
+    assert both.parameters == l2.parameters
+
+
+def test_stand_in_lpips_is_vgg16():
+    stand_in = plans._stand_in_lpips()
+    sizes = [x.size for group in stand_in.convolutions for layer in group for x in layer]
+    assert sum(sizes) == 14_714_688 and len(sizes) == 2 * 13
+    assert [x.size for x in stand_in.linear] == [64, 128, 256, 512, 512]
 
 
 def test_memory_adds_up(tiny):
@@ -91,8 +133,12 @@ def test_time_has_a_floor(tiny):
 def test_misfits_are_named():
     with pytest.raises(KeySyncError, match="mesh data 2 x fsdp 4 x tensor 1 does not make up the 16 devices"):
         make(topology="v5e:4x4")
-    with pytest.raises(KeySyncError, match="data 2 is not a multiple of mesh.slices 3"):
-        make(dataclasses.replace(TINY, mesh=dataclasses.replace(TINY.mesh, slices=3)))
+    with pytest.raises(
+        KeySyncError, match=r"does not make up the 16 devices; .* \(the topology, v5e:2x4, is one of mesh.slices=2 slices\)"
+    ):
+        make(dataclasses.replace(TINY, mesh=dataclasses.replace(TINY.mesh, slices=2)))
+    with pytest.raises(KeySyncError, match="data 1 is not a multiple of mesh.slices 2"):
+        make(dataclasses.replace(TINY, mesh=MeshConfig(data=1, fsdp=8, slices=2)), "v5e:2x2")
     with pytest.raises(KeySyncError, match="data.batch_size 12"):
         make(dataclasses.replace(TINY, data=DataConfig(batch_size=12)))
 
@@ -118,6 +164,17 @@ def test_command_prints_every_table(capsys, monkeypatch):
     text = capsys.readouterr().out
     for words in ("8 x H200", "fsdp 8", "are trained", "recomputed by the backward pass", "exact, from the shardings", "steps/s", "H200"):
         assert words in text
+
+
+def test_command_says_what_it_takes_for_granted(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ("--config.loss.pixel_weight=1.0", "--config.init.vae=/nowhere", "--config.optimizer.accumulate=2", "--config.mesh.slices=2")
+    more = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
+    assert command(*SMALL, *words, *more, "--topology", "h200x4") == 0
+    text = capsys.readouterr().out
+    assert "8 x H200, 131 GiB each (2 slices of h200x4); mesh data 2 x fsdp 4" in text
+    assert "planned with that of Stable Video Diffusion; no VAE is found at config.init.vae /nowhere" in text
+    assert "laid out as the parameters, twice: their sum and a microbatch's" in text
 
 
 def test_command_json(capsys):
