@@ -34,7 +34,8 @@ DATA = [
 ]  # fmt: skip
 EXTRAS = {
     "cuda": ["jax[cuda13]"],
-    "tpu": ["jax[tpu]"],
+    # The hosts of a pod share no disk: data, weights and checkpoints lie on gs://, which etils reads through gcsfs.
+    "tpu": ["jax[tpu]", "gcsfs>=2026.10.1"],
     "data": DATA,
     "torch": ["torch==2.13.0", "transformers>=5.17", "diffusers>=0.42", "numba", "scikit-image", "hydra-core", "iopath"],
     "web": ["gradio>=6.30"],

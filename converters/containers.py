@@ -1,7 +1,7 @@
 """Opens whatever weights come in: files and folders become `Source`s with lazily read tensors, recognised by what they hold.
 
 Files: torch zip (`.pt`, `.ckpt`, `.bin`), safetensors, and the index of a sharded set. Folders: diffusers (SVD), Hugging Face speech
-encoders. The wrapper that a trainer puts around a state dict is taken off, and so are its key prefixes.
+encoders. The wrapper that a trainer puts around a state dict is taken off, and so are its key prefixes. Safetensors may lie on `gs://`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from converters import diffusers, hub, safetensors_file, torch_file
 from converters.lazy import LazyTensor, Tensors
@@ -74,14 +76,12 @@ def open_sources(path: str) -> list[Source]:
     """Everything that a path holds: one source, or two for a diffusers folder (U-Net and VAE).
 
     Args:
-      path: local file or folder, or `hub:owner/name[/inside][@revision]`.
+      path: file or folder, local or `gs://`, or `hub:owner/name[/inside][@revision]`.
 
     Raises:
-      KeySyncError: nothing there, not a container of tensors, or damaged; one line that names the file.
+      KeySyncError: nothing there, not a container of tensors, a torch file that is not local, or damaged; one line that names the file.
     """
-    if "://" in str(path):
-        raise KeySyncError(f"{path}: weights to convert are read from a local disk; copy them there first")
-    where = Path(hub.resolve(str(path)))
+    where = epath.Path(hub.resolve(str(path)))
     if not where.exists():
         raise KeySyncError(f"{where} does not exist")
     if where.is_file():
@@ -93,12 +93,12 @@ def open_sources(path: str) -> list[Source]:
     return [_open_file(_weights_in(where))]
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_ours(folder: epath.Path) -> bool:
     index = folder / "model_index.json"
     return index.is_file() and _read_json(index).get("format") == "keysync-jax"
 
 
-def _open_diffusers(folder: Path) -> list[Source]:
+def _open_diffusers(folder: epath.Path) -> list[Source]:
     parts = {name: _open_file(_weights_in(folder / name)) for name in ("unet", "vae") if (folder / name).is_dir()}
     for name, source in parts.items():
         if source.kind != f"diffusers_{name}":
@@ -109,7 +109,7 @@ def _open_diffusers(folder: Path) -> list[Source]:
     return list(parts.values())
 
 
-def _with_sidecar(unet: Source, vae: Source | None, path: Path) -> Source:
+def _with_sidecar(unet: Source, vae: Source | None, path: epath.Path) -> Source:
     """A KeySync stage that was exported to diffusers, with what diffusers has no place for and with the decoder beside it."""
     extra = _read_file(path)
     stage = described(extra.own, str(path))
@@ -130,7 +130,7 @@ def _with_sidecar(unet: Source, vae: Source | None, path: Path) -> Source:
     )
 
 
-def _weights_in(folder: Path) -> Path:
+def _weights_in(folder: epath.Path) -> epath.Path:
     for name in _WEIGHT_NAMES:
         if (folder / name).is_file():
             return folder / name
@@ -143,7 +143,7 @@ def _weights_in(folder: Path) -> Path:
     raise KeySyncError(f"{folder} holds no weights (looked for {', '.join(_WEIGHT_NAMES[:4])} and the like)")
 
 
-def _open_file(path: Path) -> Source:
+def _open_file(path: epath.Path) -> Source:
     opened = _read_file(path)
     if not opened.tensors:
         raise KeySyncError(f"{path} holds no tensors")
@@ -175,11 +175,11 @@ class _Opened(NamedTuple):
     own: Any  # our self-description inside the file
 
 
-def _read_file(path: Path) -> _Opened:
+def _read_file(path: epath.Path) -> _Opened:
     """One file, by its content and not by its name."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
+        size = path.stat().length
+        with path.open("rb") as f:
             head = f.read(16)
     except OSError as error:
         raise KeySyncError(f"cannot read {path}: {error.strerror or error}") from None
@@ -190,6 +190,8 @@ def _read_file(path: Path) -> _Opened:
     if safetensors_file.looks_like(head, size):
         tensors = safetensors_file.read(path)
         return _Opened(_without_prefixes(tensors), "safetensors", (str(path),), None, _parse(tensors.metadata.get(SELF_DESCRIPTION), path))
+    if "://" in str(path):
+        raise KeySyncError(f"{path} is not a safetensors file, or is truncated; torch files are read from a local disk, copy it there")
     if torch_file.is_torch_zip(path) or head[:4] == b"PK\x03\x04" or torch_file.is_legacy(path):
         return _read_torch(path)
     if path.suffix == ".safetensors":
@@ -197,14 +199,14 @@ def _read_file(path: Path) -> _Opened:
     raise KeySyncError(f"{path} is not a weights file: neither a torch zip archive nor safetensors")
 
 
-def _parse(text: str | None, path: Path) -> Any:
+def _parse(text: str | None, path: epath.Path) -> Any:
     try:
         return json.loads(text) if text else None
     except ValueError:
         raise KeySyncError(f"{path}: its header's {SELF_DESCRIPTION} entry is not JSON") from None
 
 
-def _read_torch(path: Path) -> _Opened:
+def _read_torch(path: epath.Path) -> _Opened:
     saved = torch_file.load(path)
     container = "torch zip file" if torch_file.is_torch_zip(path) else "torch file from before 1.6"
     config = own = None
@@ -220,14 +222,14 @@ def _read_torch(path: Path) -> _Opened:
     return _Opened(_without_prefixes(found), container, (str(path),), config, own)
 
 
-def _read_shards(index: Path) -> _Opened:
+def _read_shards(index: epath.Path) -> _Opened:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise KeySyncError(f"{index} is not the index of a sharded checkpoint: it has no weight_map")
     shards: dict[str, _Opened] = {}
     items: dict[str, LazyTensor] = {}
     for key, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or name.endswith(".json"):
+        if not isinstance(name, str) or PurePosixPath(name).name != name or name.endswith(".json"):
             raise KeySyncError(f"{index}: {key} is said to be in {name!r}, which is not a weights file beside the index")
         if name not in shards:
             shards[name] = _read_file(index.parent / name)
@@ -248,9 +250,9 @@ def _without_prefixes(tensors: Tensors) -> Tensors:
     return tensors.renamed(names)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: epath.Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text())
     except OSError as error:
         raise KeySyncError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:

@@ -10,9 +10,9 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from rich.console import Console
 
 from converters import assemble_audio, assemble_stage, assemble_vae, model_directory
@@ -100,8 +100,8 @@ def convert(
         notes.append(f"allowed but not needed: {some(unused)}")
     if settings.dtype:
         parts = [dataclasses.replace(part, tensors=part.tensors.astype(FLOAT_TYPES[settings.dtype])) for part in parts]
-    with byte_progress(console, "hashing sources", sum(os.path.getsize(f) for s in opened for f in s.files)) as advance:
-        hashes = [_hash(Path(file), advance) for source in opened for file in source.files]
+    with byte_progress(console, "hashing sources", sum(epath.Path(f).stat().length for s in opened for f in s.files)) as advance:
+        hashes = [_hash(epath.Path(file), advance) for source in opened for file in source.files]
     with byte_progress(console, "writing", sum(part.tensors.nbytes for part in parts)) as advance:
         directory = model_directory.save(out, parts, sources=hashes, notes=notes, force=force, progress=advance)
     for note in notes:
@@ -219,10 +219,10 @@ def _refuse_incomplete(parts: Sequence[Part], training: bool, options: Options, 
     return set(lacking)
 
 
-def _hash(path: Path, advance: Any) -> dict[str, Any]:
+def _hash(path: epath.Path, advance: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(1 << 22):
             digest.update(block)
             advance(len(block))
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"file": path.name, "bytes": path.stat().length, "sha256": digest.hexdigest()}

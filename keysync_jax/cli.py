@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Sequence
 
@@ -48,8 +49,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except OSError as error:  # full disk, no permission, a folder where a file should be: the system's own words name the path
         return _fail(error, 1)
+    except ImportError as error:
+        # gcsfs is no part of the default install, and etils imports it where the first gs:// path is used, which is anywhere. Whatever
+        # else cannot be imported is a broken installation, whose traceback is wanted.
+        if not _lacks(error, "gcsfs"):
+            raise
+        paths = [found[0] for word in argv if (found := re.search(r"gs://[^\s,'\"]+", word))]
+        return _fail(f"{paths[0] if paths else 'a gs:// path'} needs gcsfs, which is not installed; pip install gcsfs", 1)
     except KeyboardInterrupt:
         return _fail("stopped", 1)
+
+
+def _lacks(error: BaseException | None, package: str) -> bool:
+    """Whether an import failed because a package is not installed; libraries put words of their own around that error."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _fail(error: object, status: int) -> int:

@@ -18,7 +18,7 @@ _EVERY_S = 0.5
 def only_process(folder: str, refusal: str, *, wait_s: float = 0.0, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Hold the lock of a folder. It ends with the process, however that ends.
 
-    Object stores and file systems without locks have none: there, nothing is held.
+    Object stores (`gs://`) and file systems without locks have none: there nothing is held, and a second process is not kept out.
 
     Args:
       folder: the lock is its file `lock`; made where it does not exist.

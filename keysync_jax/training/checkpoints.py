@@ -33,6 +33,7 @@ from keysync_jax.errors import KeySyncError
 from keysync_jax.training.checksums import changed, checksums
 from keysync_jax.training.config import CheckpointConfig
 from keysync_jax.training.state import TrainState, Tree
+from keysync_jax.training.workdir import absolute
 
 CHECKPOINTS, FROZEN, CONFIG = "checkpoints", "frozen", "config.json"
 _ARRAYS, _JSON = ("params", "ema", "opt_state"), ("counters", "meta", "checksums")
@@ -63,7 +64,7 @@ class Checkpoints:
         KeySyncError: `read_only`, and there is no run.
         """
         self.workdir = epath.Path(workdir)
-        self._directory = self.workdir.resolve() / CHECKPOINTS
+        self._directory = absolute(self.workdir) / CHECKPOINTS
         if read_only and not self._directory.exists():
             raise KeySyncError(f"{workdir} is not a training run: it has no {CHECKPOINTS}/")
         self._warn = warn or _to_stderr
@@ -337,7 +338,7 @@ def save_frozen(workdir: epath.PathLike, frozen: Tree) -> None:
       KeySyncError: they cannot be written; nothing is left of them.
     """
     _quiet_orbax()
-    root = epath.Path(workdir).resolve()
+    root = absolute(workdir)
     if jax.process_index() == 0:
         remove_unfinished(root)
     if not jax.tree.leaves(frozen):
@@ -364,7 +365,7 @@ def restore_frozen(workdir: epath.PathLike, abstract: Tree, stored: Mapping[str,
     if not jax.tree.leaves(abstract):
         return {}
     _quiet_orbax()
-    path = epath.Path(workdir).resolve() / FROZEN
+    path = absolute(workdir) / FROZEN
     if not path.exists():
         raise KeySyncError(f"{path} is missing: it holds the weights that this run does not train; restore it or start a new run")
     with ocp.StandardCheckpointer() as checkpointer:

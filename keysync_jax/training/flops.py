@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-# The name that `jax.checkpoint` gives to what it computes again, and the module whose work is the pixel loss of a stage.
-_RECOMPUTED, _DECODER = "rematted_computation", "VAE"
+# The name that `jax.checkpoint` gives to what it computes again, and the modules whose work is the pixel loss of a stage.
+_RECOMPUTED, _PIXELS = "rematted_computation", ("VAE", "LPIPS")
 _BACKWARD = "transpose("
 
 
@@ -24,9 +24,9 @@ class Flops(NamedTuple):
 
     Attributes:
       forward, backward: of the network.
-      pixels: decoding and its gradient, for the pixel loss of a stage.
+      pixels: decoding, LPIPS and their gradients, for the pixel loss of a stage.
       recompute: what the backward pass computes a second time, in the network.
-      pixels_recompute: likewise in the decoder.
+      pixels_recompute: likewise in the decoder and LPIPS.
     """
 
     forward: float = 0.0
@@ -63,7 +63,7 @@ def count_step(jaxpr: ClosedJaxpr, *, decoder_is_network: bool = False) -> Flops
     """
     sums = dict.fromkeys(Flops._fields, 0.0)
     for stack, flops in operations(jaxpr):
-        pixels = _DECODER in stack and not decoder_is_network
+        pixels = not decoder_is_network and any(module in stack for module in _PIXELS)
         if _RECOMPUTED in stack:
             sums["pixels_recompute" if pixels else "recompute"] += flops
         else:

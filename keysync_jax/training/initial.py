@@ -232,9 +232,14 @@ def _stored(workdir: str | os.PathLike | None) -> TrainConfig | None:
         return None
     # Without a finished checkpoint the run begins again, from whatever the recipe names now.
     saved = epath.Path(workdir) / checkpoints.CHECKPOINTS
-    if not saved.is_dir() or not any(path.name.isdigit() for path in saved.iterdir()):
+    if not saved.is_dir() or not any(path.name.isdigit() and _is_whole(path) for path in saved.iterdir()):
         return None
     return runs.read_config(workdir)
+
+
+def _is_whole(checkpoint: epath.Path) -> bool:
+    """An object store renames no folders: there Orbax writes in place, and this file last."""
+    return "://" not in os.fspath(checkpoint) or (checkpoint / "commit_success.txt").exists()
 
 
 def _vae_part(config: TrainConfig, missing_ok: bool = False) -> Any:

@@ -40,11 +40,12 @@ class Lpips:
 
     def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
         """Distance of images `[N, H, W, 3]` in [-1, 1], `[N]` float32. At least 16 pixels a side."""
-        features = self._features(jnp.concatenate([first, second]).astype(jnp.float32))
-        total = jnp.zeros(first.shape[0], jnp.float32)
-        for feature, weight in zip(features, self.linear, strict=True):
-            a, b = jnp.split(_normalized(feature), 2)
-            total += jnp.mean(jnp.square(a - b) @ weight, axis=(1, 2))
+        with jax.named_scope("LPIPS"):  # by which `flops` tells it from the network
+            features = self._features(jnp.concatenate([first, second]).astype(jnp.float32))
+            total = jnp.zeros(first.shape[0], jnp.float32)
+            for feature, weight in zip(features, self.linear, strict=True):
+                a, b = jnp.split(_normalized(feature), 2)
+                total += jnp.mean(jnp.square(a - b) @ weight, axis=(1, 2))
         return total
 
     def _features(self, images: jax.Array) -> list[jax.Array]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -19,9 +18,12 @@ import jax
 import numpy as np
 from etils import epath
 from rich.console import Console
+from rich.markup import escape
 
 from keysync_jax.errors import UsageError
+from keysync_jax.training import jsonl
 from keysync_jax.training.profiling import Speed, memory
+from keysync_jax.training.workdir import absolute
 
 METRICS = "metrics.jsonl"
 LINE_WIDTH = 160
@@ -39,6 +41,7 @@ class MetricLog:
 
     Raises:
       UsageError: wandb is asked for and not installed.
+      OSError: metrics.jsonl is there and cannot be read.
     """
 
     def __init__(self, workdir: epath.PathLike, *, tensorboard: bool = True, wandb: bool = False, run: Mapping[str, Any] | None = None):
@@ -52,7 +55,7 @@ class MetricLog:
         if wandb:
             self._wandb = _wandb(workdir, run)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        _end_last_line(self._path)
+        self._lines = jsonl.JsonLines(self._path)
         if tensorboard:
             self._events = _tensorboard(workdir)
             if self._events is None:
@@ -65,11 +68,11 @@ class MetricLog:
         values = {name: float(value) for name, value in values.items()}
         stored = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, "time": round(time.time(), 3)} | stored) + "\n")
+            self._lines.add({"step": step, "time": round(time.time(), 3)} | stored)
         except OSError as error:  # a full disk: training is worth more than its log
             if not self._failed:
-                self.say(f"[red]{self._path} cannot be written ({error.strerror}); the run goes on without it[/red]")
+                reason = escape(error.strerror or str(error))
+                self.say(f"[red]{self._path} cannot be written ({reason}); the run goes on without it[/red]")
             self._failed = True
         if self._events is not None:
             for name, value in values.items():
@@ -97,22 +100,10 @@ class MetricLog:
 
 def read_metrics(workdir: epath.PathLike) -> dict[int, dict[str, Any]]:
     """step -> values of metrics.jsonl, ascending; of a step that was logged again after a resume the later values."""
-    path = epath.Path(workdir) / METRICS
     rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut off when the process was killed
+    for row in jsonl.read(epath.Path(workdir) / METRICS):
         rows.setdefault(row.pop("step"), {}).update(row)
     return dict(sorted(rows.items()))
-
-
-def _end_last_line(path: epath.Path) -> None:
-    """A process that was killed while writing leaves half a line, which the next one must not continue."""
-    if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
-        with path.open("a") as file:
-            file.write("\n")
 
 
 def _tensorboard(workdir: epath.PathLike) -> Any:
@@ -138,7 +129,7 @@ def require_wandb() -> Any:
 
 def _wandb(workdir: epath.PathLike, run: Mapping[str, Any] | None) -> Any:
     wandb = require_wandb()
-    path = str(epath.Path(workdir).resolve())
+    path = str(absolute(workdir))
     # The same workdir is the same run: a resumed run continues its curves.
     name = hashlib.sha256(path.encode()).hexdigest()[:16]
     return wandb.init(project="keysync-jax", id=name, name=epath.Path(path).name, resume="allow", config=dict(run or {}))

@@ -16,6 +16,7 @@ from converters.model_directory import ModelDirectory
 from keysync_jax import __version__
 from keysync_jax.config import to_dict
 from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.training import jsonl
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.runs import RunWeights
 
@@ -149,19 +150,7 @@ def _public_command(command: str) -> str:
 
 
 def _lines(run: RunWeights, name: str) -> list[dict[str, Any]]:
-    """Records of a run's JSONL file; a last line that was cut by a crash is left out."""
-    path = epath.Path(run.workdir) / name
-    if not path.exists():
-        return []
-    out = []
-    for line in path.read_text().splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            out.append(value)
-    return out
+    return jsonl.read(epath.Path(run.workdir) / name)
 
 
 def _public(config: TrainConfig) -> dict[str, Any]:
@@ -233,5 +222,4 @@ def record_command(workdir: str | os.PathLike, command: str, when: str) -> None:
     """Notes how a run was started, for its card."""
     path = epath.Path(workdir) / COMMANDS
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps({"time": when, "command": command}) + "\n")
+    jsonl.JsonLines(path).add({"time": when, "command": command})

@@ -15,6 +15,7 @@ from keysync_jax.errors import KeySyncError
 from keysync_jax.training import checkpoints
 from keysync_jax.training.config import TrainConfig, train_config
 from keysync_jax.training.state import Tree, merge
+from keysync_jax.training.workdir import absolute
 
 
 class RunWeights(NamedTuple):
@@ -111,7 +112,7 @@ def read_weights(workdir: str | os.PathLike, step: int = -1, ema: bool = False) 
 
 def _frozen(workdir: str | os.PathLike, stored: Mapping[str, int] | None) -> Tree:
     """Everything that a run keeps frozen, whatever it is."""
-    path = epath.Path(workdir).resolve() / checkpoints.FROZEN
+    path = absolute(workdir) / checkpoints.FROZEN
     if not path.exists():
         raise KeySyncError(f"{path} is missing: it holds the weights that the run does not train")
     with ocp.StandardCheckpointer() as reader:

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import object_store
 import pytest
 from checkpoints import (
     HUBERT,
@@ -176,8 +177,25 @@ def test_several_files_need_a_choice(tmp_path):
         save_stage(tmp_path / name, name.removesuffix("_dub.pt"))
     with pytest.raises(KeySyncError, match=r"2 weight files \(interpolation_dub\.pt, keyframe_dub\.pt\)"):
         containers.open_sources(str(tmp_path))
-    with pytest.raises(KeySyncError, match="local disk"):
+
+
+def test_safetensors_are_read_from_an_object_store(tmp_path, monkeypatch):
+    root = object_store.mount(tmp_path, monkeypatch)
+    folder = save_svd_folder(root / "bucket" / "svd")
+    unet, vae = containers.open_sources("gs://bucket/svd")
+    assert (unet.kind, vae.kind) == ("diffusers_unet", "diffusers_vae")
+    assert unet.files == ("gs://bucket/svd/unet/diffusion_pytorch_model.safetensors",)
+    for remote, local in zip((unet, vae), containers.open_sources(str(folder)), strict=True):
+        assert same(remote.tensors, local.tensors) and remote.config == local.config
+    save_svd_file(root / "bucket" / "svd.safetensors")
+    assert [s.kind for s in containers.open_sources("gs://bucket/svd.safetensors")] == ["svd"]
+    save_stage(root / "bucket" / "keyframe_dub.pt", "keyframe")
+    with pytest.raises(
+        KeySyncError, match=r"gs://bucket/keyframe_dub\.pt is not a safetensors file.* read from a local disk, copy it there"
+    ):
         containers.open_sources("gs://bucket/keyframe_dub.pt")
+    with pytest.raises(KeySyncError, match="gs://bucket/absent does not exist"):
+        containers.open_sources("gs://bucket/absent")
 
 
 def test_safetensors_files_are_those_of_the_package(tmp_path):

@@ -51,7 +51,7 @@ def test_constraints_under_set_mesh(fast):
 
 @pytest.mark.slow
 def test_every_mesh():
-    meshes = ("8x1x1", "1x8x1", "2x4x1", "2x2x2", "1x8x1+2", "2x4x1+2")
+    meshes = ("8x1x1", "1x8x1", "2x4x1", "2x2x2", "1x1x8", "1x8x1+2", "2x4x1+2")  # 1x1x8 cuts through heads
     out = run_worker(*meshes)
     for mesh in meshes:
         check(out, mesh)

@@ -5,10 +5,12 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import object_store
 import pytest
+from etils import epath
 
 from keysync_jax.errors import UsageError
-from keysync_jax.training import metrics, profiling
+from keysync_jax.training import jsonl, metrics, model_card, profiling
 from keysync_jax.training.metrics import LINE_WIDTH, Meter, MetricLog, due, duration, line, read_metrics
 from keysync_jax.training.pictures import draw_curve
 from keysync_jax.training.profiling import ProfileWindow, Speed, parse_profile_steps
@@ -119,6 +121,56 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
     log.write(1, {"loss": 1.0})
     log.write(2, {"loss": 1.0})
     assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_an_object_store_keeps_all_lines_also_after_a_resume(tmp_path, monkeypatch):
+    object_store.mount(tmp_path, monkeypatch)
+    with epath.Path("gs://bucket/x").open("w") as file:
+        file.write("old")
+    with epath.Path("gs://bucket/x").open("a") as file:
+        file.write("new")
+    assert (tmp_path / "bucket" / "x").read_text() == "new"  # the stand-in is as forgetful as the original
+
+    for start in (0, 2):  # a run and its resumption, two lines each
+        log = MetricLog("gs://bucket/run", tensorboard=False)
+        for step in (start + 1, start + 2):
+            log.write(step, {"loss": 1 / step})
+            assert list(read_metrics("gs://bucket/run")) == list(range(1, step + 1))  # at once, not when the run ends
+        log.close()
+        model_card.record_command("gs://bucket/run", f"keysync train {start}", "2026-01-01T00:00:00")
+    run = tmp_path / "bucket" / "run"
+    assert [row["loss"] for row in read_metrics("gs://bucket/run").values()] == [1, 1 / 2, 1 / 3, 1 / 4]
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    commands = jsonl.read("gs://bucket/run/commands.jsonl")
+    assert [row["command"] for row in commands] == ["keysync train 0", "keysync train 2"]
+    assert draw_curve("gs://bucket/run") and (run / "curve.png").stat().st_size > 1000
+
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "lo')  # written on a disk, cut there, and moved to the store
+    MetricLog("gs://bucket/run", tensorboard=False).write(11, {"loss": 0.0})
+    assert list(read_metrics("gs://bucket/run")) == [1, 2, 3, 4, 11]
+
+
+def test_a_store_that_does_not_answer_costs_no_lines(tmp_path, monkeypatch, capsys):
+    class HttpError(Exception):
+        """As gcsfs raises: no OSError."""
+
+    def refuse(*_, **__):
+        raise HttpError("503 [try again]")
+
+    object_store.mount(tmp_path, monkeypatch)
+    log = MetricLog("gs://bucket/run", tensorboard=False)
+    log.write(1, {"loss": 1.0})
+    with monkeypatch.context() as during:
+        during.setattr(epath.backend.fsspec_backend, "open", refuse)
+        log.write(2, {"loss": 1.0})
+        log.write(3, {"loss": 1.0})
+        with pytest.raises(OSError, match=r"gs://bucket/run/metrics.jsonl: HttpError: 503"):  # or what is there would be overwritten
+            MetricLog("gs://bucket/run", tensorboard=False)
+    error = capsys.readouterr().err
+    assert error.count("cannot be written") == 1 and "HttpError: 503 [try again]" in error
+    log.write(4, {"loss": 1.0})
+    assert list(read_metrics("gs://bucket/run")) == [1, 2, 3, 4]
 
 
 def test_only_process_zero_writes(tmp_path, monkeypatch, capsys):

@@ -3,11 +3,12 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from keysync_jax.config import StageConfig
 from keysync_jax.models.stage import StageModel, abstract_params
-from keysync_jax.training import flops
+from keysync_jax.training import flops, lpips
 
 
 def shape(*sizes):
@@ -61,6 +62,23 @@ def test_recomputation_is_told_apart():
     assert found.recompute == 2 * once
     assert found.pixels == 0
     assert found.total == 7 * once and found.model == 5 * once
+
+
+def test_lpips_is_the_pixel_loss_s_work():
+    rng = np.random.default_rng(0)
+    groups, channels = [], 3
+    for group in lpips.GROUPS:
+        groups.append(
+            tuple(
+                (rng.standard_normal((3, 3, channels if i == 0 else 4, 4), np.float32), np.zeros(4, np.float32)) for i in range(len(group))
+            )
+        )
+        channels = 4
+    distance = lpips.Lpips(tuple(groups), tuple(np.ones(4, np.float32) for _ in groups))
+    traced = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(distance(x, -x))))(jnp.ones((1, 32, 32, 3)))
+    found, trained = flops.count_step(traced), flops.count_step(traced, decoder_is_network=True)
+    assert found.pixels > 0 == found.forward == found.backward
+    assert trained.pixels == 0 < trained.forward and trained.forward + trained.backward == found.pixels
 
 
 def test_custom_kernel_counts_as_often_as_its_grid():

@@ -1,0 +1,54 @@
+"""Workdirs on a disk and on gs://."""
+
+import jax
+import numpy as np
+import object_store
+import pytest
+
+from keysync_jax.config import to_dict
+from keysync_jax.errors import KeySyncError
+from keysync_jax.training import checkpoints, initial, runs
+from keysync_jax.training.config import TrainConfig
+from keysync_jax.training.workdir import absolute
+
+
+def test_an_object_store_is_no_folder_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(absolute("runs/../a")) == str(tmp_path / "a")
+    assert str(absolute("gs://bucket/run")) == "gs://bucket/run"
+
+
+def test_checkpoints_and_frozen_weights_lie_in_the_store(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    object_store.mount(tmp_path, monkeypatch)
+    saved = []
+    monkeypatch.setattr(checkpoints.ocp.StandardCheckpointer, "save", lambda self, path, *_, **__: saved.append(path))
+    checkpoints.save_frozen("gs://bucket/run", {"w": jax.numpy.zeros(2)})
+    assert saved == ["gs://bucket/run/frozen"]
+    with pytest.raises(KeySyncError, match="^gs://bucket/run/frozen is missing"):
+        checkpoints.restore_frozen("gs://bucket/run", {"w": jax.ShapeDtypeStruct((2,), np.float32)})
+    with pytest.raises(KeySyncError, match="^gs://bucket/run/frozen is missing"):
+        runs._frozen("gs://bucket/run", None)
+    with pytest.raises(KeySyncError, match="it has no checkpoints/"):
+        checkpoints.Checkpoints("gs://bucket/run", read_only=True)
+    (tmp_path / "bucket" / "run" / "checkpoints").mkdir(parents=True)
+
+    def manager(directory, *_, **__):  # the real one asks Google's client what kind of bucket this is
+        raise KeySyncError(f"opened {directory}")
+
+    monkeypatch.setattr(checkpoints.ocp, "CheckpointManager", manager)
+    with pytest.raises(KeySyncError, match="^opened gs://bucket/run/checkpoints$"):
+        checkpoints.Checkpoints("gs://bucket/run", read_only=True)
+    assert not any((tmp_path / "here").iterdir())
+
+
+def test_a_first_save_that_was_cut_off_in_the_store_is_no_checkpoint(tmp_path, monkeypatch):
+    """There Orbax writes under the final name, and says last that the checkpoint is whole."""
+    object_store.mount(tmp_path, monkeypatch)
+    checkpoints.write_config(tmp_path / "bucket" / "run", to_dict(TrainConfig()))
+    step = tmp_path / "bucket" / "run" / "checkpoints" / "5"
+    (step / "params").mkdir(parents=True)
+    assert initial._stored("gs://bucket/run") is None
+    (step / "commit_success.txt").write_text("")
+    assert initial._stored("gs://bucket/run") == TrainConfig()
