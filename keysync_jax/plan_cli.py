@@ -32,11 +32,15 @@ def add_plan(verbs) -> None:
 
 
 def _plan(args) -> int:
+    import jax
+
     from keysync_jax import recipes
     from keysync_jax.training import ahead_of_time
     from keysync_jax.training import plan as plans
     from keysync_jax.training.config import train_config
 
+    # Shapes need no device: none is taken from a training beside the plan, and libtpu does not complain that this is no TPU.
+    jax.config.update("jax_platforms", "cpu")
     topology = plans.parse_topology(args.topology)
     config = train_config(recipes.load(args.config, args.overrides), args.config)
     if args.compile:

@@ -3,7 +3,7 @@
     python tests/scenarios/train_kill.py FOLDER [--only NAME ...]
 
 Everything runs through `keysync train`. Kills are SIGKILL from outside at moments that nothing in the run knows of: during a step, and
-while an unfinished checkpoint directory exists. Prints a line per check and stops at the first that fails. About 10 minutes on 2 cores.
+while an unfinished checkpoint directory exists. Prints a line per check and stops at the first that fails. A quarter of an hour on 2 cores.
 """
 
 from __future__ import annotations
