@@ -15,16 +15,12 @@ import datetime
 import functools
 import json
 import logging
-import multiprocessing
 import os
 import platform
-import signal
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,12 +32,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from keysync_jax import __version__
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.diffusion.loss import LossConfig
-from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.files import write_text
+from keysync_jax.errors import KeySyncError, UsageError, in_one_line
+from keysync_jax.files import check_target, write_text
 from keysync_jax.models.attention import IMPLEMENTATIONS, attention
 from keysync_jax.models.freezing import frozen_mask
 from keysync_jax.models.remat import Remat
 from keysync_jax.models.stage import StageModel, cast_matrices, init_params, init_vae_params
+from keysync_jax.processes import FailedError, OutOfTimeError, run_apart
 from keysync_jax.training import flops, state
 from keysync_jax.training.config import OptimizerConfig, TrainConfig
 from keysync_jax.training.objective import DiffusionObjective
@@ -232,18 +229,13 @@ def run(case: Case) -> Iterator[dict[str, Any]]:
             found = _measure(case, suffix, make())
         except Exception as error:  # kernels and compilers raise anything; the reason is in the report, and what follows still runs
             log.info("%s%s failed", case.title(), suffix, exc_info=True)
-            found = _about(case, suffix) | {"error": _reason(error)}
+            found = _about(case, suffix) | {"error": in_one_line(error)}
         yield found
         jax.clear_caches()
 
 
 def _about(case: Case, suffix: str = "", ran: str | None = None) -> dict[str, Any]:
     return {"title": case.title(ran) + suffix, "case": dataclasses.asdict(case)}
-
-
-def _reason(error: Exception) -> str:
-    text = str(error) if isinstance(error, KeySyncError) else f"{type(error).__name__}: {error}"
-    return text.splitlines()[0][:500]
 
 
 def _measure(case: Case, suffix: str, timed: Program) -> dict[str, Any]:
@@ -371,14 +363,6 @@ def gpu_set() -> list[Case]:
     ]
 
 
-class _OutOfTimeError(Exception):
-    """A case is not done at the deadline. The message says what became of it."""
-
-
-class _FailedError(Exception):
-    """What ran apart failed as a whole. The message is the reason."""
-
-
 def run_all(
     cases: Sequence[Case], output: str | os.PathLike | None = None, budget: float | None = None, *, accelerator: bool = False
 ) -> dict[str, Any]:
@@ -401,12 +385,14 @@ def run_all(
       KeySyncError: the output cannot be written, or JAX finds no device within the budget.
     """
     deadline = None if budget is None else time.monotonic() + (1 - _RESERVE) * budget
-    target = None if output is None else _target(output)
+    if output is not None and not Path(output).resolve().parent.is_dir():
+        raise UsageError(f"-o {output}: name a JSON file in a folder that exists")
+    target = None if output is None else check_target(output, "-o")
     try:
-        (where,) = _apart(_surroundings, deadline=deadline)
-    except _OutOfTimeError:
+        (where,) = run_apart(_surroundings, deadline=deadline)
+    except OutOfTimeError:
         raise KeySyncError("--budget: the time is used up before JAX has found its device; give more seconds") from None
-    except _FailedError as error:
+    except FailedError as error:
         raise KeySyncError(f"JAX finds no device: {error}") from error
     if accelerator and where["platform"] == "cpu":
         raise UsageError("keysync bench gpu measures the full-size network on an accelerator; this machine has none")
@@ -420,86 +406,17 @@ def run_all(
 
     for case in cases:
         try:
-            for found in _apart(run, case, deadline=deadline):
+            for found in run_apart(run, case, deadline=deadline):
                 add("results", found)
-        except _OutOfTimeError as error:
+        except OutOfTimeError as error:
             add("skipped", _about(case) | {"reason": str(error)})
-        except _FailedError as error:
+        except FailedError as error:
             add("results", _about(case) | {"error": str(error)})
     return report
 
 
 def _surroundings() -> Iterator[dict[str, Any]]:
     yield environment()
-
-
-def _apart(function: Callable[..., Iterator[Any]], *args: Any, deadline: float | None) -> Iterator[Any]:
-    """Yields what a function yields in a process of its own, killed at a deadline (`time.monotonic`); None: in this process.
-
-    A case that hangs or takes its process down then costs no other case anything, and its memory is free for the next. The
-    present process must not touch the device meanwhile.
-    """
-    if deadline is None:
-        yield from function(*args)
-        return
-    if time.monotonic() >= deadline:
-        raise _OutOfTimeError("not begun, the time is used up")
-    context = multiprocessing.get_context("spawn")
-    reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(writer, function, args), daemon=True)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process, which ends the other
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    writer.close()
-    try:
-        while reader.poll(max(0.0, deadline - time.monotonic())):
-            found = reader.recv()
-            if found is None:
-                return
-            if isinstance(found, _FailedError):
-                raise found
-            yield found
-        raise _OutOfTimeError("stopped, the time is used up")
-    except EOFError:
-        process.join(max(0.0, deadline - time.monotonic()))
-        code = process.exitcode or 0
-        raise _FailedError(f"its process ended: {f'exit status {code}' if code >= 0 else signal.strsignal(-code)}") from None
-    finally:
-        process.kill()
-        process.join()
-        reader.close()
-
-
-def _answer(writer: Connection, function: Callable[..., Iterator[Any]], args: tuple) -> None:
-    """The other process: sends what the function yields, then None, or the reason why there is no more."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        for found in function(*args):
-            writer.send(found)
-    except Exception as error:  # the parent reports it, whatever it is
-        writer.send(_FailedError(_reason(error)))
-    else:
-        writer.send(None)
-
-
-def _end_with_parent() -> None:
-    """So that a parent that is killed leaves nobody on the device."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _target(output: str | os.PathLike) -> Path:
-    """The file to replace; refused before the work where it could not be."""
-    path = Path(output).resolve()
-    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
-        raise UsageError(f"-o {output}: name a JSON file in a folder that exists")
-    if not os.access(path.parent, os.W_OK):
-        raise KeySyncError(f"-o {output}: the folder {path.parent} is not writable")
-    return path
 
 
 def line(result: dict[str, Any]) -> str:

@@ -11,3 +11,9 @@ class KeySyncError(Exception):
 
 class UsageError(KeySyncError):
     """The command was put together wrongly (unknown name, impossible option value): exit status 2."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What went wrong, for a report: our own words as they are, others after the name of their type."""
+    text = str(error) if isinstance(error, KeySyncError) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0][:500]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from keysync_jax import assets
-from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.files import write_text
+from keysync_jax.errors import UsageError
+from keysync_jax.files import check_target, write_text
 from keysync_jax.verbs import add_verb
 
 _GRID_CLIPS = 24  # enough that a mean over clips does not mislead
@@ -239,15 +238,7 @@ def _check_target(path: str | None, taken: dict[Path, str]) -> None:
     target = Path(path).resolve()
     if target in taken:
         raise UsageError(f"{path} is named twice, as an output and as {taken[target]}; give another file")
-    if not target.parent.is_dir():
-        raise KeySyncError(f"{path}: the folder {target.parent} does not exist; create it first")
-    if target.is_dir():
-        raise UsageError(f"{path} is a folder; name a file in it")
-    if target.exists() and not target.is_file():
-        raise UsageError(f"{path} is no ordinary file, and is not replaced; name another")
-    if not all(os.access(each, os.W_OK) for each in (target.parent, target) if each.exists()):
-        raise KeySyncError(f"{path} cannot be written: permission denied")
-    taken[target] = path
+    taken[check_target(path)] = path
 
 
 def _write(path: str | None, report: dict) -> None:

@@ -27,6 +27,32 @@ def local_folder(path: str | os.PathLike) -> Path:
     return folder
 
 
+def check_target(path: str | os.PathLike, name: str = "") -> Path:
+    """Refuses, before the work, a file that could not be written after it.
+
+    Args:
+      path: of the file.
+      name: of the option that asks for it, for the message.
+
+    Returns:
+      The path, resolved.
+
+    Raises:
+      UsageError: a folder, or something else that a file must not replace.
+      KeySyncError: in a folder that does not exist, or without permission.
+    """
+    target, said = Path(path).resolve(), f"{name} {path}".lstrip()
+    if not target.parent.is_dir():
+        raise KeySyncError(f"{said}: the folder {target.parent} does not exist; create it first")
+    if target.is_dir():
+        raise UsageError(f"{said} is a folder; name a file in it")
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{said} is no ordinary file, and is not replaced; name another")
+    if not all(os.access(each, os.W_OK) for each in (target.parent, target) if each.exists()):
+        raise KeySyncError(f"{said} cannot be written: permission denied")
+    return target
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file next to `path`, then rename it; nothing half-written ever bears the final name.
 

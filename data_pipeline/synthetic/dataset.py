@@ -13,7 +13,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -27,6 +26,7 @@ from data_pipeline.synthetic.write import TRUTH_FILE, check_clip, check_suffix, 
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.files import local_folder, write_atomically, write_text
 from keysync_jax.locking import only_process
+from keysync_jax.processes import end_with_parent
 from keysync_jax.progress import Bars
 
 MANIFEST_FIELDS = ("path", "speaker", "split", "source", "consent", "licence")
@@ -153,13 +153,7 @@ def _start_worker() -> None:
     import cv2
 
     cv2.setNumThreads(1)  # the processes already fill the cores
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _run(todo: list[int], folder: Path, settings: SynthSettings, workers: int) -> Iterator[int]:

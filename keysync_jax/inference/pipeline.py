@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from converters import model_directory
 from keysync_jax import assets
 from keysync_jax.errors import UsageError
-from keysync_jax.files import write_text
+from keysync_jax.files import check_target, write_text
 from keysync_jax.inference import job
-from keysync_jax.inference import report as reporting
 from keysync_jax.inference.audio_features import AudioFeatures
 from keysync_jax.inference.generate import LatentCoder, StageSampler
 from keysync_jax.inference.options import DubOptions
@@ -99,7 +98,7 @@ class KeySyncPipeline:
         inputs = {Path(video).resolve(): "the video", Path(audio).resolve(): "the voice"}
         _keep(inputs, output, "output")
         if report is not None:
-            reporting.check_target(report)
+            check_target(report, "--report")
             _keep(inputs | {Path(output).resolve(): "the output"}, report, "report")
         result = job.dub(self, video, os.fspath(audio), output, options or DubOptions(), StageProgress(progress))
         if report is not None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import os
 import platform
 import resource
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from keysync_jax import __version__
 from keysync_jax.diffusion import schedules
-from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.inference.analysis import Analysis, Shot
 from keysync_jax.inference.generate import StageSettings
 from keysync_jax.inference.options import DubOptions
@@ -109,19 +106,3 @@ def summary(report: dict[str, Any], output: str) -> str:
         for part in shot["skipped"]:
             lines.append(f"  shot {number}: frames {part['frames'][0]}–{part['frames'][1] - 1} kept as they are: {part['reason']}")
     return "\n".join(lines + [f"  note: {note}" for note in report["notes"]])
-
-
-def check_target(path: str | os.PathLike) -> None:
-    """Refuse a report path that could not be written, before the work is done.
-
-    Raises:
-      UsageError: a folder.
-      KeySyncError: in a folder that does not exist, or without permission.
-    """
-    target = Path(path).resolve()
-    if not target.parent.is_dir():
-        raise KeySyncError(f"--report {path}: the folder {target.parent} does not exist; create it first")
-    if target.is_dir():
-        raise UsageError(f"--report {path} is a folder; name a file in it")
-    if not os.access(target if target.exists() else target.parent, os.W_OK):
-        raise KeySyncError(f"--report {path} cannot be written: permission denied")

@@ -29,7 +29,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from converters.differences import some
 from keysync_jax.errors import KeySyncError
+from keysync_jax.parallel.sharding import leaf_name
 from keysync_jax.training.checksums import changed, checksums
 from keysync_jax.training.config import CheckpointConfig
 from keysync_jax.training.state import TrainState, Tree
@@ -239,7 +241,7 @@ class Checkpoints:
         stored = self.checksums(step)
         for item, tree in restored.items():
             if wrong := changed(tree, stored.get(item, {})):
-                raise self._damaged(step, f"{item} is not what was saved: {_some(wrong)}")
+                raise self._damaged(step, f"{item} is not what was saved: {some(wrong, 4)}")
         return restored
 
     def _metadata(self, step: int) -> dict[str, Any]:
@@ -323,12 +325,8 @@ def compare(found: Any, wanted: Any, where: str) -> None:
         raise KeySyncError(f"{where} is of another model: {'; '.join(wrong[:4])}{more}")
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" … ({len(names)} in all)" if len(names) > 4 else "")
-
-
 def _named(tree: Any) -> dict[str, Any]:
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def save_frozen(workdir: epath.PathLike, frozen: Tree) -> None:
@@ -377,7 +375,7 @@ def restore_frozen(workdir: epath.PathLike, abstract: Tree, stored: Mapping[str,
         except Exception as error:  # Orbax raises whatever the damage made it stumble over
             raise KeySyncError(f"{path} cannot be read: {_reason(error)}; restore it or start a new run") from error
     if wrong := changed(frozen, stored or {}):
-        raise KeySyncError(f"{path} is not what was saved: {_some(wrong)}; restore it or start a new run")
+        raise KeySyncError(f"{path} is not what was saved: {some(wrong, 4)}; restore it or start a new run")
     return frozen
 
 
