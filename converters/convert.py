@@ -22,6 +22,7 @@ from converters.lazy import FLOAT_TYPES
 from converters.parts import STAGES, Part, audio_part_name
 from converters.progress import byte_progress
 from converters.shapes import RELEASED_ENCODERS
+from converters.staging import check_free
 from keysync_jax.config import MaskConfig, StageConfig, VAEConfig
 from keysync_jax.errors import KeySyncError, UsageError
 
@@ -87,12 +88,15 @@ def convert(
     Raises:
       KeySyncError: a source that cannot be read or recognised, tensors that are missing, unexpected or mis-shaped, a part without a
         source, or parts that do not belong together. Nothing is written then.
-      UsageError: two sources for one part, or an option with an impossible value.
+      UsageError: two sources for one part, or an option with an impossible value or one that contradicts a file of ours.
     """
     console = console or Console(stderr=True)
     settings = _settings(Options(tuple(allow_missing), tuple(allow_unexpected), **options))
+    # Said before gigabytes are downloaded, compared and hashed, not after.
+    check_free(out, force=force, replaceable=model_directory.is_model_directory)
     opened = [source for path in sources for source in open_sources(os.fspath(path))]
     by_role = _by_role(opened)
+    _refuse_contradictions(by_role, options)
     parts, notes, used = _assemble(by_role, settings)
     used |= _refuse_incomplete(parts, _for_training(by_role), settings, notes)
     unused = [key for key in (*settings.allow_missing, *settings.allow_unexpected) if key not in used]
@@ -119,6 +123,22 @@ def _settings(options: Options) -> Options:
     if unknown:
         raise UsageError(f"encoders: {', '.join(sorted(unknown))} is no stage; there are {', '.join(STAGES)}")
     return dataclasses.replace(options, encoders={**RELEASED_ENCODERS, **options.encoders})
+
+
+def _refuse_contradictions(by_role: Mapping[str, Source], given: Mapping[str, Any]) -> None:
+    """What a file of ours says of itself holds; an option that says otherwise is refused rather than ignored."""
+    for stage in STAGES:
+        own = by_role[stage].own if stage in by_role else None
+        if own is None:
+            continue
+        for option, asked, says in (
+            (f"encoder {stage}=", given.get("encoders", {}).get(stage), own.audio_encoder),
+            ("mask ", given.get("mask"), own.mask.kind),
+            ("resolution ", given.get("resolution"), own.resolution),
+            ("head-channels ", given.get("head_channels"), own.unet.num_head_channels),
+        ):
+            if asked not in (None, says):
+                raise UsageError(f"--{option}{asked}: {by_role[stage].path} says of itself that this is {says}; leave the option out")
 
 
 # Which role a kind of source plays; "svd" plays two.

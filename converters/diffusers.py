@@ -24,6 +24,7 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 UNET_CLASS = "UNetSpatioTemporalConditionModel"
 VAE_CLASS = "AutoencoderKLTemporalDecoder"
+NORM_GROUPS = 32  # of every group norm, in both classes and in the reference's own code
 
 _RES = {
     "in_layers.0": "norm1",
@@ -110,6 +111,14 @@ def _check_unet(config: UNetConfig) -> None:
         wrong.append(f"video_kernel_size={config.video_kernel_size}")
     if not config.label_dim:
         wrong.append("no label_emb")
+    if config.norm_groups != NORM_GROUPS:
+        wrong.append(f"norm_groups={config.norm_groups}")
+    if config.channel_mult[0] != 1:  # one number there is both the first level's width and the width of the first convolution
+        wrong.append(f"channel_mult={config.channel_mult}")
+    if not config.use_spatial_context:
+        wrong.append("use_spatial_context=False")
+    if config.max_time_embed_period != 10000:
+        wrong.append(f"max_time_embed_period={config.max_time_embed_period}")
     if wrong:
         raise KeySyncError(f"diffusers' {UNET_CLASS} cannot express {', '.join(wrong)}")
 
@@ -160,6 +169,9 @@ def vae_map(config: VAEConfig) -> dict[str, str]:
     if config.num_res_blocks != 2:
         # diffusers gives the decoder's mid block as many res blocks as a level; sgm always has two there.
         raise KeySyncError(f"diffusers' {VAE_CLASS} needs num_res_blocks 2, this VAE has {config.num_res_blocks}")
+    if config.norm_groups != NORM_GROUPS or config.channel_mult[0] != 1:
+        given = f"norm_groups={config.norm_groups}, channel_mult={config.channel_mult}"
+        raise KeySyncError(f"diffusers' {VAE_CLASS} needs norm_groups={NORM_GROUPS} and a channel_mult that begins with 1, not {given}")
     keys = [e.torch_key.removeprefix(VAE_PREFIX) for e in sgm.vae_table(config)]
     return _bijection({_vae_name(key, len(config.channel_mult)): key for key in keys}, len(keys))
 
@@ -245,11 +257,11 @@ def unet_config_from_diffusers(values: Mapping[str, Any], where: str) -> UNetCon
     if values.get("_class_name", UNET_CLASS) != UNET_CLASS:
         raise KeySyncError(f"{where} describes a {values['_class_name']}; only {UNET_CLASS} (Stable Video Diffusion) can be read")
     try:
-        channels = [int(c) for c in values["block_out_channels"]]
+        channels = _widths(values["block_out_channels"], where)
         blocks = _per_level(values.get("layers_per_block", 2), len(channels), "layers_per_block", where)
         depth = _per_level(values.get("transformer_layers_per_block", 1), len(channels), "transformer_layers_per_block", where)
         context = _per_level(values.get("cross_attention_dim", 1024), len(channels), "cross_attention_dim", where)
-        heads = values.get("num_attention_heads", 8)
+        heads = values.get("num_attention_heads", (5, 10, 20, 20))  # the class's own default
         heads = [int(h) for h in heads] if isinstance(heads, list | tuple) else [int(heads)] * len(channels)
         widths = {c // h for c, h in zip(channels, heads, strict=True)}
         if len(widths) != 1:
@@ -270,6 +282,16 @@ def unet_config_from_diffusers(values: Mapping[str, Any], where: str) -> UNetCon
         )
     except KeyError as error:
         raise KeySyncError(f"{where} lacks {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise KeySyncError(f"{where} holds a value that cannot be read ({error}); download it again") from None
+
+
+def _widths(values: Any, where: str) -> list[int]:
+    """`block_out_channels`: channels of each level, multiples of the first."""
+    channels = [int(c) for c in values]
+    if not channels or channels[0] < 1 or any(c % channels[0] for c in channels):
+        raise KeySyncError(f"{where}: block_out_channels {channels} are not multiples of the first, which is not supported")
+    return channels
 
 
 def _per_level(value: Any, levels: int, name: str, where: str) -> int:
@@ -306,7 +328,7 @@ def vae_config_from_diffusers(values: Mapping[str, Any], where: str) -> VAEConfi
     if values.get("_class_name", VAE_CLASS) != VAE_CLASS:
         raise KeySyncError(f"{where} describes a {values['_class_name']}; only {VAE_CLASS} (Stable Video Diffusion) can be read")
     try:
-        channels = [int(c) for c in values["block_out_channels"]]
+        channels = _widths(values["block_out_channels"], where)
         return VAEConfig(
             in_channels=int(values.get("in_channels", 3)),
             out_channels=int(values.get("out_channels", 3)),
@@ -318,3 +340,5 @@ def vae_config_from_diffusers(values: Mapping[str, Any], where: str) -> VAEConfi
         )
     except KeyError as error:
         raise KeySyncError(f"{where} lacks {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise KeySyncError(f"{where} holds a value that cannot be read ({error}); download it again") from None

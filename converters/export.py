@@ -79,23 +79,29 @@ def export(
     directory = model_directory.load(model, complete=False)
     names = _stages(directory, stages)
     copies = _check_options(format, container, vae_copies, dtype)
+    stored = FLOAT_TYPES[dtype] if dtype else None
     with staged(output, force=force, replaceable=is_export) as folder:
         written = []
         for name in names:
-            tensors = directory.tensors(name).astype(FLOAT_TYPES[dtype] if dtype else None)
+            tensors = directory.tensors(name).astype(stored)
             if format == "keysync":
                 if copies:
-                    vae = directory.tensors("vae").astype(FLOAT_TYPES[dtype] if dtype else None)
-                    tensors = tensors.updated(_vae_copies(name, directory.vae, vae, copies))
+                    tensors = tensors.updated(_vae_copies(name, directory.vae, directory.tensors("vae").astype(stored), copies))
                 with byte_progress(console, name, tensors.nbytes) as advance:
                     written.append(_write_keysync(folder, directory, name, tensors, container, advance))
             else:
+                vae = directory.tensors("vae").astype(stored)
                 with byte_progress(console, name, tensors.nbytes) as advance:
-                    written.append(_write_diffusers(folder, directory, name, tensors, advance))
+                    written.append(_write_diffusers(folder, directory, name, tensors, vae, advance))
         (folder / _MARKER).write_text(json.dumps({"format": format, "stages": names}) + "\n")
     paths = [os.path.join(os.fspath(output), name) for name in written]
     for path in paths:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
+    for name in names:
+        groups, theirs = directory.stage(name).unet.norm_groups, diffusers.NORM_GROUPS
+        if groups != theirs:  # only the keysync format gets here, in which nothing says how many there are
+            note = f"its group norms have {groups} groups, the reference's code always {theirs}: it loads the file and computes otherwise"
+            console.print(f"note: {name}: {note}", highlight=False, soft_wrap=True, markup=False)
     return paths
 
 
@@ -227,15 +233,15 @@ def _folded(encoder: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
 # -- diffusers ----------------------------------------------------------------------------------------------------------------------
 
 
-def _write_diffusers(folder: epath.Path, directory: ModelDirectory, name: str, tensors: Tensors, advance) -> str:
+def _write_diffusers(folder: epath.Path, directory: ModelDirectory, name: str, tensors: Tensors, vae: Tensors, advance) -> str:
     root, config = folder / name, directory.stage(name)
     unet = diffusers.unet_to_diffusers(tensors, config.unet)
     _write_model(root / "unet", diffusers.unet_config_to_diffusers(config.unet, config.latent_size), unet, advance)
     vae_config = directory.vae
     # The decoder that this stage was trained with, and the directory's encoder.
-    vae = directory.tensors("vae").updated({k: t for k, t in tensors.lazy_items() if k.startswith(DECODER)})
-    vae = diffusers.vae_to_diffusers(vae, vae_config)
-    _write_model(root / "vae", diffusers.vae_config_to_diffusers(vae_config, config.resolution), vae, None)
+    own = vae.updated({k: t for k, t in tensors.lazy_items() if k.startswith(DECODER)})
+    own = diffusers.vae_to_diffusers(own, vae_config)
+    _write_model(root / "vae", diffusers.vae_config_to_diffusers(vae_config, config.resolution), own, None)
     rest = tensors.select(k for k in tensors if not k.startswith((diffusers.UNET_PREFIX, DECODER)))
     safetensors_file.write(root / SIDECAR, rest, {SELF_DESCRIPTION: json.dumps(_describe(directory, name))})
     return name

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from converters import model_directory, speech
 from converters.fresh import NON_DEGENERATE, VAE_CONSTANTS, fresh, stage_constants
@@ -69,16 +70,18 @@ def initialize(
     """Writes random weights, marked as such in every config.json, tensor by tensor.
 
     Args:
-      size: "tiny" (megabytes) or "full" (the released layout, about 13 GB).
+      size: "tiny" (megabytes) or "full" (the released layout, about 14 GB).
       output: model directory to write.
       seed: each tensor has its own stream, so the same seed gives the same bytes.
       force: replace an existing model directory.
       console: where the warning goes; default stderr.
 
     Raises:
-      UsageError: no such size.
+      UsageError: no such size, or a negative seed.
       KeySyncError: the folder is in use.
     """
+    if seed < 0:
+        raise UsageError(f"seed is {seed}; it must not be negative")
     console = console or Console(stderr=True)
     stages, vae_config, encoders = configurations(size)
     vae = _random(part_table(vae_config), seed, VAE_CONSTANTS)
@@ -93,7 +96,8 @@ def initialize(
         parts.append(Part(audio_part_name(config.kind), config, _random_encoder(config, seed), random=True))
     with byte_progress(console, "random weights", sum(part.tensors.nbytes for part in parts)) as advance:
         directory = model_directory.save(output, parts, notes=[f"random weights, size {size}, seed {seed}"], force=force, progress=advance)
-    warning = f"[bold yellow]{directory.path} holds RANDOM weights[/bold yellow] (size {size}): for trying the tools; mouths are noise"
+    path = escape(directory.path)  # a folder's name may hold brackets
+    warning = f"[bold yellow]{path} holds RANDOM weights[/bold yellow] (size {size}): for trying the tools; mouths are noise"
     console.print(warning, highlight=False, soft_wrap=True)
     return directory
 

@@ -200,6 +200,9 @@ def load(path: str | os.PathLike, *, complete: bool = True, verify: bool = False
     _refuse_unknown(index, _INDEX_KEYS, root / INDEX)
     if not isinstance(index.get("parts"), list) or not all(isinstance(name, str) and is_part_name(name) for name in index["parts"]):
         raise KeySyncError(f"{root / INDEX}: parts must be a list of keyframe, interpolation, vae and audio/<encoder>")
+    for name, kind, what in (("sources", dict, "objects"), ("notes", str, "texts")):
+        if not isinstance(index.get(name, []), list) or not all(isinstance(item, kind) for item in index.get(name, [])):
+            raise KeySyncError(f"{root / INDEX}: {name} must be a list of {what}, not {index[name]!r}")
     directory = ModelDirectory(str(root), {name: _load_part(root, name) for name in index["parts"]}, index)
     check(directory.path, {name: part.config for name, part in directory.parts.items()}, complete)
     if verify:
@@ -229,7 +232,12 @@ def _load_part(root: epath.Path, name: str) -> StoredPart:
             raise KeySyncError(f"{path} lacks weights.sha256, tensors, parameters or bytes") from None
         if not (root / name / WEIGHTS).exists():
             raise KeySyncError(f"model directory {root} lacks the weights of its part {name} ({root / name / WEIGHTS}); convert again")
-    return StoredPart(config, weights, bool(values.get("random", False)), tuple(values.get("fresh", ())))
+    random, fresh = values.get("random", False), values.get("fresh", [])
+    if not isinstance(random, bool):
+        raise KeySyncError(f"{path}: random must be true or false, not {random!r}")
+    if not isinstance(fresh, list) or not all(isinstance(key, str) for key in fresh):
+        raise KeySyncError(f"{path}: fresh must be a list of tensor names, not {fresh!r}")
+    return StoredPart(config, weights, random, tuple(fresh))
 
 
 def check(where: str, parts: Mapping[str, PartConfig], complete: bool = True) -> None:

@@ -80,10 +80,12 @@ def unet_config_from_sgm(arguments: Arguments, num_frames: int = 14) -> UNetConf
         depths += (given["transformer_depth_middle"],)
     if len(set(depths)) != 1:
         raise KeySyncError(f"{where}: transformer_depth {depths} differs between levels, which is not supported")
+    factors = [2**level for level in range(len(given["channel_mult"]))]
     return UNetConfig(
         **{name: given[name] for name in _UNET_COPIED},
         channel_mult=tuple(given["channel_mult"]),
-        attention_resolutions=tuple(given["attention_resolutions"]),
+        # The reference ignores factors that no level has, and its own configs name some.
+        attention_resolutions=tuple(factor for factor in given["attention_resolutions"] if factor in factors),
         transformer_depth=depths[0],
         audio_cond_method=method,
         audio_dim=given["audio_dim"],

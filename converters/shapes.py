@@ -93,6 +93,7 @@ def with_audio(plain: UNetConfig, stage: str, add_indicator: bool = True) -> UNe
     values = {f: getattr(plain, f) for f in plain.__dataclass_fields__}
     extra = plain.out_channels * 2 + (stage == "interpolation" and add_indicator)
     values |= {"audio_cond_method": "both_keyframes", "audio_dim": plain.context_dim, "adm_in_channels": 0, "in_channels": extra}
+    values["num_frames"] = StageConfig.num_frames  # KeySync's windows, also where SVD was made for others (25 in SVD-XT)
     return UNetConfig(**values)
 
 

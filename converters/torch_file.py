@@ -38,10 +38,11 @@ def is_legacy(path: str | os.PathLike) -> bool:
     with open(path, "rb") as f:
         if f.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
             return True
-    if not tarfile.is_tarfile(path):
+    try:
+        with tarfile.open(path, "r:") as archive:
+            return {"pickle", "storages", "tensors"} <= {name.strip("./") for name in archive.getnames()}
+    except tarfile.TarError:  # no tar, a compressed one, or one cut short
         return False
-    with tarfile.open(path) as archive:
-        return {"pickle", "storages", "tensors"} <= {name.strip("./") for name in archive.getnames()}
 
 
 def load(path: str | os.PathLike) -> Any:

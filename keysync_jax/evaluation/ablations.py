@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from converters import model_directory
 from converters.model_directory import ModelDirectory
-from converters.parts import Part
+from converters.parts import STAGES, Part
 from data_pipeline.layout import GROUP_FILE
 from keysync_jax import assets, recipes
 from keysync_jax.errors import KeySyncError, UsageError
@@ -208,17 +208,20 @@ def check(
       say: takes notes about the data.
 
     Raises:
-      UsageError: a `--config.KEY=VALUE` that no recipe knows, or no VAE to judge with.
+      UsageError: a `--config.KEY=VALUE` that no recipe knows, no VAE to judge with, or stages of different masks in one row.
       KeySyncError: data that a run cannot read, or a model that was trained with other settings.
     """
     held = {} if extra is None else {"interpolation": set(extra.parts)}  # parts that each model will have
+    masks = {}
     if extra is not None:
-        extra.stage("interpolation")
+        masks["interpolation"] = extra.stage("interpolation").mask
         if "://" in extra.path:
             raise KeySyncError(f"--interpolation {extra.path}: copy the model directory to a local folder first")
     for name in names:
         if is_trained(name, folder, data, overrides):
-            held[name] = set(model_directory.load(folder / f"{name}_model", complete=False).parts)
+            model = model_directory.load(folder / f"{name}_model", complete=False)
+            held[name] = set(model.parts)
+            masks[name] = next(model.stage(part).mask for part in model.parts if part in STAGES)
             continue
         recipe, *settings = _asked(name, data, overrides)
         config, _ = initial.resolve(train_config(recipes.load(recipe, settings)), folder / name)
@@ -232,11 +235,14 @@ def check(
             validation.open_reader(config, lambda line, name=name: say(f"{name}: {line}"))
         except (KeySyncError, ImportError) as error:  # the latter: the package that speaks gs:// is not installed
             raise KeySyncError(f"--data cannot train {name}: {error}") from error
-        held[name] = _parts_to_come(config)
+        held[name], masks[name] = _parts_to_come(config), config.stage.mask
     for entry in JUDGED.values():
         parts = [held.get(run) for run in entry.runs]
         if None not in parts and not any("vae" in each for each in parts):
             raise UsageError(f"{entry.label} cannot be judged without a VAE: name a model directory with one, --config.init.vae=DIR")
+        if None not in parts and entry.mode == "dub" and len({masks[run] for run in entry.runs}) > 1:
+            kinds = " and ".join(f"{masks[run].kind} at landmark {masks[run].nose_index}" for run in entry.runs)
+            raise UsageError(f"{entry.label} cannot be judged: {' and '.join(entry.runs)} have different masks ({kinds})")
 
 
 def _parts_to_come(config: TrainConfig) -> set[str]:

@@ -99,7 +99,9 @@ def partial_correlation(generated: np.ndarray, true: np.ndarray, loudness: np.nd
     if len(z) < FEWEST + degree:
         return math.nan
     z = (z - z.mean()) / max(float(z.std()), 1e-9)
-    basis, _ = np.linalg.qr(np.stack([z**k for k in range(degree + 1)], axis=1))
+    directions, weights, _ = np.linalg.svd(np.stack([z**k for k in range(degree + 1)], axis=1), full_matrices=False)
+    # A loudness of few levels (a gated voice, silence) has fewer independent powers; what is left of the others is rounding.
+    basis = directions[:, weights > 1e-9 * weights[0]]
     rests = []
     for series in (_series(generated), _series(true)):
         rest = series - basis @ (basis.T @ series)

@@ -33,9 +33,11 @@ import rich.box
 import rich.console
 import rich.markup
 import rich.table
+import safetensors
 import safetensors.numpy
 
 from keysync_jax.errors import KeySyncError
+from keysync_jax.progress import Bars
 
 # Every module that registers runners; imported when the first case is run.
 RUNNER_MODULES = tuple(f"keysync_jax.evaluation.parity_{part}" for part in ("models", "diffusion", "stages", "audio", "masks", "plan"))
@@ -172,16 +174,21 @@ def load_case(folder: str | pathlib.Path) -> Case:
     """Reads a case folder (weights are read when first asked for).
 
     Raises:
-      KeySyncError: there is no readable `case.json`, or a tensor that it lists is missing from `io.safetensors`.
+      KeySyncError: there is no readable `case.json`, or `io.safetensors` is damaged or lacks a tensor that is listed there.
     """
     folder = pathlib.Path(folder)
     try:
         meta = json.loads((folder / "case.json").read_text())
     except (OSError, ValueError) as error:
         raise KeySyncError(f"{folder}/case.json cannot be read: {error}") from error
+    if not isinstance(meta, dict):
+        raise KeySyncError(f"{folder}/case.json is not a JSON object")
     meta.setdefault("name", folder.name)
     io = folder / "io.safetensors"
-    tensors = safetensors.numpy.load_file(io) if io.is_file() else {}
+    try:
+        tensors = safetensors.numpy.load_file(io) if io.is_file() else {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise KeySyncError(f"{io} cannot be read: {error}") from error
     missing = sorted(set(meta.get("tensors", {})) - set(tensors))
     if missing:
         raise KeySyncError(f"{io}: lacks {', '.join(missing[:5])} ({len(missing)} of the tensors listed in case.json)")
@@ -208,12 +215,13 @@ def run_case(case: Case) -> CaseResult:
     return CaseResult(case.name, tuple(comparisons), time.perf_counter() - start, reason)
 
 
-def run_folder(path: str | pathlib.Path, names: Iterable[str] | None = None) -> list[CaseResult]:
+def run_folder(path: str | pathlib.Path, names: Iterable[str] | None = None, quiet: bool = True) -> list[CaseResult]:
     """Runs the cases in `path` (a folder of case folders, or one case folder), in order of name.
 
     Args:
       path: where the cases are.
       names: run only these; a name that has no folder gives a failed result.
+      quiet: no progress on stderr.
 
     Raises:
       KeySyncError: `path` is not a folder.
@@ -222,19 +230,25 @@ def run_folder(path: str | pathlib.Path, names: Iterable[str] | None = None) -> 
     if not path.is_dir():
         raise KeySyncError(f"{path} is not a folder; give a folder of parity cases")
     folders = [path] if (path / "case.json").is_file() else sorted(f.parent for f in path.glob("*/case.json"))
-    results = []
     found = {folder.name: folder for folder in folders}
-    for name in found if names is None else names:
-        if name not in found:
-            results.append(CaseResult(name, (), reason=f"no folder {name} with a case.json in {path}"))
-            continue
-        try:
-            case = load_case(found[name])
-        except KeySyncError as error:
-            results.append(CaseResult(name, (), reason=str(error)))
-            continue
-        results.append(run_case(case))
+    wanted = list(found if names is None else names)
+    results = []
+    with Bars(quiet) as bars:
+        task = bars.add_task("cases", total=len(wanted))
+        for name in wanted:
+            results.append(_run_named(name, found.get(name), path))
+            bars.advance(task)
     return results
+
+
+def _run_named(name: str, folder: pathlib.Path | None, path: pathlib.Path) -> CaseResult:
+    if folder is None:
+        return CaseResult(name, (), reason=f"no folder {name} with a case.json in {path}")
+    try:
+        case = load_case(folder)
+    except KeySyncError as error:
+        return CaseResult(name, (), reason=str(error))
+    return run_case(case)
 
 
 def print_table(results: Iterable[CaseResult], console: rich.console.Console | None = None) -> None:
@@ -259,7 +273,7 @@ def verify(folder: str | pathlib.Path, names: Iterable[str] | None = None) -> in
     Raises:
       KeySyncError: `folder` is not a folder.
     """
-    results = run_folder(folder, names)
+    results = run_folder(folder, names, quiet=False)
     console = _console()
     if not results:
         console.print(f"{folder} holds no case (no */case.json); give a folder of parity cases", highlight=False, markup=False)

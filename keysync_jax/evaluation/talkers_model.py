@@ -69,7 +69,8 @@ class TalkerModel:
       dtype: compute type; None is float32 on a CPU and bfloat16 elsewhere.
 
     Raises:
-      KeySyncError: the directory lacks a part, or one stage is asked of a network that makes single frames.
+      KeySyncError: the directory lacks a part, its stages were trained with different masks, or one stage is asked of a network that
+        makes single frames.
     """
 
     def __init__(
@@ -88,6 +89,12 @@ class TalkerModel:
         names = ("keyframe", "interpolation") if mode == "dub" else ("keyframe",)
         self.stages: dict[str, StageConfig] = {name: directory.stage(name) for name in names}
         self.keyframe = self.stages["keyframe"]
+        regions = [config.mask for config in self.stages.values()]
+        if regions[0] != regions[-1]:  # a dub refuses such a model too
+            kinds = " and ".join(f"{region.kind} at landmark {region.nose_index}" for region in regions)
+            raise KeySyncError(
+                f"{directory.path}: its stages were trained with different masks ({kinds}); --keyframes-only judges the first"
+            )
         self._sizes = WindowSizes.of(self.keyframe, self.stages.get("interpolation"))
         if mode == "one stage" and self._sizes.keyframes == 1:
             raise KeySyncError("the keyframe stage makes every frame on its own (num_frames is 1); --one-stage needs windows of frames")

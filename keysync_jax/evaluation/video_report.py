@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from keysync_jax.errors import UsageError
 from keysync_jax.evaluation import marks, talkers_report, video_metrics
@@ -97,7 +98,9 @@ def _read(path: str | os.PathLike, backend: str, weights: str | None, face: str,
 
 def _show(report: dict[str, Any], ratio: str, threshold: float) -> None:
     columns = {"generated": report["generated"]} | ({"reference": report["reference"]} if "reference" in report else {})
-    table = Table(title=f"{report['path']} ({ratio} lips, open above {threshold:g})", title_justify="left", title_style="bold")
+    # A Text, because a file's name may hold what rich would take for a style: "take [final].mp4".
+    title = Text(f"{report['path']} ({ratio} lips, open above {threshold:g})")
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("figure")
     for heading in columns:
         table.add_column(heading, justify="right")

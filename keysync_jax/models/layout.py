@@ -32,12 +32,16 @@ def unet_layout(config: UNetConfig) -> Layout:
     """The blocks of a `VideoUNet`.
 
     Raises:
-      KeySyncError: a width that GroupNorm's 32 groups or the attention heads cannot divide.
+      KeySyncError: a width that the groups of GroupNorm or the attention heads do not divide.
     """
     widths = [config.model_channels * mult for mult in config.channel_mult]
+    for width in (config.model_channels, *widths):
+        if width % config.norm_groups:
+            raise KeySyncError(
+                f"UNetConfig: width {width} is not a multiple of norm_groups {config.norm_groups}; "
+                "change model_channels, channel_mult or norm_groups"
+            )
     for width in widths:
-        if width % 32:
-            raise KeySyncError(f"UNetConfig: width {width} is not a multiple of 32 (GroupNorm); change model_channels or channel_mult")
         if width % config.num_head_channels:
             raise KeySyncError(f"UNetConfig: width {width} is not a multiple of num_head_channels {config.num_head_channels}")
     blocks = [Block("conv", config.in_channels, config.model_channels)]

@@ -136,9 +136,6 @@ class VideoUNet(nn.Module):
         if context.shape[-1] != config.context_dim:
             width = context.shape[-1]
             raise KeySyncError(f"U-Net context {context.shape} has width {width}; the config says context_dim {config.context_dim}")
-        widths = [config.model_channels * mult for mult in config.channel_mult]
-        if any(width % config.norm_groups for width in widths):
-            raise KeySyncError(f"U-Net channels {widths} are not all multiples of norm_groups {config.norm_groups}")
         factor = 2 ** (len(config.channel_mult) - 1)
         if x.shape[2] % factor or x.shape[3] % factor:
             size, levels = f"{x.shape[2]}x{x.shape[3]}", len(config.channel_mult)

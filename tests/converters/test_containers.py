@@ -1,6 +1,8 @@
 """Every container and kind of source is recognised by what it holds."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import object_store
@@ -143,6 +145,16 @@ def write_type(path):
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
 
 
+def write_cut_tar(path):
+    whole = path.with_name("whole.tar")
+    with tarfile.open(whole, "w") as archive:
+        for name in ("a", "b"):
+            info = tarfile.TarInfo(name)
+            info.size = 60_000
+            archive.addfile(info, io.BytesIO(bytes(info.size)))
+    path.write_bytes(whole.read_bytes()[:70_000])
+
+
 def write_no_tensors(path):
     safetensors_file.write(path, Tensors({}, "none"))
 
@@ -160,6 +172,7 @@ def write_no_tensors(path):
         ("lie.safetensors", write_lie, "does not add up"),
         ("type.safetensors", write_type, "malformed"),
         ("none.safetensors", write_no_tensors, "holds no tensors"),
+        ("cut.tar", write_cut_tar, "not a weights file"),
         ("list.index.json", lambda path: path.write_text("[]"), "not a JSON object"),
         ("map.index.json", lambda path: path.write_text("{}"), "no weight_map"),
     ],

@@ -1,5 +1,6 @@
 """`convert`: any mix of sources to a model directory, every tensor accounted for."""
 
+import dataclasses
 import json
 import math
 
@@ -24,13 +25,15 @@ from checkpoints import (
     stage_tensors,
     svd_tensors,
 )
+from rich.console import Console
 
-from converters import assemble_stage, model_directory, safetensors_file, sgm, speech, torch_write
+from converters import assemble_stage, model_directory, safetensors_file, sgm, shapes, speech, torch_write
 from converters.containers import Source
 from converters.convert import Options, convert
 from converters.fresh import fresh
 from converters.lazy import BFLOAT16, LazyTensor, Tensors, constant
 from converters.parts import kl_table, part_table
+from converters.progress import byte_progress
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.errors import KeySyncError, UsageError
 
@@ -282,6 +285,11 @@ def test_svd_alone_starts_a_training(sources, tmp_path):
         model_directory.load(tmp_path / "svd")
 
 
+def test_a_stage_has_keysyncs_windows_whatever_svd_was_made_for():
+    xt = dataclasses.replace(STAGES["keyframe"].unet, audio_cond_method="none", adm_in_channels=48, num_frames=25)
+    assert shapes.with_audio(xt, "keyframe").num_frames == STAGES["keyframe"].num_frames == 14
+
+
 def test_svd_with_a_hole_is_refused(sources, tmp_path):
     tensors = dict(svd_tensors().lazy_items())
     del tensors[f"{DIFFUSION}middle_block.0.in_layers.0.bias"]
@@ -357,6 +365,33 @@ def test_speech_encoder_problems(sources, tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(KeySyncError, match="needs the config.json that belongs beside it"):
         run(sources, ("keyframe", "interpolation", "svd", str(folder), "wavlm"), tmp_path / "model2")
+
+
+def test_the_folder_is_checked_before_anything_is_read(sources, tmp_path, monkeypatch):
+    def read(path):
+        raise AssertionError(f"{path} was opened first")
+
+    monkeypatch.setattr("converters.convert.open_sources", read)
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "notes.txt").write_text("mine")
+    for out, words in ((used, "used is not empty"), (tmp_path / "no" / "model", "no does not exist; make the folder first")):
+        with pytest.raises(KeySyncError, match=words):
+            run(sources, ("keyframe",), out)
+    with pytest.raises(KeySyncError, match="holds other files than ours"):
+        run(sources, ("keyframe",), used, force=True)
+
+
+def test_long_work_says_how_far_it_is_in_a_log_too(monkeypatch, capsys):
+    monkeypatch.setattr("keysync_jax.progress.LINE_SECONDS", 0.0)
+    for console, total, said in (
+        (Console(stderr=True), 600 * 2**20, ["writing, MiB: 300/600 after"]),
+        (Console(stderr=True), 600, []),  # done before it could be read
+        (Console(quiet=True), 600 * 2**20, []),
+    ):
+        with byte_progress(console, "writing", total) as advance:
+            advance(total // 2)
+        assert [line[:27] for line in capsys.readouterr().err.splitlines()] == said
 
 
 def test_unknown_tensors_and_no_sources(sources, tmp_path):

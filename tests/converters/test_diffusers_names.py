@@ -101,6 +101,13 @@ def test_what_diffusers_cannot_express():
         diffusers.vae_map(VAEConfig(num_res_blocks=1))
     with pytest.raises(KeySyncError, match="temporal decoder"):
         diffusers.vae_map(VAEConfig(decoder="image"))
+    # Names and shapes would fit, and diffusers would compute something else.
+    for changes in ({"norm_groups": 8}, {"channel_mult": (2, 2)}, {"use_spatial_context": False}, {"max_time_embed_period": 100}):
+        with pytest.raises(KeySyncError, match=f"cannot express {next(iter(changes))}="):
+            diffusers.unet_map(UNetConfig(model_channels=64, num_head_channels=32, **changes))
+    for changes in ({"norm_groups": 8}, {"channel_mult": (2, 2)}):
+        with pytest.raises(KeySyncError, match="needs norm_groups=32 and a channel_mult that begins with 1"):
+            diffusers.vae_map(VAEConfig(**changes))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +117,11 @@ def test_what_diffusers_cannot_express():
         ({"num_attention_heads": [1, 1]}, r"\[32, 64\] wide"),
         ({"layers_per_block": [1, 2]}, "layers_per_block"),
         ({"block_out_channels": None}, "block_out_channels"),
+        ({"block_out_channels": [64, 96]}, r"\[64, 96\] are not multiples of the first"),
+        ({"block_out_channels": 64}, r"unet/config\.json holds a value that cannot be read"),
+        ({"in_channels": "eight"}, r"unet/config\.json holds a value that cannot be read \(.*'eight'\)"),
+        ({"num_attention_heads": 0}, r"unet/config\.json holds a value that cannot be read"),
+        ({"num_attention_heads": [1, 2, 4]}, r"unet/config\.json holds a value that cannot be read"),
     ],
 )
 def test_other_configs_are_refused(changes, word):

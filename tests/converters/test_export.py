@@ -1,6 +1,7 @@
 """`export`: files that PyTorch code loads strictly, and that convert back to the same directory."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from converters.export import _vae_copies, export
 from converters.fresh import fresh
 from converters.initialize import configurations
 from converters.lazy import BFLOAT16, LazyTensor, Tensors
-from converters.parts import Part, part_table
+from converters.parts import Part, describe, part_table
 from keysync_jax.errors import KeySyncError, UsageError
 
 KL = "conditioner.embedders.0.encoder."
@@ -42,6 +43,36 @@ def test_keysync_format_and_back(container, tiny_model, tmp_path):
     assert result.directory.random and not any("assumed" in note for note in result.notes)
     for part in directory.parts:
         assert (tmp_path / "again" / part / "model.safetensors").read_bytes() == (tiny_model / part / "model.safetensors").read_bytes()
+
+
+def test_what_the_reference_would_compute_otherwise_is_said(tiny_model, tmp_path, capsys):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    values = json.loads((model / "keyframe" / "config.json").read_text())
+    values["config"]["unet"]["norm_groups"] = 16
+    (model / "keyframe" / "config.json").write_text(json.dumps(values))
+    export(model, tmp_path / "out", "keysync", container="safetensors")
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and "keyframe: its group norms have 16 groups, the reference's code always 32" in notes[0]
+    with pytest.raises(KeySyncError, match="cannot express norm_groups=16"):
+        export(model, tmp_path / "svd", "diffusers")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"encoders": {"keyframe": "wavlm"}}, "--encoder keyframe=wavlm: .*keyframe_dub.safetensors says of itself that this is hubert"),
+        ({"mask": "mouth"}, "--mask mouth: .* this is box"),
+        ({"resolution": 256}, "--resolution 256: .* this is 128"),
+        ({"head_channels": 16}, "--head-channels 16: .* this is 32"),
+    ],
+)
+def test_options_do_not_overrule_what_our_files_say(options, words, tmp_path):
+    path = tmp_path / "keyframe_dub.safetensors"
+    config = STAGES["keyframe"]
+    safetensors_file.write(path, draw(part_table(config)), {"keysync": json.dumps(describe("keyframe", config, random=True))})
+    with pytest.raises(UsageError, match=words):
+        convert([str(path)], tmp_path / "model", **options)
+    assert not (tmp_path / "model").exists()
 
 
 def test_diffusers_format_and_back(tiny_model, tmp_path):
@@ -112,6 +143,11 @@ def test_full_size_export_has_exactly_the_keys_of_the_manifest(manifest, name, c
 def test_other_types(tiny_model, tmp_path):
     export(tiny_model, tmp_path / "half", "keysync", dtype="bfloat16", stages=["keyframe"])
     assert {t.dtype for _, t in state_of(tmp_path / "half" / "keyframe_dub.pt").lazy_items()} == {BFLOAT16}
+    export(tiny_model, tmp_path / "svd", "diffusers", dtype="bfloat16", stages=["keyframe"])
+    files = sorted((tmp_path / "svd").rglob("*.safetensors"))
+    assert [path.parent.name for path in files] == ["keyframe", "unet", "vae"]
+    for path in files:  # of the VAE the encoder too, which is not the stage's own
+        assert {t.dtype for _, t in safetensors_file.read(path).lazy_items()} == {BFLOAT16}
 
 
 def test_refusals(tiny_model, tmp_path):

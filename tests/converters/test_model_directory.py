@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from checkpoints import ENCODERS, STAGES, VAE, draw, same
 from safetensors.numpy import load_file, save_file
 
 from converters import hub, model_directory
+from converters.initialize import initialize
 from converters.lazy import LazyTensor, Tensors
 from converters.parts import Part, part_table
 from converters.staging import staged
@@ -96,6 +98,11 @@ def widen_encoder(model):
         (lambda m: (m / "model_index.json").write_text("{"), r"not valid JSON"),
         (lambda m: edit(m / "model_index.json", colour="red"), r"unknown key colour"),
         (lambda m: edit(m / "model_index.json", parts=["../elsewhere"]), r"parts must be a list"),
+        (lambda m: edit(m / "model_index.json", notes=5), r"model_index\.json: notes must be a list of texts, not 5"),
+        (lambda m: edit(m / "model_index.json", sources=["x.pt"]), r"model_index\.json: sources must be a list of objects"),
+        (lambda m: edit(m / "vae/config.json", fresh=5), r"vae/config\.json: fresh must be a list of tensor names, not 5"),
+        (lambda m: edit(m / "vae/config.json", fresh="proj_out"), r"fresh must be a list of tensor names, not 'proj_out'"),
+        (lambda m: edit(m / "vae/config.json", random="no"), r"vae/config\.json: random must be true or false, not 'no'"),
         (lambda m: edit(m / "keyframe/config.json", config__sigma_max=700), r"keyframe/config\.json: unknown key sigma_max"),
         (lambda m: edit(m / "keyframe/config.json", config__unet__width=3), r"keyframe/config\.json: unet: unknown key width"),
         (lambda m: edit(m / "keyframe/config.json", config__latent_size="16"), r"latent_size must be int"),
@@ -194,6 +201,19 @@ def test_log_mel_has_a_config_and_no_weights(tmp_path):
 
 def vae_part(tensors=None):
     return Part("vae", VAE, draw(part_table(VAE)) if tensors is None else tensors)
+
+
+def test_the_warning_about_random_weights_names_the_folder_as_it_is(monkeypatch, tmp_path, capsys):
+    saved = types.SimpleNamespace(path=str(tmp_path / "tiny[bold]"))
+    monkeypatch.setattr("converters.initialize.model_directory.save", lambda *args, **kwargs: saved)
+    initialize("tiny", saved.path)
+    assert f"{saved.path} holds RANDOM weights" in capsys.readouterr().err
+
+
+def test_random_weights_of_a_negative_seed(tmp_path):
+    with pytest.raises(UsageError, match="seed is -1; it must not be negative"):
+        initialize("tiny", tmp_path / "tiny", seed=-1)
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_nothing_half_written_remains(tmp_path):

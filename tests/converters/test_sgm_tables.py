@@ -187,6 +187,12 @@ def test_no_label_path_without_classes():
     assert config.label_dim == 0
 
 
+def test_attention_at_factors_that_no_level_has_is_no_attention():
+    """As in the reference case "unet_to_time_emb": one level, attention at factor 2."""
+    assert sgm.unet_config_from_sgm({**ARGUMENTS, "channel_mult": [1], "attention_resolutions": [2]}).attention_resolutions == ()
+    assert sgm.unet_config_from_sgm({**ARGUMENTS, "channel_mult": [1, 2]}).attention_resolutions == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [

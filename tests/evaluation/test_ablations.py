@@ -125,6 +125,8 @@ def test_the_record_of_a_runs_settings_is_whole_when_its_writing_is_stopped(tmp_
     (["--config.init.vae="], 2, "box cannot be judged without a VAE: name a model directory with one, --config.init.vae=DIR"),
     (["--only", "box,lips"], 2, "no run 'lips'; choose among box, mouth, one_stage, interpolation"),
     (["--interpolation", "stageless"], 1, "has no part interpolation"),
+    (["--interpolation", "model", "--config.stage.mask.kind=mouth"], 2,
+     "two stages cannot be judged: box and interpolation have different masks (mouth at landmark 28 and box at landmark 28)"),
     (["--seed", "-1"], 2, "seed must be a non-negative integer"),
     (["--clips", "0"], 2, "--clips is 0"),
     (["--jobs", "0"], 2, "--jobs is 0"),

@@ -87,6 +87,17 @@ def test_loudness_meters_fail_the_partial_correlation(meter):
     assert abs(np.mean(partial)) < 0.2
 
 
+def test_loudness_of_few_levels_takes_out_no_more_than_it_explains():
+    generator = np.random.default_rng(0)
+    opening = generator.standard_normal(20)
+    other = opening + generator.standard_normal(20)
+    silence = np.full(20, -80.0)
+    assert lip_metrics.partial_correlation(other, opening, silence) == pytest.approx(lip_metrics.correlation(other, opening))
+    gated = np.where(np.arange(20) % 3 == 0, -80.0, -20.0)
+    rests = [x - np.where(gated > -50, x[gated > -50].mean(), x[gated < -50].mean()) for x in (other, opening)]
+    assert lip_metrics.partial_correlation(other, opening, gated) == pytest.approx(lip_metrics.correlation(*rests))
+
+
 def test_partial_correlation_keeps_what_is_more_than_loudness():
     for opening, db in _loud_clips():
         noise = np.random.default_rng(7).normal(0, 0.5 * opening.std(), 150)

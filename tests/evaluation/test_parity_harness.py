@@ -200,6 +200,31 @@ def test_listed_tensors_must_be_there(tmp_path):
     assert "out.y" in result.reason
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("io.safetensors", b"\x08\0\0\0\0\0\0\0{}", "io.safetensors cannot be read"),
+        ("io.safetensors", b"", "io.safetensors cannot be read"),
+        ("case.json", b"[1]", "case.json is not a JSON object"),
+        ("case.json", b"{", "case.json cannot be read"),
+    ],
+)
+def test_a_damaged_case_does_not_hide_the_others(monkeypatch, tmp_path, file, content, words):
+    monkeypatch.setitem(parity.CASES, "right", lambda case: {"out.y": case.expected["out.y"]})
+    write_case(tmp_path, "right", STORED)
+    (write_case(tmp_path, "damaged", STORED) / file).write_bytes(content)
+    damaged, right = parity.run_folder(tmp_path)
+    assert right.ok and not damaged.ok and words in damaged.reason
+
+
+def test_verify_says_how_far_it_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("keysync_jax.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setitem(parity.CASES, "right", lambda case: {"out.y": case.expected["out.y"]})
+    write_case(tmp_path, "right", STORED)
+    assert parity.verify(tmp_path) == 0
+    assert "cases: 1/1 after" in capsys.readouterr().err
+
+
 def test_verify_exit_status_and_table(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(parity.CASES, "right", lambda case: {"out.y": case.expected["out.y"]})
     monkeypatch.setitem(parity.CASES, "wrong", lambda case: {"out.y": case.expected["out.y"] + 1})

@@ -1,6 +1,7 @@
 """Judging on drawn talkers: impostors whose verdict is known, and a tiny real model through the whole path."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -15,6 +16,7 @@ from converters import model_directory
 from data_pipeline.synthetic.dataset import SynthSettings, plan_clip
 from keysync_jax import KeySyncPipeline, evaluate_cli
 from keysync_jax.cli import main
+from keysync_jax.config import MaskConfig
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.evaluation import lip_metrics, marks, talkers, talkers_clips, talkers_model, talkers_report
 from keysync_jax.evaluation.talkers_model import Scales, TalkerModel, one_stage_windows
@@ -332,6 +334,17 @@ def test_keyframes_only_needs_no_interpolation_stage(tiny, small):
     assert sorted(found) == [0, 3, 6, 9, 12, 15, 18, 19]  # the last one stands for what lies past the end
     with pytest.raises(KeySyncError, match="has no part interpolation"):
         TalkerModel(directory, "dub")
+
+
+def test_stages_of_different_masks_are_refused_as_by_a_dub(tiny):
+    whole = model_directory.load(tiny)
+    part = whole.parts["interpolation"]
+    other = dataclasses.replace(part, config=dataclasses.replace(part.config, mask=MaskConfig(kind="mouth")))
+    directory = model_directory.ModelDirectory(whole.path, {**whole.parts, "interpolation": other}, whole.index)
+    with pytest.raises(
+        KeySyncError, match=r"different masks \(box at landmark 28 and mouth at landmark 28\); --keyframes-only judges the first"
+    ):
+        TalkerModel(directory)
 
 
 class _Faithful:

@@ -95,6 +95,12 @@ def test_comparison_uses_frames_with_a_face_in_both():
         video_metrics.compare(_figures([0.1, np.nan, np.nan]), theirs)
 
 
+def test_the_table_names_the_file_as_it_is(capsys):
+    summary = video_metrics.summarize(_figures([0.1, 0.3]))
+    video_report._show({"path": "take [final].mp4", "audio_silent": False, "generated": summary}, "inner", 0.25)
+    assert "take [final].mp4 (inner lips" in " ".join(capsys.readouterr().out.split())
+
+
 def test_comparison_goes_by_time_where_the_rates_differ():
     ratios = np.random.default_rng(0).random(50)
     slow = _figures(ratios)

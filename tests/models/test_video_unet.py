@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from converters import sgm
 from keysync_jax.config import UNetConfig
 from keysync_jax.errors import KeySyncError
 from keysync_jax.models.initializers import random_params
@@ -142,6 +143,14 @@ def _equations(jaxpr):
                     yield from _equations(inner)
 
 
+def test_narrow_networks_have_fewer_groups():
+    config = dataclasses.replace(TINY, model_channels=24, norm_groups=8, num_head_channels=24)
+    params = params_of(config)
+    assert {e.flax_path[0] for e in sgm.unet_table(config)} == set(params)
+    out = run(X, C_NOISE, TOKENS, config=config)
+    assert out.shape == (2, 3, 4, 6, 4) and np.isfinite(out).all() and out.std() > 0.1
+
+
 @pytest.mark.parametrize(
     ("config", "args", "match"),
     [
@@ -152,7 +161,12 @@ def _equations(jaxpr):
         (dataclasses.replace(TINY, audio_cond_method="to_time_emb"), (X, C_NOISE, TOKENS), "needs audio_emb"),
         (dataclasses.replace(TINY, audio_cond_method="none", adm_in_channels=5), (X, C_NOISE, TOKENS), "was given nothing"),
         (dataclasses.replace(TINY, channel_mult=(1, 1)), (X[:, :, :, :5], C_NOISE, TOKENS), "4x5 is not divisible by 2"),
-        (dataclasses.replace(TINY, model_channels=48), (X, C_NOISE, TOKENS), "width 48 is not a multiple of 32"),
+        (dataclasses.replace(TINY, model_channels=48), (X, C_NOISE, TOKENS), "width 48 is not a multiple of norm_groups 32"),
+        (
+            dataclasses.replace(TINY, model_channels=12, channel_mult=(2,), norm_groups=8, num_head_channels=24),
+            (X, C_NOISE, TOKENS),
+            "width 12 is not a multiple of norm_groups 8",
+        ),
         (dataclasses.replace(TINY, num_head_channels=48), (X, C_NOISE, TOKENS), "num_head_channels 48"),
     ],
 )

@@ -16,7 +16,7 @@ _CASES = {path.parent.name: path.parent for folder in _FOLDERS for path in sorte
 @pytest.mark.parametrize("name", sorted(_CASES))
 def test_case(name):
     result = run_case(load_case(_CASES[name]))
-    assert result.ok, f"worst: {result.worst}"
+    assert result.ok, result.reason or f"worst: {result.worst}"
 
 
 def test_the_repository_carries_the_cases_that_ci_needs():
