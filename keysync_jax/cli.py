@@ -6,6 +6,7 @@ Everything heavy is imported inside the verb that needs it, so that `--help` ans
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import re
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 from keysync_jax import __version__, assets, bench_cli, data_cli, evaluate_cli, plan_cli, train_cli
 from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.verbs import add_verb
+from keysync_jax.verbs import add_verb, stop_on_sigterm
 
 _EXAMPLES = """\
 examples:
@@ -32,6 +33,9 @@ _MODEL_HELP = "model directory, local, gs:// or hub:owner/name (made by keysync 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: a file name or a dash that the terminal's encoding lacks must not fail a job that is done.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # `--config.key=value` names any key of a recipe, which argparse cannot enumerate.
     overrides = [a for a in argv if a.startswith("--config.")]
     parser = _parser()
@@ -121,7 +125,7 @@ def _add_dub(verbs) -> None:
     face.add_argument("--face-weights", metavar="DIR", help="folder with FAN's weight files")
     face.add_argument("--face", default="largest", metavar="WHICH", help="largest, center, left, right or X,Y in pixels")
     video = p.add_argument_group("output")
-    video.add_argument("--crf", type=int, metavar="N", help="quality, lower is better (default 16)")
+    video.add_argument("--crf", type=int, metavar="N", help="quality, 0 to 51, lower is better (default 16)")
     video.add_argument("--lossless", action="store_true", help="encode losslessly: pixels outside the mouth region stay bit-equal")
 
 
@@ -134,6 +138,7 @@ def _dub(args) -> int:
 
     if args.model == assets.NAME:
         print(f"keysync: {assets.WARNING}", file=sys.stderr)
+    stop_on_sigterm()
     use_compile_cache()
     options = DubOptions(
         seed=args.seed, steps=args.steps, audio_scale=args.audio_scale, identity_scale=args.identity_scale, mask=args.mask,

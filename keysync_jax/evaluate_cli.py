@@ -9,7 +9,7 @@ from typing import Any
 from keysync_jax import assets
 from keysync_jax.errors import UsageError
 from keysync_jax.files import check_target, write_text
-from keysync_jax.verbs import add_verb
+from keysync_jax.verbs import add_verb, stop_on_sigterm
 
 _GRID_CLIPS = 24  # enough that a mean over clips does not mislead
 
@@ -35,6 +35,7 @@ def _demo(args) -> int:
     from keysync_jax.inference import demo
     from keysync_jax.inference.runtime import use_compile_cache
 
+    stop_on_sigterm()
     use_compile_cache()
     if args.record is not None:
         print(demo.record(args.output, args.model, args.record, quiet=args.quiet))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,14 +54,24 @@ def check_target(path: str | os.PathLike, name: str = "") -> Path:
     return target
 
 
+def temporary_beside(path: Path, suffix: str = "") -> Path:
+    """Where the file that shall become `path` is written: its own for every target and process, and no name that is too long.
+
+    Args:
+      path: the target.
+      suffix: that the temporary file shall have.
+    """
+    # A name may be as long as a file's name can be, so the temporary one has a part of it and a checksum.
+    return path.with_name(f".{path.name[:40]}.{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.part{suffix}")
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file next to `path`, then rename it; nothing half-written ever bears the final name.
 
     Raises:
       KeySyncError: the disk is full or the folder cannot be written to.
     """
-    # The process's number keeps two writers apart.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    temporary = temporary_beside(path, path.suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

@@ -22,7 +22,7 @@ class Bars(Progress):
         self._lines = not quiet and not sys.stderr.isatty()
         self._spoken = time.monotonic()
         super().__init__(
-            TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+            TextColumn("{task.description:<24}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
             TimeRemainingColumn(), console=Console(stderr=True), disable=quiet or self._lines,
         )  # fmt: skip
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 from collections.abc import Callable
 
 
@@ -26,3 +28,9 @@ def add_verb(verbs, name: str, run: Callable[[argparse.Namespace], int], summary
     parser.add_argument("-v", "--verbose", action="count", default=0, help="say what is chosen and why (-vv: everything)")
     parser.set_defaults(run=run)
     return parser
+
+
+def stop_on_sigterm() -> None:
+    """From now on SIGTERM, a batch system's time limit, ends the process as Ctrl-C does: what is under way removes its scratch files."""
+    with contextlib.suppress(ValueError):  # not the main thread, which is the one that signals reach
+        signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -44,6 +44,12 @@ def test_a_write_that_fails_is_named_and_leaves_what_was_there(error, words, tmp
     assert path.read_text() == "whole" and os.listdir(tmp_path) == ["a.json"]
 
 
+@pytest.mark.parametrize("name", ["a" * 250 + ".json", "ä" * 120 + ".json"])
+def test_a_name_may_be_as_long_as_names_can_be(name, tmp_path):
+    files.write_text(tmp_path / name, "whole")
+    assert os.listdir(tmp_path) == [name]
+
+
 def _interrupt():
     raise KeyboardInterrupt
 

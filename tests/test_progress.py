@@ -1,3 +1,7 @@
+import io
+
+from rich.console import Console
+
 from keysync_jax import progress
 
 
@@ -19,3 +23,11 @@ def test_a_short_job_and_a_quiet_one_leave_a_log_file_alone(capsys, monkeypatch)
         with progress.Bars(quiet) as bars:
             bars.advance(bars.add_task("encode", total=2))
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_shows_the_whole_name():
+    bars = progress.Bars()
+    bars.add_task("take [final].mp4", total=2)
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(bars.get_renderable())
+    assert "take [final].mp4" in shown.getvalue()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.media import crop, tracking, video
 from keysync_jax.media.faces import FaceBackend
 from keysync_jax.media.shots import ShotDetector, same_view
@@ -49,10 +49,14 @@ def analyse(path: str | os.PathLike, backend: FaceBackend, face: str = "largest"
       on_frame: called after each frame, for progress.
 
     Raises:
+      UsageError: no such choice of a face, or a point outside the picture.
       KeySyncError: unreadable video, or no usable face anywhere in it.
     """
     info = video.probe(path)
+    size = (info.display_width, info.display_height)
     selection = tracking.Selection.parse(face)
+    if selection.point is not None and not all(0 <= at <= side for at, side in zip(selection.point, size, strict=True)):
+        raise UsageError(f"--face {face} lies outside the {size[0]}x{size[1]} picture of {path}")
     reader = video.read(path, info)
     cuts = ShotDetector()
     times, detections = [], []
@@ -64,7 +68,6 @@ def analyse(path: str | os.PathLike, backend: FaceBackend, face: str = "largest"
         on_frame()
     if not times:
         raise KeySyncError(f"{path}: no frame could be decoded; check the file with another player")
-    size = (info.display_width, info.display_height)
     shots = []
     bounds = [0, *(cut for cut in cuts.cuts if not same_view(cuts.change(cut), detections[cut - 1], detections[cut])), len(times)]
     for index, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):

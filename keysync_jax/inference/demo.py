@@ -22,7 +22,7 @@ from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.evaluation import lip_metrics, marks, talkers_clips
 from keysync_jax.evaluation.lip_metrics_plot import draw_curves, stack
 from keysync_jax.evaluation.talkers_clips import HeldOut
-from keysync_jax.files import write_atomically, write_text
+from keysync_jax.files import local_folder, write_atomically, write_text
 from keysync_jax.inference import demo_record
 from keysync_jax.inference.job import DubResult
 from keysync_jax.inference.options import DubOptions
@@ -76,15 +76,16 @@ def run_demo(
       quiet: print nothing but figures below a floor.
 
     Raises:
-      KeySyncError: a model or its record that is incomplete or damaged, or anything the dub itself refuses.
+      UsageError: a folder that is not on this machine.
+      KeySyncError: a file in the folder's place, a model or its record that is incomplete or damaged, or anything the dub itself refuses.
     """
     console = Console(stderr=True, quiet=quiet)
-    pipeline = KeySyncPipeline.from_pretrained(_model(model, Path(folder), seed, console))
+    folder = local_folder(folder)
+    pipeline = KeySyncPipeline.from_pretrained(_model(model, folder, seed, console))
     recorded = demo_record.read(pipeline.describe())
     start = time.perf_counter()
     console.print("drawing a talker and inventing a second voice …")
     clip = talkers_clips.held_out("demo", seed, 0, frames, size)
-    folder = Path(folder)
     dub, measured = _dub(pipeline, clip, folder, seed, progress=not quiet)
     # Clips of another length or size are no fair comparison.
     judged = recorded if recorded and (recorded["frames"], recorded["size"]) == (frames, size) else None
@@ -110,11 +111,12 @@ def record(
     """Dub the demo clips of seeds 0 to `count` - 1 and write what they reach into the model directory; returns a summary.
 
     Raises:
-      UsageError: too few clips to tell how much they scatter.
-      KeySyncError: a model directory that cannot be written to, or anything the dub refuses.
+      UsageError: too few clips to tell how much they scatter, or a folder that is not on this machine.
+      KeySyncError: a file in the folder's place, a model directory that cannot be written to, or anything the dub refuses.
     """
     if count < demo_record.FEWEST:
         raise UsageError(f"--record {count}: at least {demo_record.FEWEST} clips are needed to tell how much single clips scatter")
+    folder = local_folder(folder)
     pipeline = KeySyncPipeline.from_pretrained(model)
     if not os.access(model, os.W_OK):  # before the dubs; a hub: or gs:// model is no folder of this machine either
         raise KeySyncError(f"{model}: {demo_record.FILE} cannot be written there; name a model directory of your own on this machine")
@@ -122,7 +124,7 @@ def record(
     rows = []
     for seed in range(count):
         clip = talkers_clips.held_out("demo", seed, 0, frames, size)
-        _, measured = _dub(pipeline, clip, Path(folder) / f"seed_{seed}", seed, progress=False)
+        _, measured = _dub(pipeline, clip, folder / f"seed_{seed}", seed, progress=False)
         rows.append(measured.figures)
         console.print(f"seed {seed} of {count}: " + ", ".join(f"{k} {v:.3f}" for k, v in measured.figures.items()), highlight=False)
     written = demo_record.write(pipeline.describe(), rows, frames=frames, size=size)

@@ -45,10 +45,12 @@ class StageSettings(NamedTuple):
 
     @classmethod
     def of(cls, seed: int, audio_scale: float, identity_scale: float) -> StageSettings:
+        """Settings in the types that the compiled program takes; the seed is below 2**32."""
         return cls(np.uint32(seed), np.float32(audio_scale), np.float32(identity_scale))
 
 
 def stream_key(seed: jax.typing.ArrayLike, stream: str) -> jax.Array:
+    """Key of one stream of a seed's random numbers: "keyframe", "interpolation" or "posterior"."""
     return jax.random.fold_in(jax.random.key(seed), _STREAMS[stream])
 
 
@@ -107,7 +109,15 @@ class StageSampler:
 
 
 class LatentCoder:
-    """Frames to scaled latents and back, a fixed number of frames at a time, each frame alone (temporal convolutions see one)."""
+    """Frames to scaled latents and back, a fixed number of frames at a time, each frame alone (temporal convolutions see one).
+
+    Args:
+      config: the autoencoder; its `latent_scale` is the scale.
+      params: Flax parameters of `VAE`.
+      mesh: devices to share the frames over.
+      dtype: compute type of the network.
+      microbatch: frames a device computes at once.
+    """
 
     def __init__(self, config: VAEConfig, params: dict[str, Any], mesh: Mesh, *, dtype: Any = jnp.float32, microbatch: int = 4):
         model = VAE(config, dtype=dtype)
@@ -128,14 +138,22 @@ class LatentCoder:
         self._decode = Microbatcher(decode, params, mesh, microbatch)
 
     def encode(self, frames: Iterable[tuple[int, np.ndarray]], seed: int = 0) -> Iterator[np.ndarray]:
-        """(frame index, `[H, W, 3]` in [-1, 1]) to scaled latents `[h, w, 4]`; seed and index key the posterior sample."""
+        """(frame index, `[H, W, 3]` in [-1, 1]) to scaled latents `[h, w, 4]`; seed and index key the posterior sample.
+
+        Raises:
+          KeySyncError: the network produced non-finite values.
+        """
         items = ((np.int32(index), np.asarray(image, np.float32)) for index, image in frames)
         for latent in self._encode(items, np.uint32(seed)):
             sampler.require_finite(latent, "the VAE encoder's output")
             yield latent
 
     def decode(self, latents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Scaled latents `[h, w, 4]` to images `[H, W, 3]` in [0, 1]."""
+        """Scaled latents `[h, w, 4]` to images `[H, W, 3]` in [0, 1].
+
+        Raises:
+          KeySyncError: the network produced non-finite values.
+        """
         for image in self._decode(latents):
             sampler.require_finite(image, "the VAE decoder's output")
             yield np.clip((image + 1) / 2, 0, 1)

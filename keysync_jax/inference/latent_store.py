@@ -7,14 +7,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from keysync_jax.errors import KeySyncError
+
 
 class LatentStore:
     """Rows of float32 latents `[N, h, w, C]` in an unnamed file of a scratch folder.
 
     Plain reads and writes rather than a memory map: mapped pages would count as this process's memory.
+
+    Args:
+      path: of the file; replaced where it exists.
+      shape: of one row, `[h, w, C]`.
+
+    Raises:
+      KeySyncError: the disk is full, or the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike, shape: Sequence[int]):
+        self._path = path
         self._shape = tuple(shape)
         self._bytes = int(np.prod(self._shape)) * 4
         self._file = open(path, "w+b", buffering=0)  # noqa: SIM115 - closed by close()
@@ -22,8 +32,13 @@ class LatentStore:
     def __setitem__(self, row: int, latent: np.ndarray) -> None:
         if latent.shape != self._shape:
             raise ValueError(f"latent is {latent.shape}, the store holds {self._shape}")
-        self._file.seek(row * self._bytes)
-        self._file.write(np.ascontiguousarray(latent, np.float32).tobytes())
+        left = memoryview(np.ascontiguousarray(latent, np.float32).tobytes())
+        try:
+            self._file.seek(row * self._bytes)
+            while left:  # on a disk that is nearly full, a part is written and nothing said
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise KeySyncError(f"cannot write {self._path}: {error.strerror}; free space or choose an output on another disk") from error
 
     def __getitem__(self, row: int) -> np.ndarray:
         self._file.seek(row * self._bytes)

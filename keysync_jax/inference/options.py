@@ -30,5 +30,9 @@ class DubOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 100:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is out of range; choose 0 to 100 (the paper uses 5 and 2)")
+        if self.face_weights is not None and self.faces != "fan":
+            raise UsageError("--face-weights are FAN's; give --faces fan with them")
+        if self.crf is not None and not 0 <= self.crf <= 51:
+            raise UsageError(f"--crf {self.crf} is out of range; choose 0 to 51 (16 is the default, lower is better)")
         if self.crf is not None and self.lossless:
             raise UsageError("--crf and --lossless contradict each other; give one")

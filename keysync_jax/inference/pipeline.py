@@ -108,6 +108,7 @@ class KeySyncPipeline:
     # What a job asks for ----------------------------------------------------------------------------------------------------
 
     def sampler(self, stage: str, num_steps: int) -> StageSampler:
+        """The sampler of "keyframe" or "interpolation" with so many steps."""
         return self._cached(
             (stage, num_steps),
             lambda: StageSampler(
@@ -121,15 +122,18 @@ class KeySyncPipeline:
         )
 
     def coder(self) -> LatentCoder:
+        """The autoencoder."""
         # float32 always: the VAE is cheap beside the U-Net and bf16 shows in flat skin.
         return self._cached("vae", lambda: LatentCoder(self._directory.vae, self._directory.params("vae"), self._mesh, microbatch=2))
 
     def features(self, encoder: str) -> AudioFeatures:
+        """The speech encoder of that name ("hubert", "wavlm", "log_mel")."""
         return self._cached(
             ("audio", encoder), lambda: AudioFeatures(self._directory.audio(encoder), self._directory.params(f"audio/{encoder}"))
         )
 
     def describe(self) -> dict[str, Any]:
+        """What the model is, for the report: path, parts, their configs and hashes."""
         return self._directory.describe()
 
     def _cached(self, key: Any, make: Any) -> Any:

@@ -11,7 +11,6 @@ pre-skip), FFmpeg drops it, and what is left starts at its stated time.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import pathlib
@@ -35,9 +34,9 @@ _STATES_LENGTH = {"mov", "mp4", "matroska", "webm", "wav", "w64", "aiff", "flac"
 # Formats without a start time of their own; what FFmpeg reports for them is the first packet that it could read.
 _STARTS_AT_ZERO = {"flac", "wav", "w64", "aiff"}
 # Timestamps are often rounded to a millisecond and may jitter; a smaller step is not a gap. A lost MP3 or AAC frame is 21 ms or more.
-_GAP_TOLERANCE_S = Fraction(1, 50)
+GAP_TOLERANCE_S = Fraction(1, 50)
 # Steps beyond these are a restart of the clock (joined streams), not silence or overlap.
-_LONGEST_GAP_S, _LONGEST_OVERLAP_S = 60, 1
+LONGEST_GAP_S, _LONGEST_OVERLAP_S = 60, 1
 # Opus states up to 80 ms of encoder delay, AAC about 50.
 _LONGEST_ENCODER_DELAY_S = Fraction(1, 10)
 _MOST_NOTES = 5
@@ -79,7 +78,8 @@ def probe_audio(path: str | os.PathLike) -> AudioInfo:
     Raises:
       KeySyncError: no such file, not a media file, or no audio stream in it.
     """
-    with _open(path) as (container, stream):
+    container, stream = open_audio(path)
+    with container:
         context = stream.codec_context
         duration = None
         if stream.duration is not None:
@@ -103,10 +103,11 @@ def load_audio(path: str | os.PathLike, sample_rate: int = 16000) -> AudioClip:
       KeySyncError: no such file, not a media file, no audio stream, nothing that can be decoded, or non-finite samples.
     """
     notes: list[str] = []
-    with _open(path) as (container, stream):
+    container, stream = open_audio(path)
+    with container:
         sink = _Sink(path, sample_rate)
         channels = 0
-        clock = _Clock(container, stream)
+        clock = Clock(container, stream)
         for frame in _frames(container, stream, notes):
             mono = _mono(frame)
             rate = frame.sample_rate
@@ -156,26 +157,55 @@ def save_wav(path: str | os.PathLike, samples: np.ndarray, rate: int, subtype: s
         temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _open(path: str | os.PathLike) -> Iterator[tuple[av.container.InputContainer, av.audio.stream.AudioStream]]:
-    """The container and its main audio stream."""
+def open_audio(path: str | os.PathLike) -> tuple[av.container.InputContainer, av.audio.stream.AudioStream]:
+    """The opened file, which the caller closes, and its main audio stream: the one that players choose, which need not be the first.
+
+    Raises:
+      KeySyncError: no such file, not a media file, or no audio stream in it that can be decoded.
+    """
     if not os.path.exists(path):
         raise KeySyncError(f"{path}: no such file")
     if not os.path.isfile(path):
         raise KeySyncError(f"{path}: not a file; give an audio or video file")
     try:
-        container = av.open(os.fspath(path), options={"protocol_whitelist": "file"})
+        # Absolute, because FFmpeg takes what stands before a colon in a relative name for a protocol.
+        container = av.open(os.path.abspath(path), options={"protocol_whitelist": "file"})
     except PermissionError as error:
         raise KeySyncError(f"{path}: cannot be read: {error.strerror}") from error
     except (av.FFmpegError, OSError) as error:
         raise KeySyncError(f"{path}: not a media file, or one whose header is missing; give an audio or video file") from error
-    with container:
+    try:
         if _PLAYLISTS & set(container.format.name.split(",")):
             raise KeySyncError(f"{path}: a playlist ({container.format.name}), not a media file; give the file that it names")
         stream = container.streams.best("audio")
         if stream is None:
             raise KeySyncError(f"{path}: no audio stream; give a file with sound in it")
-        yield container, stream
+        if stream.codec_context is None:
+            raise KeySyncError(f"{path}: the audio stream's codec is not known; give .wav, .mp3, .m4a, .flac or the like")
+    except BaseException:
+        container.close()
+        raise
+    return container, stream
+
+
+def stated_start(container: av.container.InputContainer, stream: av.audio.stream.AudioStream) -> Fraction:
+    """When an audio stream begins, in seconds on its file's own clock, as far as the file states it; else 0."""
+    if stream.start_time is None or container.format.name in _STARTS_AT_ZERO:
+        return Fraction(0)
+    return stream.start_time * Fraction(stream.time_base)
+
+
+def clock_zero(container: av.container.InputContainer, first: Fraction) -> Fraction:
+    """Time zero of a file: the first picture or the first sample (at `first`), in seconds on the file's own clock.
+
+    Beside pictures, a sample before the clock's own zero does not count.
+    """
+    pictures = [
+        stream.start_time * Fraction(stream.time_base)
+        for stream in container.streams.video
+        if stream.start_time is not None and not stream.disposition & av.stream.Disposition.attached_pic
+    ]
+    return min([*pictures, max(first, Fraction(0))]) if pictures else first
 
 
 def _frames(container, stream, notes: list[str]) -> Iterator[av.AudioFrame]:
@@ -208,8 +238,13 @@ def _mono(frame: av.AudioFrame) -> np.ndarray:
     return mean.astype(np.float32)
 
 
-class _Clock:
-    """Keeps decoded frames at their stated times."""
+class Clock:
+    """Keeps decoded frames at their stated times.
+
+    Args:
+      container: what `open_audio` returned, before anything is read from it.
+      stream: the same.
+    """
 
     def __init__(self, container, stream):
         self._container = container
@@ -221,7 +256,7 @@ class _Clock:
         self.start = Fraction(0)  # of the file
 
     def place(self, frame: av.AudioFrame, samples: int) -> tuple[int, int]:
-        """(samples of silence to put before a frame, samples to drop from its head)."""
+        """(samples of silence to put before a frame, samples to drop from its head); `samples` is how many it has."""
         stated = self._next if frame.pts is None else frame.pts * Fraction(frame.time_base) + self._shift
         if not self._started:
             self._started = True
@@ -240,10 +275,10 @@ class _Clock:
 
     def _mend(self, gap: Fraction) -> Fraction:
         """The gap (or, negative, overlap) in seconds that is to be acted on, which is noted."""
-        if abs(gap) <= _GAP_TOLERANCE_S:
+        if abs(gap) <= GAP_TOLERANCE_S:
             return Fraction(0)
         at = f"at {float(self._next - self.start):.3f} s"
-        if not -_LONGEST_OVERLAP_S <= gap <= _LONGEST_GAP_S:
+        if not -_LONGEST_OVERLAP_S <= gap <= LONGEST_GAP_S:
             self._mended.append(f"{at} the clock restarts; continued without a gap")
             self._shift -= gap
             return Fraction(0)
@@ -252,23 +287,14 @@ class _Clock:
         return gap
 
     def _file_start(self, first: Fraction) -> tuple[Fraction, Fraction]:
-        """(zero of the file's clock, how long after it the sound starts), given the time of the first decoded sample.
-
-        Zero is the first picture or the first sample, but not a sample before the clock's own zero.
-        """
-        own = None if self._container.format.name in _STARTS_AT_ZERO else self._stream.start_time
-        stated = Fraction(0) if own is None else own * Fraction(self._stream.time_base)
+        """(zero of the file's clock, how long after it the sound starts), given the time of the first decoded sample."""
+        stated = stated_start(self._container, self._stream)
         # Encoder delay that was dropped makes a small difference; a large one means that the first packets could not be decoded.
         if first - stated > _LONGEST_ENCODER_DELAY_S:
             self._mended.append(f"the first {float(first - stated):.3f} s of sound are missing; filled with silence")
         else:
             stated = first
-        pictures = [
-            stream.start_time * Fraction(stream.time_base)
-            for stream in self._container.streams.video
-            if stream.start_time is not None and not stream.disposition & av.stream.Disposition.attached_pic
-        ]
-        start = min([*pictures, max(stated, Fraction(0))]) if pictures else stated
+        start = clock_zero(self._container, stated)
         return start, first - start
 
 
@@ -314,7 +340,8 @@ def _to_stated_length(samples: np.ndarray, container, stream, start: Fraction, r
         end = (stream.start_time or 0) + stream.duration
         length = end * Fraction(stream.time_base) - start
     elif container.duration is not None and len(container.streams) == 1:
-        length = Fraction((container.start_time or 0) + container.duration, av.time_base) - start
+        begin = 0 if "matroska" in formats else container.start_time or 0  # Matroska's duration counts from zero
+        length = Fraction(begin + container.duration, av.time_base) - start
     else:
         return samples
     count = round(length * rate)

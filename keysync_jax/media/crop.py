@@ -89,6 +89,9 @@ def extract(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
 
     Returns:
       `[size, size]` or `[size, size, C]` of the same type.
+
+    Raises:
+      KeySyncError: a crop that lies outside the frame altogether.
     """
     height, width = image.shape[:2]
     x0, y0, side = crop

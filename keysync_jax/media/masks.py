@@ -73,6 +73,9 @@ def remove_occluder(mask: np.ndarray, occluder: np.ndarray) -> np.ndarray:
 
     Returns:
       Array of `mask`'s dtype with values 0 and 1.
+
+    Raises:
+      KeySyncError: masks of different shapes.
     """
     if mask.shape != occluder.shape:
         raise KeySyncError(f"occluder mask has shape {occluder.shape} but the face mask has {mask.shape}; they must be the same")

@@ -1,8 +1,10 @@
 """The given voice track inside the written file: copied packet by packet where the container can hold it, else AAC.
 
 Time zero of the sound is the zero of its file's clock (the first sample of a sound file); it is laid on the output's clock at the
-writer's `audio_start`. Copied packets keep their bytes; PCM is cut at the exact sample where the video ends, other codecs at the
-packet. Encoded sound keeps its channels, and its sample rate wherever AAC holds the bit rate at it.
+writer's `audio_start`. Which of several streams is heard, and when each of its samples is, follows `audio.load_audio`, as the mouth
+does; packets whose timestamps do not run as those samples do are not copied. Copied packets keep their bytes; PCM is cut at the exact
+sample where the video ends, other codecs at the packet. Encoded sound keeps its channels, and its sample rate wherever AAC holds the
+bit rate at it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 import soxr
 
 from keysync_jax.errors import KeySyncError
+from keysync_jax.media.audio import GAP_TOLERANCE_S, LONGEST_GAP_S, Clock, clock_zero, open_audio, stated_start
 
 _PCM_BYTES = {"u8": 1, "s8": 1, "mulaw": 1, "alaw": 1, "s16": 2, "s24": 3, "s32": 4, "f32": 4, "f64": 8}
 _PCM_LE = {f"pcm_{kind}le" for kind in ("s16", "s24", "s32", "f32", "f64")} | {"pcm_u8"}
@@ -32,7 +35,6 @@ _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # h
 _AAC_BITS_PER_SAMPLE = 6  # ISO/IEC 14496-3: at most 6144 bits per channel in a frame of 1024 samples
 _AAC_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}
 _AAC_FRAME = 1024
-_GAP_TOLERANCE_S = Fraction(1, 100)  # timestamps that jump further leave silence; nearer ones are rounding of the container
 
 
 class Soundtrack:
@@ -53,20 +55,21 @@ class Soundtrack:
         self._start = start
         self._done = False
         self._output = output
-        self._input = _open(self._name)
+        # The stream and the clock that the model hears (`audio.load_audio`): a file may hold several.
+        self._input, self._source = open_audio(path)
         try:
-            self._source = self._input.streams.audio[0]
             self._codec = self._source.codec_context.codec.canonical_name
-            self._packets = self._demux()
+            self._packets = _packets(self._input, self._source)
             self._waiting = next(self._packets, None)
             if self._waiting is None:
                 raise KeySyncError(f"{self._name}: the audio stream is empty; give a file with sound in it")
-            origin = self._input.start_time
-            self._origin = max(Fraction(origin, av.time_base), Fraction(0)) if origin is not None else Fraction(0)
-            if self._codec in COPIED_CODECS[extension]:
-                self._copy_setup()
-            else:
+            if self._codec not in COPIED_CODECS[extension]:
                 self._encode_setup()
+            elif not _runs_on(path, gaps_are_kept=not (extension == ".mov" and self._codec.startswith("pcm_"))):
+                self._encode_setup()
+                self._note += ", whose timestamps jump"
+            else:
+                self._copy_setup()
         except BaseException:
             self._input.close()
             raise
@@ -97,22 +100,12 @@ class Soundtrack:
             return float(self._source.duration * _ratio(self._source.time_base))
         return self._input.duration / av.time_base if self._input.duration else None
 
-    def _demux(self) -> Iterator[av.Packet]:
-        """Packets with data; a file that breaks off gives what can be read."""
-        demuxer = self._input.demux(self._source)
-        while True:
-            try:
-                packet = next(demuxer)
-            except (StopIteration, av.error.FFmpegError):
-                return
-            if packet.size:
-                yield packet
-
     # Copying -----------------------------------------------------------------------------------------------------------------------
 
     def _copy_setup(self) -> None:
         self._stream = self._output.add_stream_from_template(self._source)
         self._tick = _ratio(self._source.time_base)
+        self._origin = clock_zero(self._input, max(stated_start(self._input, self._source), Fraction(0)))
         self._shift = round((self._start - self._origin) / self._tick)
         self._next_stamp = 0
         kind = self._codec.removeprefix("pcm_").removesuffix("le").removesuffix("be")
@@ -221,23 +214,14 @@ class Soundtrack:
     def _placed(self) -> Iterator[np.ndarray]:
         """Decoded blocks at the source's rate, set where their timestamps say: gaps are silence, overlaps are dropped."""
         converter = av.AudioResampler(format="fltp", layout=self._layout, rate=self._rate_in)
-        tolerance = self._rate_in * _GAP_TOLERANCE_S
-        position = 0
+        clock = Clock(self._input, self._source)
         for frame in self._decoded():
-            gap = 0
-            if frame.pts is not None:
-                gap = round((frame.pts * _ratio(frame.time_base) - self._origin) * self._rate_in) - position
-            if position and abs(gap) <= tolerance:
-                gap = 0
+            silence, skip = clock.place(frame, frame.samples)
             for block in (part.to_ndarray() for part in converter.resample(frame)):
-                if gap > 0:
-                    position += gap
-                    yield np.zeros((block.shape[0], gap), np.float32)
-                elif gap < 0:
-                    block = block[:, -gap:]
-                gap = 0
-                position += block.shape[1]
-                yield block.astype(np.float32, copy=False)
+                if silence:
+                    yield np.zeros((block.shape[0], silence), np.float32)
+                yield block[:, skip:].astype(np.float32, copy=False)
+                silence = skip = 0
 
     def _decoded(self) -> Iterator[av.AudioFrame]:
         """Decoded frames; what cannot be decoded becomes a gap."""
@@ -254,17 +238,31 @@ class Soundtrack:
             return  # nothing is left in the decoder
 
 
-def _open(name: str):
-    if not os.path.isfile(name):
-        raise KeySyncError(f"{name}: no such audio file")
-    try:
-        container = av.open(name, options={"protocol_whitelist": "file"})
-    except (av.error.FFmpegError, PermissionError) as error:
-        raise KeySyncError(f"{name}: not a sound file ({error.strerror}); give .wav, .mp3, .m4a, .flac or the like") from error
-    if not container.streams.audio or container.streams.audio[0].codec_context is None:
-        container.close()
-        raise KeySyncError(f"{name}: has no audio stream")
-    return container
+def _runs_on(path: str | os.PathLike, gaps_are_kept: bool) -> bool:
+    """Whether the packets' stamps never go back, as in joined files, and leave no gap but those that the output's container keeps."""
+    container, stream = open_audio(path)
+    longest = LONGEST_GAP_S if gaps_are_kept else GAP_TOLERANCE_S
+    with container:
+        following = None
+        for packet in _packets(container, stream):
+            if packet.pts is None:
+                continue
+            if following is not None and not -GAP_TOLERANCE_S <= (packet.pts - following) * _ratio(stream.time_base) <= longest:
+                return False
+            following = packet.pts + packet.duration if packet.duration else None
+    return True
+
+
+def _packets(container, stream) -> Iterator[av.Packet]:
+    """Packets with data; a file that breaks off gives what can be read."""
+    demuxer = container.demux(stream)
+    while True:
+        try:
+            packet = next(demuxer)
+        except (StopIteration, av.error.FFmpegError):
+            return
+        if packet.size:
+            yield packet
 
 
 def _aac_rate(rate: int, least: int) -> int:

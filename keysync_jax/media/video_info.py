@@ -122,7 +122,8 @@ def open_container(path: str | os.PathLike):
     if os.path.getsize(name) == 0:
         raise KeySyncError(f"{name}: the file is empty")
     try:
-        container = av.open(name, options={"protocol_whitelist": "file"})
+        # Absolute, because FFmpeg takes what stands before a colon in a relative name for a protocol.
+        container = av.open(os.path.abspath(name), options={"protocol_whitelist": "file"})
     except PermissionError as error:
         raise KeySyncError(f"{name}: no permission to read it") from error
     except av.error.FFmpegError as error:
@@ -136,10 +137,11 @@ def open_container(path: str | os.PathLike):
 def video_stream(container, path):
     """First video stream that is not a cover picture."""
     pictures = av.stream.Disposition.attached_pic
-    for stream in container.streams.video:
-        if not stream.disposition & pictures and stream.codec_context is not None:
+    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    for stream in streams:
+        if stream.codec_context is not None:
             return stream
-    raise KeySyncError(f"{path}: has no video stream")
+    raise KeySyncError(f"{path}: the video stream's codec is not known" if streams else f"{path}: has no video stream")
 
 
 def _first_picture(container, stream) -> av.VideoFrame | None:

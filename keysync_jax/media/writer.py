@@ -19,6 +19,7 @@ import av
 from av.video.frame import PictureType
 
 from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.files import check_target, temporary_beside
 from keysync_jax.media import color
 from keysync_jax.media.soundtrack import Soundtrack
 from keysync_jax.media.video import Frame, VideoInfo
@@ -47,18 +48,12 @@ def check_output(path: str | os.PathLike) -> Path:
     """Refuse an output file that could not be written, before any work is done.
 
     Raises:
-      UsageError: the extension is not a supported container.
-      KeySyncError: the folder does not exist or cannot be written to, or the path is a folder.
+      UsageError, KeySyncError: the extension is not a supported container, or as `files.check_target`.
     """
     path = Path(path)
     if path.suffix.lower() not in CONTAINERS:
         raise UsageError(f"{path}: cannot write {path.suffix or 'a file without extension'}; use one of {', '.join(CONTAINERS)}")
-    if not path.parent.is_dir():
-        raise KeySyncError(f"{path}: the folder {path.parent} does not exist; create it or choose another output")
-    if path.is_dir():
-        raise KeySyncError(f"{path}: is a folder; name a file in it")
-    if not os.access(path.parent, os.W_OK):
-        raise KeySyncError(f"{path}: no permission to write in {path.parent}")
+    check_target(path, "the output")
     return path
 
 
@@ -128,7 +123,7 @@ class VideoWriter:
         self.frames_written = 0
         self._audio_start = info.start_time if audio_start is None else audio_start
         self._duration = None if duration_s is None else Fraction(duration_s)
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._temporary = temporary_beside(self.path)
         self._held: av.VideoFrame | None = None
         self._step = max(1, round(1 / (info.average_rate * info.time_base)))
         self._durations: dict[int, int] = {}
@@ -139,7 +134,9 @@ class VideoWriter:
         self._hdr_lost = False
         self._soundtrack: Soundtrack | None = None
         try:
-            self._container = av.open(str(self._temporary), "w", format=CONTAINERS[extension], options=self._muxer_options(extension))
+            # Absolute, because FFmpeg takes what stands before a colon in a relative name for a protocol.
+            target = os.path.abspath(self._temporary)
+            self._container = av.open(target, "w", format=CONTAINERS[extension], options=self._muxer_options(extension))
         except (av.error.FFmpegError, OSError) as error:
             raise KeySyncError(f"{self.path}: cannot be written ({error.strerror})") from error
         try:

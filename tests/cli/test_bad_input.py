@@ -1,5 +1,6 @@
 """Bad input gets one clear line, the right exit status, and leaves nothing behind."""
 
+import io
 import pickle
 import shutil
 import zipfile
@@ -7,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from keysync_jax import cli
 from keysync_jax.cli import main
 from keysync_jax.media.audio import save_wav
 
@@ -108,6 +110,16 @@ def _five_steps(job, tmp_path):
     return "10"
 
 
+def _bad_crf(job, tmp_path):
+    job["extra"] = ["--crf", "99"]
+    return "0 to 51"
+
+
+def _weights_of_another_detector(job, tmp_path):
+    job["extra"] = ["--face-weights", tmp_path]
+    return "--faces fan"
+
+
 def _bad_extension(job, tmp_path):
     job["out"] = tmp_path / "out.gif"
     return ".mp4"
@@ -125,6 +137,8 @@ def _bad_extension(job, tmp_path):
         _wrong_encoder,
         _no_folder,
         _five_steps,
+        _bad_crf,
+        _weights_of_another_detector,
         _bad_extension,
     ],
 )
@@ -152,6 +166,16 @@ def test_pickle_with_a_foreign_class(tmp_path, keysync):
     status, line = keysync("convert", path, "-o", tmp_path / "model")
     assert status == 1 and "system" in line
     assert not (tmp_path / "model").exists()
+
+
+def test_a_name_that_the_terminal_cannot_show_does_not_fail_the_job(monkeypatch):
+    """What `ls` shows as caf?.mp4 (a file name that is no UTF-8), and a dash on an ASCII terminal."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr(cli, "_inspect", lambda args: print("caf\udce9.mp4: frames 1–2"))
+    assert main(["inspect", "x"]) == 0
+    out.flush()
+    assert out.buffer.getvalue() == b"caf\\udce9.mp4: frames 1\\u20132\n"
 
 
 def test_usage_errors(keysync, tmp_path):

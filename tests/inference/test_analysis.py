@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.inference.analysis import analyse
 from keysync_jax.media.faces import Face, FaceBackend
 
@@ -75,6 +75,14 @@ def test_times_gaps_and_runs(tmp_path):
     (shot,) = seen.shots
     assert shot.faces.runs == [(0, 16), (24, 30)]  # three missed frames are bridged, eight are not
     assert not shot.faces.detected[8:11].any() and shot.faces.usable[8:11].all()
+
+
+def test_a_point_outside_the_picture_is_no_choice_of_a_face(tmp_path):
+    path = write(tmp_path / "e.mp4", [view(20)] * 5)
+    assert analyse(path, Scripted([[face()]] * 5), "160,120").shots[0].faces.detected.all()
+    for point in ("640,60", "60,-1"):  # read off another version of the video
+        with pytest.raises(UsageError, match=f"--face {point} lies outside the 160x120 picture of .*e.mp4"):
+            analyse(path, Scripted([[face()]] * 5), point)
 
 
 def test_no_face_anywhere_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -142,6 +143,18 @@ def test_a_failed_rerun_leaves_no_results_of_the_run_before(model, tmp_path, mon
     assert (folder / "notes.txt").read_text() == "of the run before" and (folder / "voice.wav").stat().st_size > 1000
 
 
+def test_a_folder_that_cannot_be_one_is_refused_before_the_drawing(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(demo.talkers_clips, "held_out", lambda *_: pytest.fail("already at work"))
+    for folder, message in (("notes.txt", "notes.txt is a file"), ("gs://bucket/demo", "no local folder"), ("", "no local folder")):
+        with pytest.raises(KeySyncError, match=message):
+            demo.run_demo(folder, 3, model, quiet=True)
+        with pytest.raises(KeySyncError, match=message):
+            demo.record(folder, model, 8, quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_the_voice_is_readable_as_the_umask_says(made):
     before = os.umask(0o022)
     os.umask(before)
@@ -244,3 +257,13 @@ def test_the_bundled_model_is_small_and_whole():
     directory = model_directory.load(path, verify=True)
     assert {"vae", "keyframe", "interpolation", "audio/log_mel"} <= set(directory.parts) and not directory.parts["keyframe"].random
     assert demo_record.read(directory.describe())["floors"]
+
+
+def test_a_time_limit_ends_it_like_ctrl_c(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the signal would have ended the process at once"))
+    try:
+        assert main(["demo", "-o", str(tmp_path / "out")]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "keysync: error: stopped" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from keysync_jax import KeySyncPipeline
+from keysync_jax.cli import main
 from keysync_jax.config import MaskConfig
 from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.inference import job, latent_store
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.media import audio, video
 
@@ -135,6 +138,39 @@ def test_nothing_is_written_over_what_the_job_reads(pipeline, talker, tmp_path):
         with pytest.raises(UsageError, match=words):
             pipeline(clip, voice, output, report=report)
     assert before == (clip.read_bytes(), voice.read_bytes()) and not (tmp_path / "a.mp4").exists()
+
+
+def test_a_full_disk_is_one_clear_line_and_no_latent_is_cut_short(tmp_path):
+    row = np.arange(4 * 4 * 4, dtype=np.float32).reshape(4, 4, 4)
+    with pytest.raises(KeySyncError, match="cannot write /dev/full: No space left on device; free space"):
+        latent_store.LatentStore("/dev/full", row.shape)[0] = row
+
+    class Nearly:  # a disk that takes a few bytes at a time, as one does that is about to be full
+        def __init__(self, file):
+            self.write, self.seek, self.read = (lambda data: file.write(data[:7])), file.seek, file.read
+
+    store = latent_store.LatentStore(tmp_path / "store", row.shape)
+    store._file = Nearly(store._file)
+    store[1] = row
+    np.testing.assert_array_equal(store[1], row)
+
+
+def test_a_time_limit_leaves_no_scratch_files(tiny_model, talker, tmp_path, monkeypatch, capsys):
+    """SIGTERM, as `timeout` and schedulers send it."""
+
+    def terminated(*args):
+        assert list(tmp_path.glob(".keysync-*"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(job, "_generate", terminated)
+    monkeypatch.setattr(KeySyncPipeline, "features", lambda *_: lambda samples: np.zeros((len(samples) // 640, 2, 1)))
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the signal would have ended the process at once"))
+    try:
+        words = ["dub", talker / "clip.mp4", talker / "voice.wav", "-o", tmp_path / "out.mp4", "--model", tiny_model]
+        assert main([str(word) for word in words]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "keysync: error: stopped" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_pretrained_round_trip(pipeline, tiny_model, tmp_path):

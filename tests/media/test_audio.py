@@ -118,6 +118,11 @@ def test_sound_that_starts_late_keeps_its_place(tmp_path):
     assert np.abs(clip.samples[:7000]).max() < 1e-3
 
 
+def test_a_late_start_is_not_taken_for_missing_sound(tmp_path):
+    clip = audio.load_audio(encode(tmp_path / "a.mka", "pcm_s16le", 48000, 1, audio_delay=0.5))
+    assert clip.notes == () and click_at(clip) == CLICK_S * 16000 and clip.duration_s == 2.0
+
+
 def test_pictures_that_start_late_do_not_move_the_sound(tmp_path):
     clip = audio.load_audio(encode(tmp_path / "a.mp4", video=True, video_delay=0.4))
     assert abs(click_at(clip) - 16000) <= 1
@@ -164,6 +169,8 @@ def bad_files(folder):
     nan[4000] = np.nan
     soundfile.write(folder / "nan.wav", nan, 16000, subtype="FLOAT")
     soundfile.write(folder / "zero.wav", np.zeros(0, np.float32), 16000)
+    unknown = bytearray((folder / "nan.wav").read_bytes())
+    unknown[20:22] = b"\x99\x99"  # the format tag
     mp4 = encode(folder / "whole.mp4").read_bytes()
     silent = folder / "silent.mp4"
     with av.open(str(silent), "w") as out:
@@ -180,6 +187,7 @@ def bad_files(folder):
         write("half.mp4", mp4[: len(mp4) // 2]): "header is missing",
         write("list.m3u8", b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nwhole.mp4\n"): "not a media file|playlist",
         silent: "no audio stream",
+        write("codec.wav", unknown): "codec is not known",
         folder / "zero.wav": "has no samples",
         folder / "nan.wav": r"non-finite samples .* 0\.250 s",
     }
@@ -192,6 +200,8 @@ def test_bad_files_are_one_clear_line(tmp_path):
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(KeySyncError, match="no audio stream"):
         audio.probe_audio(tmp_path / "silent.mp4")
+    with pytest.raises(KeySyncError, match="codec is not known"):
+        audio.probe_audio(tmp_path / "codec.wav")
 
 
 def test_long_files_need_little_more_than_the_result(tmp_path):

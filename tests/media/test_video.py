@@ -233,7 +233,9 @@ def test_refusals_are_one_clear_line(tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nhttp://example.invalid/a.ts\n")
     clips.make_clip(tmp_path / "whole.mp4", [512 * i for i in range(10)])
-    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:700])
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[:700])
+    (tmp_path / "codec.mp4").write_bytes(b"zzzz".join(whole.rsplit(b"avc1", 1)))  # the sample entry
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 2048), np.float32), format="fltp", layout="mono")
@@ -247,6 +249,7 @@ def test_refusals_are_one_clear_line(tmp_path):
         "list.mp4": "not a",
         "cut.mp4": "not a complete video file",
         "sound.mp4": "no video stream",
+        "codec.mp4": "codec is not known",
         ".": "folder",
     }
     for name, words in cases.items():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.media import video, writer
+from keysync_jax.media import audio, video, writer
 
 RATES = [Fraction(24000, 1001), Fraction(25), Fraction(30000, 1001), Fraction(30), Fraction(60)]
 LOSSLESS_X265 = {"x265-params": "lossless=1:log-level=none"}
@@ -177,7 +177,7 @@ def test_nothing_is_left_when_something_fails(tmp_path):
     with pytest.raises(KeySyncError, match="no frame"):
         with writer.VideoWriter(tmp_path / "b.mp4", info):
             pass
-    with pytest.raises(KeySyncError, match="no such audio file"):
+    with pytest.raises(KeySyncError, match="none.wav: no such file"):
         writer.VideoWriter(tmp_path / "b.mp4", info, audio=tmp_path / "none.wav")
     with pytest.raises(ValueError, match="comes after"):
         with writer.VideoWriter(tmp_path / "b.mp4", info) as out:
@@ -196,6 +196,21 @@ def test_output_is_refused_before_any_work(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(KeySyncError, match="is a folder"):
         writer.check_output(tmp_path / "folder.mp4")
+    (tmp_path / "device.mp4").symlink_to("/dev/null")
+    with pytest.raises(UsageError, match="no ordinary file"):
+        writer.check_output(tmp_path / "device.mp4")
+
+
+@pytest.mark.parametrize("name", ["12:30 talk.mp4", "n" * 251 + ".mp4"], ids=["colon", "long"])
+def test_any_name_that_a_file_may_have(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)  # FFmpeg takes what stands before a colon in a relative name for a protocol
+    clips.make_clip(tmp_path / name, [512 * i for i in range(5)])
+    write_wav(tmp_path / "voice: a.wav", clips.click_track(16000, 1, 0.2), 16000)
+    (tmp_path / "out").mkdir()
+    rewrite(name, f"out/{name}", audio="voice: a.wav")
+    (tmp_path / f"out/{name}").rename(name)
+    rewrite(name, name)
+    assert len(packets_of(tmp_path / name)) == 5 and sorted(p.name for p in tmp_path.rglob("*")) == sorted([name, "out", "voice: a.wav"])
 
 
 # Sound -----------------------------------------------------------------------------------------------------------------------------
@@ -353,10 +368,60 @@ def test_a_hole_in_the_sound_stays_where_it_is(clip, tmp_path):
     assert np.abs(sound[int(0.50 * rate) : int(0.55 * rate)]).max() < 2e-3  # silence where the packets are missing
 
 
+def test_the_track_that_is_heard_is_the_one_that_the_model_hears(clip, tmp_path):
+    """Of several tracks the default one, on its own clock; the first begins earlier and is something else."""
+    path = tmp_path / "tracks.mkv"
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("pcm_s16le", rate=16000, layout="mono") for _ in range(2)]
+        streams[0].disposition, streams[1].disposition = av.stream.Disposition(0), av.stream.Disposition.default
+        for stream, sound, start in ((streams[0], np.zeros((16000, 1)), 0), (streams[1], clips.click_track(16000, 1, 0.95), 4800)):
+            packed = np.ascontiguousarray(np.round(sound * 32767).astype(np.int16).reshape(1, -1))
+            frame = av.AudioFrame.from_ndarray(packed, "s16", "mono")
+            frame.sample_rate, frame.pts, frame.time_base = 16000, start, Fraction(1, 16000)
+            container.mux(stream.encode(frame))
+    heard = audio.load_audio(path)
+    for extension in (".mkv", ".mov", ".mp4"):  # copied, copied, encoded
+        rewrite(clip, tmp_path / f"b{extension}", audio=path)
+        sound, rate = assert_clicks(tmp_path / f"b{extension}")
+        model = np.repeat(heard.samples[:, None], 2, axis=1)
+        assert clips.click_times(sound, rate) == pytest.approx(clips.click_times(model, 16000), abs=1e-3)
+
+
+@pytest.mark.parametrize("extension", [".mkv", ".mp4"])
+def test_joined_files_are_heard_as_the_model_hears_them(clip, tmp_path, extension):
+    """Packets whose clock restarts cannot be copied: muxers refuse stamps that go back."""
+    for name, channels in (("a.ts", 1.05), ("b.ts", 0.1)):
+        encode_sound(tmp_path / name, channels * clips.click_track(48000, 1, 2.0), 48000, "aac")
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes((tmp_path / "b.ts").read_bytes() + (tmp_path / "a.ts").read_bytes())
+    heard = audio.load_audio(joined).samples
+    assert len(heard) > 3.9 * 16000
+    clips.make_clip(tmp_path / "long.mp4", [512 * i for i in range(100)])
+    out, _ = rewrite(tmp_path / "long.mp4", tmp_path / f"out{extension}", audio=joined)
+    assert "from aac, whose timestamps jump" in out.audio_note
+    written = audio.load_audio(tmp_path / f"out{extension}").samples
+    assert abs(int(np.abs(heard).argmax()) - int(np.abs(written).argmax())) <= 16
+    assert np.abs(heard).argmax() > 2 * 16000  # the louder part came second
+
+
+def test_a_hole_in_pcm_is_kept_in_quicktime_too(clip, tmp_path):
+    write_wav(tmp_path / "a.wav", clips.click_track(16000, 1, 0.95), 16000)
+    with av.open(str(tmp_path / "a.wav")) as source, av.open(str(tmp_path / "hole.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(audio=0):
+            if packet.size and not 0.4 < float(packet.pts * packet.time_base) < 0.6:
+                packet.stream = stream
+                target.mux(packet)
+    for extension in (".mov", ".mkv"):
+        out, _ = rewrite(clip, tmp_path / f"b{extension}", audio=tmp_path / "hole.mkv")
+        assert ("whose timestamps jump" in out.audio_note) == (extension == ".mov")
+        assert_clicks(tmp_path / f"b{extension}")
+
+
 def test_sound_that_cannot_be_used_is_refused(clip, tmp_path):
     (tmp_path / "text.wav").write_text("no sound at all " * 30)
     write_wav(tmp_path / "empty.wav", np.zeros((0, 1), np.float32), 16000)
-    for name, words in (("text.wav", "not a sound file"), ("empty.wav", "is empty|not a sound"), ("clip.mp4", "no audio stream")):
+    for name, words in (("text.wav", "not a media file"), ("empty.wav", "is empty|not a media"), ("clip.mp4", "no audio stream")):
         with pytest.raises(KeySyncError, match=words):
             rewrite(clip, tmp_path / "b.mp4", audio=tmp_path / name)
     assert not list(tmp_path.glob("*b.mp4*")) and not list(tmp_path.glob(".b*"))
