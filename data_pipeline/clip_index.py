@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -61,6 +62,8 @@ class Clip:
             raise KeySyncError(f"clip id {self.id!r} must be printable text")
         if self.num_frames < 1:
             raise KeySyncError(f"clip {self.id!r} has {self.num_frames} frames; leave empty clips out")
+        if self.split:
+            check_split(self.split, f"clip {self.id!r}")
 
     @property
     def speaker_key(self) -> tuple[str, str]:
@@ -68,19 +71,25 @@ class Clip:
         return self.source, self.speaker or f"video:{self.video or self.id}"
 
 
+def check_split(name: str, where: str) -> None:
+    """Raises KeySyncError, which begins with `where`, for a split that cannot be part of a file name as tfds reads it."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise KeySyncError(f"{where}: split {name!r} must be letters, digits, '_' and '-', such as train")
+
+
 def assign_splits(
     clips: Sequence[Clip], fractions: Mapping[str, float] | None = None, seed: int = 0, existing: Sequence[Clip] = ()
 ) -> list[Clip]:
     """Give every clip a split so that no speaker is in two.
 
-    A split that a clip already has is respected and holds for all clips of its speaker; so is the split that a speaker has in
-    `existing`. Otherwise the hash of (seed, speaker) decides, so that adding videos never moves a speaker.
+    A split that a clip already has is respected and holds for all clips of its speaker; so is the split that a clip or its speaker has
+    in `existing`. Otherwise the hash of (seed, speaker) decides, so that adding videos never moves a speaker.
 
     Args:
       clips: clips to decide about.
       fractions: expected share of speakers per split, summing to 1; default 90 % train, 5 % validation, 5 % test.
       seed: another seed gives another division.
-      existing: clips already in the dataset.
+      existing: clips already in the dataset. What `clips` says about a clip of the same id (its speaker may be known by now) replaces it.
 
     Returns:
       The clips in the same order, all with a split.
@@ -91,7 +100,10 @@ def assign_splits(
     fractions = dict(DEFAULT_SPLITS if fractions is None else fractions)
     if not fractions or any(f < 0 for f in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-6:
         raise KeySyncError(f"split fractions {fractions} must be non-negative and sum to 1")
-    given = _splits_by_speaker([*existing, *clips])
+    held = {c.id: c.split for c in existing}
+    clips = [c if c.split else dataclasses.replace(c, split=held.get(c.id, "")) for c in clips]
+    named = {c.id for c in clips}
+    given = _splits_by_speaker([*(c for c in existing if c.id not in named), *clips])
     decided = [dataclasses.replace(c, split=given.get(c.speaker_key) or _hashed_split(c.speaker_key, fractions, seed)) for c in clips]
     used = {c.split for c in [*decided, *existing]}
     for split in sorted(s for s, f in fractions.items() if f > 0 and s not in used):
@@ -127,7 +139,8 @@ def dumps(clips: Sequence[Clip]) -> str:
     lines = []
     for clip in clips:
         try:
-            lines.append(json.dumps(dataclasses.asdict(clip), sort_keys=True, allow_nan=False, ensure_ascii=False))
+            line = json.dumps(dataclasses.asdict(clip), sort_keys=True, allow_nan=False, ensure_ascii=False)
+            lines.append(line.encode(errors="backslashreplace").decode())  # bytes of a file name that are not UTF-8, as JSON escapes
         except (TypeError, ValueError) as error:
             raise KeySyncError(f"clip {clip.id!r} cannot be written to the index: {error}") from None
     return "".join(line + "\n" for line in lines)
@@ -145,12 +158,15 @@ def loads(text: str, where: str) -> list[Clip]:
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
-            raise KeySyncError(f"{where} line {number} is not JSON ({error.msg}); restore the file or prepare the data again") from None
+            raise KeySyncError(f"{where} line {number} is not JSON ({error.msg}); restore the file or prepare the data anew") from None
         if not isinstance(values, dict) or not {"id", "num_frames"} <= set(values) <= known:
             raise KeySyncError(f"{where} line {number} is not a clip; its keys must be among {', '.join(sorted(known))}")
-        clips.append(Clip(**values))
+        try:
+            clips.append(Clip(**values))
+        except TypeError as error:
+            raise KeySyncError(f"{where} line {number} is not a clip ({error}); restore the file or prepare the data anew") from None
     if clips != order_clips(clips):
-        raise KeySyncError(f"{where}: clips are out of order or their record positions are wrong; prepare the data again")
+        raise KeySyncError(f"{where}: clips are out of order or their record positions are wrong; restore it or prepare the data anew")
     return clips
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -144,14 +145,16 @@ def read_group(directory: epath.PathLike, finished: bool = True) -> GroupFile:
     try:
         values = json.loads(path.read_text())
         if values["format"] != FORMAT:
-            raise KeySyncError(f"{path} has format {values['format']}, this version reads {FORMAT}; prepare the data again")
+            raise KeySyncError(f"{path} has format {values['format']}, this version reads {FORMAT}; prepare the data anew")
         group = Group(
             tuple(Column(c["name"], c["dtype"], tuple(c["shape"])) for c in values["columns"]), tuple(values["crop_size"]),
             values["frames_per_shard"], values["group"], values["info"], values["writer_options"],
         )  # fmt: skip
         return GroupFile(group, tuple(ShardFile(**s) for s in values["shards"]))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise KeySyncError(f"{path} is not a dataset description ({error!r}); restore it or prepare the data again") from None
+    except FileNotFoundError:
+        raise KeySyncError(f"{path} is missing; restore it or prepare the data anew") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise KeySyncError(f"{path} is not a dataset description ({error!r}); restore it or prepare the data anew") from None
 
 
 def read_clips(root: epath.PathLike) -> list[Clip]:
@@ -159,7 +162,25 @@ def read_clips(root: epath.PathLike) -> list[Clip]:
     path = epath.Path(root) / INDEX_FILE
     if not path.exists():
         raise KeySyncError(f"{path} does not exist; {root} holds no dataset")
-    return loads(path.read_text(), str(path))
+    try:
+        return loads(path.read_text(), str(path))
+    except UnicodeDecodeError as error:
+        raise KeySyncError(f"{path} is damaged ({error}); restore it or prepare the data anew") from None
+
+
+def make_folder(path: epath.PathLike) -> None:
+    """Make a folder to write to, unless it is there.
+
+    Raises:
+      KeySyncError: it cannot be made or written to.
+    """
+    try:
+        epath.Path(path).mkdir(parents=True, exist_ok=True)
+        refused = "://" not in os.fspath(path) and not os.access(path, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise KeySyncError(f"cannot write to {path}: {error.strerror or error}; choose another folder") from error
+    if refused:
+        raise KeySyncError(f"cannot write to {path}: no permission; choose another folder")
 
 
 def column_groups(root: epath.PathLike) -> list[str]:

@@ -85,7 +85,9 @@ def prepare_group(root: epath.PathLike, group: Group, clips: Sequence[Clip] | No
     """
     directory = group.directory(root)
     if (directory / GROUP_FILE).exists():
-        group = _compatible(layout.read_group(directory, finished=False).group, group, directory)
+        held = layout.read_group(directory, finished=False).group
+        check_settings(held, group, directory)
+        group = held
     existing = layout.read_clips(root) if group.name != BASE or (epath.Path(root) / INDEX_FILE).exists() else []
     if group.name == BASE:
         existing = _merge(existing, clips or (), root)
@@ -187,15 +189,30 @@ def _check_beside(root: epath.PathLike, group: Group) -> None:
             raise KeySyncError(f"column group {group.name!r} is for crops of {group.crop_size} but {directory} has {other.crop_size}")
 
 
-def _compatible(old: Group, new: Group, directory: epath.Path) -> Group:
-    """The existing group, when the new one agrees with it."""
-    for field in ("columns", "crop_size", "info", "writer_options"):
-        before, now = getattr(old, field), getattr(new, field)
-        if json.dumps(before, default=str, sort_keys=True) != json.dumps(now, default=str, sort_keys=True):
-            raise KeySyncError(
-                f"{directory} was written with {field} {before}, not {now}; use another directory, or a group of its own for new columns"
-            )
-    return old
+def check_settings(old: Group, new: Group, directory: epath.PathLike) -> None:
+    """Refuse to add to a group that was made otherwise.
+
+    Raises:
+      KeySyncError: names what differs (crop size, columns, encoder weights, seed, ...), with both values.
+    """
+    for field in ("crop_size", "columns", "info", "writer_options"):  # the crop size first, since columns follow from it
+        difference = _difference("" if field == "info" else field.replace("_", " "), _plain(old, field), _plain(new, field))
+        if difference:
+            raise KeySyncError(f"{directory} was made with {difference}; use the same model, seed and settings, or another directory")
+
+
+def _plain(group: Group, field: str) -> Any:
+    """A field as the JSON value that it becomes on disk; columns by name."""
+    value = {c.name: f"{c.dtype}{list(c.shape)}" for c in group.columns} if field == "columns" else getattr(group, field)
+    return json.loads(json.dumps(value, default=dict))
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """Where two JSON values differ: each leaf with both values, "" when they are equal."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        parts = (_difference(f"{name} {key}".strip(), before.get(key), now.get(key)) for key in sorted({**before, **now}))
+        return ", ".join(part for part in parts if part)
+    return "" if before == now else f"{name} {before} (now {now})"
 
 
 def _merge(existing: Sequence[Clip], clips: Sequence[Clip], root: epath.PathLike) -> list[Clip]:
@@ -266,7 +283,7 @@ def _finished(target: epath.Path, plan_digest: str, rehash: bool = True) -> Shar
         values = json.loads(path.read_text())
         matches = values.pop("plan") == plan_digest
         record = ShardFile(**values)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None  # damaged record: the shard is simply written again
     if not matches or target.stat().length != record.bytes or (rehash and _sha256(target) != record.sha256):
         return None

@@ -94,7 +94,7 @@ def _prepare(args) -> int:
         "scorers": tuple(parse(text) for text in args.scorer),
     }  # fmt: skip
     curation = Curation(**{k: v for k, v in wanted.items() if v is not None})
-    flags = ([f"--runner={args.runner}"] if args.runner else []) + shlex.split(args.beam)
+    flags = ([f"--runner={args.runner}"] if args.runner else []) + _beam(args.beam)
     summary = prepare(items, args.output, model, curation, target, work=args.work, workers=args.workers, beam=flags, quiet=args.quiet)
     print(summary)
     return 0
@@ -109,8 +109,18 @@ def _check_remote(path: str) -> None:
             raise KeySyncError(f"cannot open {path}: {error}") from None
 
 
+def _beam(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--beam {text!r} cannot be split into flags: {str(error).lower()}") from None
+
+
 def _number(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is no finite number")
     return value

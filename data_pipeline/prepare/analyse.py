@@ -122,7 +122,7 @@ def _quality(item: Item, curation: Curation, tools: Tools, probed: Probed) -> di
         return {}
     views = quality.quality_views(probed.pictures, item.seed(curation.seed, "views"))
     score = float(np.mean(tools.scorers["quality"](views)))
-    if score < curation.min_quality:
+    if not score >= curation.min_quality:  # also for NaN
         words = f"mean score of {len(views)} views is {score:.3f}, below {curation.min_quality:g}"
         raise DropError("quality", "low_quality", words, probed.seconds)
     return {"quality": score}
@@ -214,6 +214,9 @@ def _check(curation: Curation, m: dict[str, float]) -> tuple[str, str, str] | No
         good = value >= bound if how == ">=" else (abs(value) if how == "abs" else value) <= bound
         if not good:  # also for NaN
             return stage, reason, words.format(v=value, b=bound)
+    for name, value in m.items():  # a plug-in may give measures that have no bound
+        if not np.isfinite(value):
+            return "checks", "bad_score", f"{name} is {value}"
     return None
 
 

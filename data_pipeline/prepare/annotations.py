@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.prepare.item import Item
-from data_pipeline.prepare.manifest import VIDEO_SUFFIXES, find_sidecar
+from data_pipeline.prepare.manifest import VIDEO_SUFFIXES, find_sidecar, finite_number
 from keysync_jax.errors import KeySyncError, UsageError
 
 HDTF_SETS = ("RD", "WDA", "WRA")
@@ -78,9 +78,9 @@ def read_celebv(path: Path, files: _Files) -> Iterator[Item]:
     for name, clip in clips.items():
         try:
             video = str(clip["ytb_id"])
-            start, stop = float(clip["duration"]["start_sec"]), float(clip["duration"]["end_sec"])
+            start, stop = finite_number(clip["duration"]["start_sec"]), finite_number(clip["duration"]["end_sec"])
             edges = clip.get("bbox")
-            box = None if not edges else tuple(float(edges[side]) for side in ("left", "top", "right", "bottom"))
+            box = None if not edges else tuple(finite_number(edges[side]) for side in ("left", "top", "right", "bottom"))
         except (KeyError, TypeError, ValueError) as error:
             raise KeySyncError(f"{path}: clip {name!r} lacks ytb_id, duration or bbox ({error!r})") from None
         common = {"speaker": video, "source": source, "extra": {"annotation": name}}
@@ -130,7 +130,7 @@ def _table(path: Path) -> dict[str, list[str]]:
 def _range(text: str, path: Path, video: str) -> tuple[float, float]:
     """Seconds of a range such as 00:30-01:00 or 1:02:03-1:02:40."""
     try:
-        start, stop = (sum(float(v) * 60**i for i, v in enumerate(reversed(part.split(":")))) for part in text.split("-"))
+        start, stop = (sum(finite_number(v) * 60**i for i, v in enumerate(reversed(part.split(":")))) for part in text.split("-"))
     except ValueError:
         raise KeySyncError(f"{path}: {video} has the time range {text!r}; it must read like 00:30-01:00") from None
     if stop <= start:

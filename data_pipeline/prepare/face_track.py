@@ -106,8 +106,9 @@ def _detected(item: Item, rgb: np.ndarray, backend: FaceBackend, size: tuple[int
 
 
 def _listed(sidecar: np.ndarray, index: int) -> list[Face]:
-    points = sidecar[index] if index < len(sidecar) and sidecar.shape[1:] == (68, 2) else np.nan
-    return [Face.from_landmarks(points, 1.0)] if np.isfinite(points).all() else []
+    points = sidecar[index] if index < len(sidecar) and sidecar.shape[1:] == (68, 2) else np.full((68, 2), np.nan, np.float32)
+    # Some tools write zeros instead of NaN where there is no face: no face is a single point.
+    return [Face.from_landmarks(points, 1.0)] if np.isfinite(points).all() and np.ptp(points, axis=0).all() else []
 
 
 def track_shots(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,8 +38,15 @@ class ClipWork(NamedTuple):
     keyframes: tuple[video.Keyframe, ...] = ()
 
 
+class EncoderError(KeySyncError):
+    """A network cannot be opened: no clip's fault, and no clip would fare better."""
+
+
 class Encoders:
-    """The networks of a plan, read from disk when first needed and kept for the worker's life."""
+    """The networks of a plan, read from disk when first needed and kept for the worker's life.
+
+    All methods raise EncoderError where a network's weights or packages are missing or damaged.
+    """
 
     def __init__(self, plan: FeaturePlan):
         self._plan = plan
@@ -47,46 +54,50 @@ class Encoders:
 
     def latents(self, frames: Iterator[tuple[int, np.ndarray]], seed: int) -> Iterator[np.ndarray]:
         """(frame number, `[H, W, 3]` in [-1, 1]) to scaled posterior samples `[h, w, 4]`."""
-        if "vae" not in self._made:
-            from keysync_jax.inference.generate import LatentCoder
-            from keysync_jax.inference.runtime import use_compile_cache
-            from keysync_jax.parallel.mesh import data_mesh
-
-            use_compile_cache()
-            self._made["vae"] = LatentCoder(self._plan.vae, self._directory().params("vae"), data_mesh(), microbatch=MICROBATCH)
-        return self._made["vae"].encode(frames, seed)
+        return self._opened("vae", self._vae).encode(frames, seed)
 
     def tokens(self, name: str, samples: np.ndarray) -> np.ndarray:
         """16 kHz samples `[640 T]` to tokens `[T, 2, D]` of the encoder of that name."""
-        if name not in self._made:
-            if name in self._plan.encoders:
-                from keysync_jax.inference.audio_features import AudioFeatures
-
-                config = self._plan.encoders[name]
-                params = {} if config.kind == "log_mel" else self._directory().params(f"audio/{name}")
-                self._made[name] = AudioFeatures(config, params)
-            else:
-                from data_pipeline.prepare.torch_features import open_encoder
-
-                self._made[name] = open_encoder(name, self._plan.weights[name])
-        return self._made[name](samples)
+        return self._opened(name, lambda: self._speech(name))(samples)
 
     def occluder(self):
         """The SAM 2 masker, or None without weights."""
         if "occluder" not in self._plan.weights:
             return None
-        if "occluder" not in self._made:
-            from data_pipeline.prepare.occluder import Sam2Masker
+        from data_pipeline.prepare.occluder import Sam2Masker
 
-            self._made["occluder"] = Sam2Masker(self._plan.weights["occluder"])
-        return self._made["occluder"]
+        return self._opened("occluder", lambda: Sam2Masker(self._plan.weights["occluder"]))
+
+    def _opened(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self._made:
+            try:
+                self._made[name] = make()
+            except KeySyncError as error:
+                raise EncoderError(str(error)) from error
+        return self._made[name]
+
+    def _vae(self):
+        from keysync_jax.inference.generate import LatentCoder
+        from keysync_jax.inference.runtime import use_compile_cache
+        from keysync_jax.parallel.mesh import data_mesh
+
+        use_compile_cache()
+        return LatentCoder(self._plan.vae, self._directory().params("vae"), data_mesh(), microbatch=MICROBATCH)
+
+    def _speech(self, name: str):
+        if name not in self._plan.encoders:
+            from data_pipeline.prepare.torch_features import open_encoder
+
+            return open_encoder(name, self._plan.weights[name])
+        from keysync_jax.inference.audio_features import AudioFeatures
+
+        config = self._plan.encoders[name]
+        return AudioFeatures(config, {} if config.kind == "log_mel" else self._directory().params(f"audio/{name}"))
 
     def _directory(self):
-        if "directory" not in self._made:
-            from converters import model_directory
+        from converters import model_directory
 
-            self._made["directory"] = model_directory.load(self._plan.model, complete=False)
-        return self._made["directory"]
+        return self._opened("directory", lambda: model_directory.load(self._plan.model, complete=False))
 
 
 def compute(
@@ -109,6 +120,8 @@ def compute(
         for entry in work:
             try:
                 values = _clip(item, entry, plan, encoders, samples, crops, seconds)
+            except EncoderError:
+                raise
             except KeySyncError as error:
                 yield entry, error
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from keysync_jax.config import MaskConfig
 from keysync_jax.errors import KeySyncError
 
 _STRIP_FRAMES = 8
+_WIDEST = 10_000  # characters of a line that goes to a file
 _DRAWN_SIDE = 384  # pixels of a picture on which landmarks are drawn
 
 
@@ -125,12 +127,13 @@ def print_summary(root: str | os.PathLike, clip_id: str | None = None, as_json: 
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # Names are printed as they are, also "talk [dQw4w9].mp4", and in a file or pipe a table is as wide as what is in it.
+    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else _WIDEST)
     if clip_id:
         for name, value in values.items():
-            console.print(f"{name:<14} {value}", highlight=False, soft_wrap=True)
+            console.print(f"{name:<14} {value}".encode(errors="backslashreplace").decode(), soft_wrap=True)
         return
-    console.print(f"{values['path']}: crops of {values['crop'][0]} x {values['crop'][1]} pixels", highlight=False, soft_wrap=True)
+    console.print(f"{values['path']}: crops of {values['crop'][0]} x {values['crop'][1]} pixels", soft_wrap=True)
     tables = {
         "split": [{"split": k, **v} for k, v in values["splits"].items()],
         "column": values["columns"],

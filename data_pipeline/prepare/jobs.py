@@ -6,9 +6,12 @@ So a job that died is simply run again: what is finished is recognised and passe
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import logging
 import os
+import re
 import resource
 import time
 import traceback
@@ -40,6 +43,8 @@ from keysync_jax.media import faces
 log = logging.getLogger(__name__)
 
 _FAILED = "failed"  # key of an entry that must be tried again
+# What ends a run, since no other item would fare better: no room, or a file system that takes no files.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class _Opened:
@@ -64,8 +69,11 @@ class Analyse(beam.DoFn):
     def process(self, item: Item) -> Iterator[Item]:
         try:
             key = curation_stages.item_key(item, self._curation)
-        except OSError as error:
-            words = error.strerror or str(error)
+        except (OSError, ValueError) as error:  # the latter: a name that no file can have
+            words = getattr(error, "strerror", None) or str(error)
+            other = getattr(error, "filename", None)
+            if other and os.fspath(other) != item.path:
+                words = f"{other}: {words}"
             self._save(item, _FAILED, Analysis([], [Drop(item.path, item.id, "", "probe", "unreadable", words)], {}, {}))
             yield item
             return
@@ -83,6 +91,8 @@ class Analyse(beam.DoFn):
         try:
             return key, curation_stages.analyse(item, self._curation, Tools(detector, self._scorers, self._tables))
         except Exception as error:  # one bad item never kills a run: it is reported, and tried again by the next run
+            if isinstance(error, OSError) and error.errno in _DISK:
+                raise
             log.error("%s: %s", item.path, traceback.format_exc())
             return _FAILED, Analysis([], [_internal(item, "", "analyse", error)], {}, {})
 
@@ -177,6 +187,9 @@ def encode_item(
 
     Returns:
       One drop per clip whose values could not be computed.
+
+    Raises:
+      EncoderError: a network cannot be opened. OSError: a disk is full or cannot be written to.
     """
     drops: list[Drop] = []
     work: list[feature_stages.ClipWork] = []
@@ -196,9 +209,13 @@ def encode_item(
                 key = state.feature_key(plan, group, entry.clip, sidecars)
                 folders.features.save(feature_stages.entry_name(group, entry.clip.id), key, {"clip": entry.clip.id}, values[group.name])
             stored.add(entry.clip.id)
+    except feature_stages.EncoderError:
+        raise
     except KeySyncError as error:  # the file or a sidecar changed or vanished since it was analysed
         drops += [_feature_drop(item, clip, str(error)) for clip in _open(clips, work, stored, drops)]
     except Exception as error:  # as in Analyse: reported, and tried again by the next run
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise
         log.error("%s: %s", item.path, traceback.format_exc())
         drops += [_internal(item, clip.id, "features", error, clip.num_frames / 25) for clip in _open(clips, work, stored, drops)]
     return drops
@@ -268,8 +285,12 @@ def run_items(
     items: Sequence[Item], curation: Curation, plan: FeaturePlan, folders: Folders, written: Mapping[str, Mapping[str, str]],
     flags: Sequence[str],
 ) -> None:  # fmt: skip
-    """Curate all items and compute the features of their clips."""
-    with _pipeline(flags) as pipeline:
+    """Curate all items and compute the features of their clips.
+
+    Raises:
+      KeySyncError: a disk is full or cannot be written to, or a network cannot be opened.
+    """
+    with _running(flags, folders) as pipeline:
         (
             pipeline
             | "items" >> beam.Create(list(items))
@@ -288,7 +309,7 @@ def run_shards(work: Sequence[tuple[Group, Shard]], plan: FeaturePlan, folders: 
     """
     for name in folders.shard_errors.names():
         folders.shard_errors.remove(name)
-    with _pipeline(flags) as pipeline:
+    with _running(flags, folders) as pipeline:
         (
             pipeline
             | "shards" >> beam.Create(list(work))
@@ -298,6 +319,30 @@ def run_shards(work: Sequence[tuple[Group, Shard]], plan: FeaturePlan, folders: 
     for name in folders.shard_errors.names():
         error = folders.shard_errors.load(name)
         raise KeySyncError(error.values["message"] if error else f"shard {name} could not be written")
+
+
+@contextlib.contextmanager
+def _running(flags: Sequence[str], folders: Folders) -> Iterator[beam.Pipeline]:
+    """A pipeline that runs when the block ends. Beam wraps what stopped a worker into its own error, many lines long: this unwraps it."""
+    logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)  # it logs what is raised anyway
+    try:
+        with _pipeline(flags) as pipeline:
+            yield pipeline
+    except (RuntimeError, KeySyncError) as error:
+        words = (str(error).strip().splitlines() or [""])[-1]
+        words = re.sub(r" \[while running .*", "", words)
+        if words == "KeyboardInterrupt":
+            raise KeyboardInterrupt from None
+        if isinstance(error, UsageError):  # of `_pipeline`
+            raise
+        if isinstance(error, KeySyncError):
+            raise type(error)(words) from error
+        if found := re.fullmatch(r"[\w.]*(?:KeySyncError|EncoderError): (.*)", words):
+            raise KeySyncError(found[1]) from error
+        if found := re.search(r"\[Errno \d+\].*", words):
+            where = f"{folders.work} and {folders.output}"
+            raise KeySyncError(f"{found[0]} ({where}); the same command goes on from here once that is mended") from error
+        raise
 
 
 def _pipeline(flags: Sequence[str]) -> beam.Pipeline:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.clip_index import check_split
 from data_pipeline.prepare.item import Item
 from keysync_jax.errors import KeySyncError, UsageError
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".3gp")
 LIST_SUFFIXES = (".txt", ".lst", ".list")
 FIELDS = ("path", "speaker", "split", "source", "consent", "licence", "start", "stop", "box", "landmarks", "emotion", "occluder")
+_OTHER_TABLES = (".jsonl", ".ndjson", ".tsv", ".yaml", ".yml", ".parquet", ".xlsx")  # would else be taken for a video
 _ALIASES = {"license": "licence", "video": "path", "file": "path", "start_time": "start", "end_time": "stop", "end": "stop"}
 # Sidecars found beside a video when the manifest names none, in this order.
 _SIDECARS = {
@@ -43,8 +46,10 @@ def read_inputs(path: str | os.PathLike, annotations: str | None = None, source:
     path = Path(path)
     try:
         items = _read(path, annotations)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise KeySyncError(f"{path} is not a text file in UTF-8 ({error}); save it as one") from None
+    except csv.Error as error:
+        raise KeySyncError(f"{path} is not a CSV file ({error}); save it as one") from None
     if not items:
         raise UsageError(f"{path} names no video")
     items = sorted((dataclasses.replace(i, source=i.source or source) for i in items), key=lambda i: i.id)
@@ -68,8 +73,10 @@ def _read(path: Path, annotations: str | None) -> list[Item]:
     if path.suffix.lower() == ".json":
         return list(_from_json(path))
     if path.suffix.lower() in LIST_SUFFIXES:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
         return [_item({"path": line.strip()}, path.parent, str(path)) for line in lines if line.strip() and not line.startswith("#")]
+    if path.suffix.lower() in _OTHER_TABLES:
+        raise UsageError(f"{path} is no manifest that is read here; write a .csv, a .json with a list, or a .txt with a path per line")
     return [_item({"path": path.name}, path.parent, str(path))]
 
 
@@ -87,15 +94,16 @@ def _from_csv(path: Path) -> Iterator[Item]:
         table = csv.DictReader(file)
         if not table.fieldnames or not {"path", "video", "file"} & {_plain(n) for n in table.fieldnames}:
             raise KeySyncError(f"{path} has no column 'path'; its first line must name the columns, e.g. {','.join(FIELDS[:6])}")
-        for number, row in enumerate(table, start=2):
+        for row in table:
+            where = f"{path} line {table.line_num}"
             if None in row:
-                raise KeySyncError(f"{path} line {number} has more fields than the first line names columns")
-            yield _item({k: v for k, v in row.items() if v not in (None, "")}, path.parent, f"{path} line {number}")
+                raise KeySyncError(f"{where} has more fields than the first line names columns")
+            yield _item({k: v for k, v in row.items() if v not in (None, "")}, path.parent, where)
 
 
 def _from_json(path: Path) -> Iterator[Item]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise KeySyncError(f"{path} is not JSON ({error})") from None
     if isinstance(values, dict):
@@ -116,11 +124,14 @@ def _item(values: Any, folder: Path, where: str) -> Item:
         raise KeySyncError(f"{where} has no path")
     fields: dict[str, Any] = {"path": str(folder / name), "name": Path(name).as_posix()}
     for key in ("speaker", "split", "source", "consent", "licence"):
-        fields[key] = str(row.pop(key, "") or "")
+        value = row.pop(key, None)
+        fields[key] = "" if value is None else str(value)  # 0 is a speaker, too
+    if fields["split"]:
+        check_split(fields["split"], where)
     try:
-        fields["start"] = float(row.pop("start", 0) or 0)
+        fields["start"] = finite_number(row.pop("start", 0) or 0)
         stop = row.pop("stop", None)
-        fields["stop"] = None if stop in (None, "") else float(stop)
+        fields["stop"] = None if stop in (None, "") else finite_number(stop)
         box = row.pop("box", None)
         fields["box"] = None if box in (None, "") else _box(box)
     except (TypeError, ValueError):
@@ -129,8 +140,14 @@ def _item(values: Any, folder: Path, where: str) -> Item:
         raise KeySyncError(f"{where}: start {fields['start']:g} and stop {fields['stop']} are no time range")
     for key in _SIDECARS:
         given = row.pop(key, None)
+        if given and not isinstance(given, str):
+            raise KeySyncError(f"{where}: {key} is {given!r}; it must be the path of a file")
         fields[key] = str(folder / given) if given else find_sidecar(Path(fields["path"]), key)
     fields["extra"] = {k: v for k, v in row.items() if v not in (None, "")}
+    try:
+        json.dumps(fields["extra"], allow_nan=False)
+    except ValueError:
+        raise KeySyncError(f"{where} holds NaN or an infinite number, which no JSON has; leave the field out") from None
     return Item(**fields)
 
 
@@ -145,11 +162,18 @@ def find_sidecar(video: Path, kind: str) -> str:
 
 
 def _box(value: str | Sequence[float]) -> tuple[float, float, float, float]:
-    numbers = [float(v) for v in (value.replace(",", " ").split() if isinstance(value, str) else value)]
-    x0, y0, x1, y1 = numbers
-    if not (x0 < x1 and y0 < y1):
+    x0, y0, x1, y1 = (finite_number(v) for v in (value.replace(",", " ").split() if isinstance(value, str) else value))
+    # A face may stick out of the picture; numbers far outside are pixels.
+    if not (-1 <= x0 < x1 <= 2 and -1 <= y0 < y1 <= 2):
         raise ValueError(value)
     return x0, y0, x1, y1
+
+
+def finite_number(value: Any) -> float:
+    """A finite number. Raises ValueError or TypeError for anything else."""
+    if not math.isfinite(out := float(value)):
+        raise ValueError(value)
+    return out
 
 
 def _plain(name: str) -> str:

@@ -81,7 +81,8 @@ def prepare(
     plan = plan_features(model, target, curation.crop_size)
     state.check_dataset(output, plan.groups)
     jobs.check_tools(items, curation)
-    epath.Path(folders.work).mkdir(parents=True, exist_ok=True)
+    layout.make_folder(folders.output)
+    layout.make_folder(folders.work)
     flags = jobs.beam_flags(workers, beam)
     jobs.worker_environment()
     with only_process(folders.work, f"another keysync prepare is at work in {folders.work}; wait for it or give another --work"):
@@ -136,7 +137,6 @@ def gather(items: Sequence[Item], analyses: dict[str, Entry | None], folders: Fo
 
 def write_dead_letter(output: str | os.PathLike, dropped: Sequence[Drop]) -> None:
     """One JSON object per line: path, item, clip (empty when the whole input went), stage, reason, detail, seconds."""
-    epath.Path(output).mkdir(parents=True, exist_ok=True)
     write_text(epath.Path(output) / DEAD_LETTER, "".join(json.dumps(d._asdict(), ensure_ascii=False) + "\n" for d in dropped))
 
 

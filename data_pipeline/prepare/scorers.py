@@ -76,8 +76,9 @@ def open_scorer(kind: str, plugin: str, path: str) -> Any:
     if not separator:
         known = ", ".join(sorted(name for k, name in BUILT_IN if k == kind))
         raise UsageError(f"{kind} scorer {plugin!r} is neither one of {known} nor module:Class")
-    if not os.path.exists(path):
-        raise KeySyncError(f"{kind} scorer: its weights {path} do not exist; give a local path or leave the scorer off")
+    if not os.path.isfile(path):  # clips are looked at again when the file's content changes: a folder will not do
+        state = "are a folder" if os.path.isdir(path) else "do not exist"
+        raise KeySyncError(f"{kind} scorer: its weights {path} {state}; give a local file or leave the scorer off")
     try:
         return getattr(importlib.import_module(module), name)(path)
     except ImportError as error:

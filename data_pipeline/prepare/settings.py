@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from keysync_jax.errors import UsageError
+from data_pipeline.clip_index import check_split
+from keysync_jax.errors import KeySyncError, UsageError
 
 # Raised when the meaning of stored work changes, so that work of older versions is not taken for current.
 ANALYSIS_VERSION = 2
@@ -95,8 +96,17 @@ class Output:
         unknown = sorted(set(self.columns) - set(OPTIONAL_COLUMNS))
         if unknown:
             raise UsageError(f"unknown column {unknown[0]!r}; choose among {', '.join(OPTIONAL_COLUMNS)}")
+        idle = sorted(set(self.weights) - set(self.columns))
+        if idle:
+            raise UsageError(f"weights are given for {idle[0]!r}, which is none of the columns ({', '.join(self.columns)}); add it to them")
         if not 1 <= self.jpeg_quality <= 100:
             raise UsageError(f"JPEG quality is {self.jpeg_quality}; choose 1 to 100")
+        object.__setattr__(self, "columns", tuple(dict.fromkeys(self.columns)))  # one group each
+        for split in self.split_fractions or ():
+            try:
+                check_split(split, "split shares")
+            except KeySyncError as error:
+                raise UsageError(str(error)) from None
         shares = (self.split_fractions or {"": 1.0}).values()
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise UsageError(f"split shares {dict(self.split_fractions)} must not be negative and must sum to 1")

@@ -19,7 +19,7 @@ from data_pipeline.prepare.frame_table import unpack_keyframes
 from data_pipeline.prepare.groups import FeaturePlan
 from data_pipeline.prepare.item import Candidate, Drop, Item
 from data_pipeline.prepare.work import Entry, WorkFolder
-from keysync_jax.errors import KeySyncError
+from data_pipeline.shards import check_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,23 +125,12 @@ def check_dataset(output: str | os.PathLike, groups: Iterable[Group]) -> None:
     """Refuse, before any work is done, to add to a dataset that was made with other settings.
 
     Raises:
-      KeySyncError: names the group and what differs (crop size, columns, encoder weights, seed, ...).
+      KeySyncError: see `shards.check_settings`.
     """
     for group in groups:
         directory = group.directory(output)
-        if not (directory / layout.GROUP_FILE).exists():
-            continue
-        held = layout.read_group(directory, finished=False).group
-        ours = {"crop_size": list(group.crop_size), "columns": {c.name: f"{c.dtype}{list(c.shape)}" for c in group.columns}, **group.info}
-        theirs = {"crop_size": list(held.crop_size), "columns": {c.name: f"{c.dtype}{list(c.shape)}" for c in held.columns}, **held.info}
-        for name in dict.fromkeys([*ours, *theirs]):  # the crop size first, since columns follow from it
-            before, now = theirs.get(name), ours.get(name)
-            if before != now:
-                if isinstance(before, dict) and isinstance(now, dict):
-                    name = f"{name} {next(k for k in {**before, **now} if before.get(k) != now.get(k))}"
-                    before, now = (side.get(name.split(" ", 1)[1]) for side in (before, now))
-                words = f"was made with {name} {before}, this run has {now}"
-                raise KeySyncError(f"{directory} {words}; use the same model, seed and settings, or another output directory")
+        if (directory / layout.GROUP_FILE).exists():
+            check_settings(layout.read_group(directory, finished=False).group, group, directory)
 
 
 def index_clip(item: Item, candidate: Candidate, facts: Mapping[str, Any]) -> Clip:

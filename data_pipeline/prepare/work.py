@@ -168,5 +168,5 @@ def _replace(path: epath.Path, data: bytes) -> None:
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Replace a small text file in one step."""
-    _replace(epath.Path(path), text.encode())
+    """Replace a small text file in one step. Bytes of a file name that are not UTF-8 become escapes, as JSON has them."""
+    _replace(epath.Path(path), text.encode(errors="backslashreplace"))

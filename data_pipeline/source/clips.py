@@ -98,7 +98,7 @@ class FrameStore:
         """
         out: dict[str, list[Any]] = {}
         by_group: dict[str, list[Column]] = {}
-        for name in columns:
+        for name in dict.fromkeys(columns):
             by_group.setdefault(self._group_of[name], []).append(self.columns[name])
         for group, wanted in by_group.items():
             reader = self._reader(group, clip.split)

@@ -95,6 +95,9 @@ class FrameReader:
             frames = [frame.rgb() for frame in video.read(path)]
         sidecar = path.with_suffix(".landmarks.npy")
         landmarks = np.load(sidecar) if sidecar.exists() else None
+        if not len(frames) or (landmarks is not None and landmarks.shape != (len(frames), 68, 2)):
+            beside = "" if landmarks is None else f"; {sidecar.name} has shape {landmarks.shape}"
+            raise KeySyncError(f"{path} has {len(frames)} frames{beside}; leave it out or give one row of 68 landmarks for each frame")
         out = {}
         for index in indices:
             frame = order.integer(len(frames), seed, "frame", index)
@@ -141,7 +144,7 @@ def _videos(source: Path, split: str) -> list[Path]:
         return sorted(p for p in source.rglob("*") if p.suffix.lower() in _SUFFIXES)
     if source.suffix.lower() != ".csv":
         return [source]
-    with source.open(newline="", encoding="utf-8") as file:
+    with source.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     if not rows or "path" not in rows[0]:
         raise KeySyncError(f"{source} has no column `path`; its first line must name the columns")

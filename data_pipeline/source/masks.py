@@ -40,7 +40,8 @@ def latent_masks(
 def mirror_landmarks(landmarks: np.ndarray, width: int) -> np.ndarray:
     """Landmarks `[..., 68, 2]` of the horizontally mirrored crop of `width` pixels."""
     mirrored = landmarks[..., MIRROR, :].copy()
-    mirrored[..., 0] = width - 1 - mirrored[..., 0]
+    # A point belongs to the pixel that it is in, and one between two pixels to the right one: in the mirrored crop to the left one.
+    mirrored[..., 0] = np.nextafter(width - mirrored[..., 0], -np.inf)
     return mirrored
 
 

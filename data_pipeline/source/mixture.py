@@ -34,6 +34,11 @@ class ClipFilter:
     exclude_speakers: tuple[str, ...] = ()
     exclude_clips: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if isinstance(getattr(self, field.name), str):  # "own" would hold for every value that is part of it
+                raise KeySyncError(f"filter {field.name} is {getattr(self, field.name)!r}; give a tuple of values")
+
     def reason(self, clip: Clip) -> str | None:
         """Why the clip is left out, or None when it is kept."""
         for field, value in (("sources", clip.source), ("licences", clip.licence), ("consents", clip.consent), ("speakers", clip.speaker)):

@@ -254,6 +254,8 @@ class WindowReader:
             )
         for name in (*self._names, *([JPEG] if self.config.pixel_frames else [])):
             column = store.require(name)
+            if column.is_jpeg and name in self.config.columns:
+                raise KeySyncError(f"{store.root}: column {name!r} holds encoded pictures; pixel_frames delivers them")
             first = self.stores[0].columns[name]
             if (column.dtype, column.shape) != (first.dtype, first.shape):
                 raise KeySyncError(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.clip_index import Clip
-from data_pipeline.layout import BASE, Group
+from data_pipeline.layout import BASE, Group, make_folder
 from data_pipeline.prepare.groups import Output, checked_float16, plan_features
 from data_pipeline.prepare.item import derived_seed
 from data_pipeline.prepare.work import digest, file_digest
@@ -106,7 +105,7 @@ def write_shards(manifest: str | Path, output: str, model: str, *, microbatch: i
 def _rows(manifest: Path) -> list[dict[str, str]]:
     advice = "give the manifest.csv of keysync data synth --arrays"
     try:
-        with manifest.open(newline="", encoding="utf-8") as file:
+        with manifest.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
             rows = [(table.line_num, row) for row in table]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -150,19 +149,13 @@ def _check_output(output: str, base: Group, clips: Sequence[Clip]) -> None:
     """Raises what writing there would raise, before anything is encoded."""
     if not output:
         raise UsageError("the output is empty; name a dataset directory")
-    local = "://" not in output
-    if local and Path(output).is_file():
+    if "://" not in output and Path(output).is_file():
         raise KeySyncError(f"{output} is a file; name a folder for the shards")
     try:
         prepare_group(output, base, clips)
-        if local:
-            Path(output).mkdir(parents=True, exist_ok=True)
+        make_folder(output)
     except ImportError as error:  # the package that speaks gs:// is not installed
         raise KeySyncError(f"cannot write {output}: {error}") from None
-    except OSError as error:
-        raise KeySyncError(f"cannot write to {output}: {error.strerror or error}; choose another folder") from error
-    if local and not os.access(output, os.W_OK | os.X_OK):
-        raise KeySyncError(f"cannot write to {output}: no permission; choose another folder")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

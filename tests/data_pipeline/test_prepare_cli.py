@@ -1,11 +1,14 @@
 """The verbs of `keysync_jax.data_cli`, as a user types them."""
 
 import argparse
+import dataclasses
 import json
 import sys
 
 import pytest
+import tiny_shards as tiny
 
+from data_pipeline.shards import write_group
 from keysync_jax import data_cli
 from keysync_jax.errors import KeySyncError, UsageError
 
@@ -37,7 +40,7 @@ def test_synth_prepare_inspect(tmp_path, tiny_model, capsys):
     table = capsys.readouterr().out
     assert "audio_wavlm" in table and "int16[640]" in table
     # Other settings than the dataset was written with are refused, not mixed in.
-    with pytest.raises(KeySyncError, match="crop_size"):
+    with pytest.raises(KeySyncError, match=r"data was made with crop size \[128, 128\] \(now \[64, 64\]\); use the same"):
         run(*words, "--columns", "log_mel", "--crop-size", 64)
 
 
@@ -55,6 +58,10 @@ def test_synth_prepare_inspect(tmp_path, tiny_model, capsys):
         ("--crop-size", "0"),
         ("--crop-size", "100000000"),
         ("--splits", "train=nan"),
+        ("--splits", "a/b=1"),
+        ("--splits", "=1"),
+        ("--beam=--flag='x",),
+        ("--column-weights", "whisper=folder"),
         ("--output", ""),
         ("--output", "pyproject.toml"),
     ],
@@ -67,7 +74,7 @@ def test_wrong_usage(tmp_path, tiny_model, words):
 
 
 @pytest.mark.parametrize("flag", ["--min-face", "--max-silence", "--shard-mb"])
-@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("value", ["nan", "inf", "many"])
 def test_numbers_that_are_none(tmp_path, capsys, flag, value):
     with pytest.raises(SystemExit) as stop:
         run("prepare", tmp_path, "-o", tmp_path / "out", "--model", "demo", flag, value)
@@ -97,6 +104,16 @@ def test_missing_weights_are_said_before_any_work(tmp_path, tiny_model, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["--work", "--output"])
+def test_a_folder_that_cannot_be_made(tmp_path, tiny_model, option):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.landmarks.npy").touch()
+    (tmp_path / "file").touch()
+    words = ("prepare", tmp_path / "a.mp4", "-o", tmp_path / "out", "--model", tiny_model, "--quiet")
+    with pytest.raises(KeySyncError, match=r"cannot write to .*file/x: .*; choose another folder"):
+        run(*words, option, tmp_path / "file" / "x")
+
+
 def test_a_runner_that_beam_does_not_know(tmp_path, tiny_model):
     (tmp_path / "a.mp4").touch()
     (tmp_path / "a.landmarks.npy").touch()
@@ -113,6 +130,16 @@ def test_without_beam_one_line_says_what_to_install(tmp_path, tiny_model, monkey
     monkeypatch.delattr(data_pipeline.prepare, "jobs", raising=False)
     with pytest.raises(KeySyncError, match=r"keysync-jax\[data\]"):
         run("prepare", tmp_path, "-o", tmp_path / "out", "--model", tiny_model)
+
+
+def test_inspect_prints_names_as_they_are(tmp_path, capsys):
+    video, licence = "talk [dqw4w9]\udce9 :car: [/x].mp4", "CC-BY-4.0 [see the release form of the recording session]"
+    clips = [dataclasses.replace(c, video=video, licence=licence, consent="signed, on file") for c in tiny.clips()]
+    write_group(tmp_path, tiny.group(), tiny.load, clips)
+    assert run("data", "inspect", tmp_path, "--clip", clips[0].id) == 0
+    assert "video          talk [dqw4w9]\\udce9 :car: [/x].mp4" in capsys.readouterr().out.splitlines()
+    assert run("data", "inspect", tmp_path) == 0
+    assert f"licence {licence}, consent signed, on file" in capsys.readouterr().out
 
 
 def test_inspect_needs_a_clip_to_draw(tmp_path):

@@ -75,12 +75,34 @@ def test_csv_list_and_json_say_the_same(tmp_path):
         ("m.json", "{", "is not JSON"),
         ("m.json", '{"a": 1}', "must hold a list"),
         ("m.json", "[3]", "entry 0"),
+        ("m.csv", "path,start,stop\nx.mp4,nan,4\n", "line 2: start and stop are seconds"),
+        ("m.csv", "path,start,stop\nx.mp4,0,inf\n", "line 2: start and stop are seconds"),
+        ("m.csv", "path,box\nx.mp4,100 50 400 300\n", "line 2: .* box is x0 y0 x1 y1 as fractions"),
+        ("m.csv", "path,split\nx.mp4,tr/ain\n", "line 2: split 'tr/ain' must be letters"),
+        ("m.csv", 'path,note\n\n"x.mp4","two\nlines"\n\ny.mp4,a,b\n', "line 6 has more fields"),
+        ("m.csv", "path,note\nx.mp4," + "z" * 200_000, "is not a CSV file .*field limit"),
+        ("m.json", '[{"path": "x.mp4", "rating": NaN}]', "entry 0 holds NaN"),
+        ("m.json", '[{"path": "x.mp4", "landmarks": 3}]', "entry 0: landmarks is 3"),
+        ("m.jsonl", '{"path": "x.mp4"}\n', "is no manifest that is read here"),
     ],
 )
 def test_mistakes_are_named(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(KeySyncError, match=words):
         read_inputs(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "text"), [("m.csv", "path\r\né.mp4\r\n"), ("m.txt", "é.mp4\r\n"), ("m.json", '["é.mp4"]')])
+def test_a_byte_order_mark_is_no_part_of_a_path(tmp_path, name, text):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [i.name for i in read_inputs(tmp_path / name)] == ["é.mp4"]
+
+
+def test_a_speaker_may_be_called_0(tmp_path):
+    (tmp_path / "m.json").write_text(
+        json.dumps([{"path": f"{i}.mp4", "speaker": i} for i in range(2)] + [{"path": "2.mp4", "speaker": None}])
+    )
+    assert {i.name: i.speaker for i in read_inputs(tmp_path / "m.json")} == {"0.mp4": "0", "1.mp4": "1", "2.mp4": ""}
 
 
 def test_nothing_to_read(tmp_path):
@@ -131,6 +153,10 @@ def test_celebv(tmp_path, file, source):
     assert (items["abc_0"].name, items["abc_0"].start, items["abc_0"].box) == ("abc.mp4", 81.62, (0.2, 0.0, 0.7, 0.9))
     assert (items["abc_1"].name, items["abc_1"].stop, items["abc_1"].box) == ("abc_1.mp4", None, None)
     assert {(i.speaker, i.source) for i in items.values()} == {("abc", source)}
+    clips["abc_0"]["duration"]["start_sec"] = float("nan")
+    (tmp_path / file).write_text(json.dumps({"clips": clips}))
+    with pytest.raises(KeySyncError, match="abc_0"):
+        read_inputs(folder, str(tmp_path / file))
     (tmp_path / file).write_text(json.dumps({"clips": {"abc_0": {"ytb_id": "abc"}}}))
     with pytest.raises(KeySyncError, match="abc_0"):
         read_inputs(folder, str(tmp_path / file))

@@ -4,6 +4,7 @@ The same at full length, with figures: tests/scenarios/prepare_kill.py.
 """
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from broken_inputs import EXPECTED, write_broken_inputs
 from tiny_shards import tree
 
 from data_pipeline import layout
+from data_pipeline.prepare import analyse as analyse_stage
+from data_pipeline.prepare import work
 from data_pipeline.prepare.groups import plan_features
 from data_pipeline.prepare.inspect import draw_clip, summary
 from data_pipeline.prepare.manifest import read_inputs
@@ -186,6 +189,45 @@ def test_a_clip_whose_features_fail_is_reported_and_used_once_it_is_mended(place
     assert sorted(c.extra["item"] for c in layout.read_clips(tmp_path / "data")) == sorted(i.id for i in items)
 
 
+@pytest.mark.parametrize("part", ["analyses", "features"])
+def test_a_full_disk_ends_the_run_in_one_line(place, tmp_path, monkeypatch, capfd, part):
+    items = read_inputs(place / "videos" / "talkers" / "manifest.csv")[:1]
+    honest = work._replace
+
+    def replace(path, data):
+        if part in path.parts and path.suffix == ".npz":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "_replace", replace)
+        with pytest.raises(KeySyncError, match=r"^\[Errno 28\] No space left on device \(.*data\); the same command goes on"):
+            run(place, tmp_path / "data", items, columns=())
+    assert "Traceback" not in capfd.readouterr().err
+    run(place, tmp_path / "data", items, columns=())
+    assert len(FrameStore(tmp_path / "data").clips) == 1 and (tmp_path / "data" / "dead_letter.jsonl").read_text() == ""
+
+
+def test_a_damaged_network_is_no_clips_fault(place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    weights = next((tmp_path / "model" / "vae").glob("*.safetensors"))
+    os.truncate(weights, 5000)
+    items = read_inputs(place / "videos" / "talkers" / "manifest.csv")[:1]
+    with pytest.raises(KeySyncError, match=rf"^{weights} .*truncated[^\[]*$"):
+        prepare(items, tmp_path / "data", str(tmp_path / "model"), CURATION, Output(columns=()), quiet=True)
+    assert not (tmp_path / "data" / "dead_letter.jsonl").exists()
+
+
+def test_control_c_stops_the_run(place, tmp_path, monkeypatch, capfd):
+    def analyse(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(analyse_stage, "analyse", analyse)
+    with pytest.raises(KeyboardInterrupt):
+        run(place, tmp_path / "data", read_inputs(place / "videos" / "talkers" / "manifest.csv")[:1], columns=())
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_values_are_what_the_networks_say(place):
     """Latents, tokens, sound, landmarks and pictures of a clip, computed here by other means from the video file."""
     import jax
@@ -280,6 +322,22 @@ def test_report_and_inspect(place, tmp_path):
     assert pixels.shape[1] > 1000 and ((pixels[..., 0] - pixels[..., 1]) > 60).mean() > 0.02  # the tinted mask is there
     with pytest.raises(KeySyncError, match="no clip"):
         draw_clip(place / "whole", "nobody", tmp_path / "x.png")
+
+
+def test_names_that_are_odd_or_impossible_stop_nothing(place, tmp_path):
+    odd = os.fsdecode(b"caf\xe9.mp4")  # Latin-1, which no UTF-8 text can hold
+    talker = place / "videos" / "talkers" / "talker_000000.mp4"
+    for name in (odd, "plain.mp4"):
+        shutil.copy(talker, tmp_path / name)
+        shutil.copy(talker.with_suffix(".landmarks.npy"), (tmp_path / name).with_suffix(".landmarks.npy"))
+    paths = [{"path": odd}, {"path": "a\0b.mp4"}, {"path": "plain.mp4", "landmarks": "absent.npy"}, {"path": odd + ".gone"}]
+    (tmp_path / "m.json").write_text(json.dumps(paths))
+    run(place, tmp_path / "data", read_inputs(tmp_path / "m.json"), columns=())
+    (clip,) = FrameStore(tmp_path / "data").clips
+    assert clip.video == odd
+    letters = {d["path"]: d for d in map(json.loads, (tmp_path / "data" / "dead_letter.jsonl").read_text(encoding="utf-8").splitlines())}
+    assert {d["reason"] for d in letters.values()} == {"unreadable"} and len(letters) == 3
+    assert letters[str(tmp_path / "plain.mp4")]["detail"] == f"{tmp_path / 'absent.npy'}: No such file or directory"
 
 
 def test_nothing_left_is_an_error_with_a_report(place, tmp_path):

@@ -131,6 +131,24 @@ def test_gaps_split_a_clip_and_short_ones_are_filled(talker, clip, tmp_path):
     assert np.isfinite(filled).all()
 
 
+def test_rows_of_zeros_are_frames_without_a_face(talker, clip):
+    points = clip.landmarks.copy()
+    points[30:] = 0
+    np.save(talker.landmarks, points)
+    result = run(talker)
+    assert [(c.first, c.num_frames) for c in result.candidates] == [(0, 30)] and [d.reason for d in result.drops] == ["no_face"]
+    np.save(talker.landmarks, np.zeros_like(points))
+    assert [(d.stage, d.reason) for d in run(talker).drops] == [("faces", "no_face")]
+
+
+def test_scores_that_are_not_finite_drop_the_clip(talker, tmp_path):
+    result = run(talker, Curation(crop_size=64), {"quality": lambda views: np.full(len(views), np.nan)})
+    assert [(d.stage, d.reason) for d in result.drops] == [("quality", "low_quality")]
+    sync = {"sync": lambda faces, samples: {"sync_offset": 0.0, "sync_confidence": float("inf")}}
+    result = run(talker, Curation(crop_size=64), sync)
+    assert [(d.stage, d.reason, d.detail) for d in result.drops] == [("checks", "bad_score", "sync_confidence is inf")]
+
+
 def test_a_sidecar_that_does_not_fit_is_refused(talker, clip):
     np.save(talker.landmarks, clip.landmarks[:-1])
     assert [(d.stage, d.reason) for d in run(talker).drops] == [("faces", "bad_sidecar")]
@@ -212,6 +230,8 @@ def test_scorers_without_weights_are_off_and_say_so(tmp_path):
             scorers.parse(text)
     with pytest.raises(KeySyncError, match="do not exist"):
         scorers.open_scorer("quality", "torchscript", str(tmp_path / "absent.pt"))
+    with pytest.raises(KeySyncError, match="are a folder; give a local file"):
+        scorers.open_scorer("quality", "fake_scorers:Quality", str(tmp_path))
     with pytest.raises(UsageError):
         scorers.open_scorer("quality", "nothing", str(tmp_path / "sync.txt"))
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -226,9 +227,15 @@ def test_a_group_that_lags_behind_is_refused_until_it_is_written_again(tmp_path)
 
 def test_refusals(finished, tmp_path):
     root, _ = finished
-    other = dataclasses.replace(tiny.group(), info={"vae": "another"})
-    with pytest.raises(KeySyncError, match="was written with info {}, not {'vae': 'another'}"):
+    other = dataclasses.replace(tiny.group(), info={"latent": {"seed": 1}})
+    with pytest.raises(KeySyncError, match=r"was made with latent None \(now {'seed': 1}\); use the same"):
         prepare_group(root, other, clip_list())
+    # Only what differs is named, however much a group says of itself.
+    made = {name: {"seed": 0, "scale": 0.18215, "config": {"layers": 12}} for name in ("latent", "audio_hubert")}
+    write_group(tmp_path / "made", dataclasses.replace(tiny.group(), info=made), tiny.load, clip_list())
+    now = {"latent": {**made["latent"], "seed": 1}, "audio_hubert": {**made["audio_hubert"], "config": {"layers": 4}}}
+    with pytest.raises(KeySyncError, match=r"made with audio_hubert config layers 12 \(now 4\), latent seed 0 \(now 1\); use the same"):
+        prepare_group(tmp_path / "made", dataclasses.replace(tiny.group(), info=now), clip_list())
     with pytest.raises(KeySyncError, match="'clip00' is in .* with 40 frames in split 'train' and now comes with 41"):
         prepare_group(root, tiny.group(), [dataclasses.replace(clip_list()[0], num_frames=41)])
     with pytest.raises(KeySyncError, match="clip id 'clip60' occurs twice"):
@@ -242,6 +249,28 @@ def test_refusals(finished, tmp_path):
         prepare_group(tmp_path, tiny.jpeg_group())
     with pytest.raises(KeySyncError, match="must contain group_size:1"):
         dataclasses.replace(tiny.group(), writer_options="group_size:16")
+
+
+@pytest.mark.parametrize("name", ["keysync.json", "clips.jsonl"])
+@pytest.mark.parametrize("damage", [b"\xff", b"{}\n", None])
+def test_damaged_metadata_are_one_clear_error(finished, tmp_path, name, damage):
+    root = tmp_path / "data"
+    shutil.copytree(finished[0], root)
+    if damage is None:
+        (root / name).unlink()
+    else:
+        (root / name).write_bytes(damage)
+    with pytest.raises(KeySyncError, match=name):
+        FrameStore(root)
+
+
+def test_a_damaged_checksum_record_is_written_again(finished, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(finished[0], root)
+    record = min((root / "checksums").iterdir())
+    record.write_bytes(b"\xff" + record.read_bytes())
+    write_group(root, tiny.group(), tiny.load, clip_list())
+    assert tiny.tree(root) == finished[1]
 
 
 def test_a_clip_that_loads_short_stops_the_run_and_leaves_no_file(tmp_path):

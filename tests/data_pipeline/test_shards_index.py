@@ -40,6 +40,28 @@ def test_given_splits_hold_for_the_whole_speaker_and_beat_the_hash():
     assert later[0].split == "validation"
 
 
+def test_what_is_learnt_about_a_clip_does_not_move_it():
+    """Speakers that a manifest names only later, or no more: the clips stay, and so does whoever else is that speaker."""
+    clips = [Clip(f"v{i}", 20, video=f"{i}.mp4") for i in range(40)]
+    before = assign_splits(clips, HALVES)
+    assert {c.split for c in before} == {"train", "test"}
+    named = [dataclasses.replace(c, speaker=f"p{i}") for i, c in enumerate(clips)]
+    assert [c.split for c in assign_splits(named, HALVES, existing=before)] == [c.split for c in before]
+    known = assign_splits(named, HALVES, existing=before)
+    more = assign_splits([Clip(f"w{i}", 20, video=f"new{i}.mp4", speaker=f"p{i}") for i in range(40)], HALVES, existing=known)
+    assert [c.split for c in more] == [c.split for c in before]
+    assert [c.split for c in assign_splits(clips, HALVES, existing=known)] == [c.split for c in before]
+    two = [dataclasses.replace(c, speaker="Ann") for c in clips]
+    with pytest.raises(KeySyncError, match="speaker 'Ann' .* is in two splits"):
+        assign_splits(two, HALVES, existing=before)
+
+
+@pytest.mark.parametrize("name", ["tr/ain", "../x", "a b", "träin"])
+def test_a_split_that_is_no_part_of_a_file_name_is_refused(name):
+    with pytest.raises(KeySyncError, match="clip 'a': split .* must be letters"):
+        Clip("a", 9, split=name)
+
+
 def test_a_speaker_given_two_splits_is_refused_by_name():
     clips = [Clip("a", 9, split="train", speaker="Ann", source="s"), Clip("b", 9, split="test", speaker="Ann", source="s")]
     with pytest.raises(KeySyncError, match="speaker 'Ann' of source 's' is in two splits: 'train' .clip 'a'. and 'test' .clip 'b'."):
@@ -70,13 +92,18 @@ def test_order_and_text_round_trip():
     assert [(c.id, c.first_record) for c in ordered] == [("z", 0), ("b", 0), ("c", 30), ("a", 40)]
     assert loads(dumps(ordered), "x") == ordered
     assert dumps(ordered) == dumps(order_clips(clips[::-1]))
+    latin = order_clips([Clip("a", 1, split="train", video=b"caf\xe9.mp4".decode(errors="surrogateescape"))])
+    assert loads(dumps(latin).encode().decode(), "x") == latin  # a file name that is not UTF-8
     with pytest.raises(KeySyncError, match="occurs twice"):
         order_clips([*clips, clips[0]])
     with pytest.raises(KeySyncError, match="cannot be written"):
         dumps([Clip("a", 1, scores={"quality": float("nan")})])
 
 
-@pytest.mark.parametrize("old, new", [('": ""}\n', '": "'), ('"num_frames": 30', '"frames": 30'), ('record": 40', 'record": 41')])
+@pytest.mark.parametrize(
+    "old, new",
+    [('": ""}\n', '": "'), ('"num_frames": 30', '"frames": 30'), ('record": 40', 'record": 41'), ('frames": 40', 'frames": "40"')],
+)
 def test_damaged_index_is_refused(old, new):
     text = dumps(order_clips([Clip("a", 40, split="train"), Clip("b", 30, split="train")]))
     with pytest.raises(KeySyncError, match="clips.jsonl"):

@@ -70,6 +70,15 @@ def test_order_is_a_function_of_step_and_seed_alone(talkers):
     assert not np.array_equal(first[0]["images"], first[1]["images"])
 
 
+def test_a_landmark_file_of_another_length_is_named(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((4, 64, 64, 3), np.uint8))
+    np.save(tmp_path / "a.landmarks.npy", np.ones((3, 68, 2), np.float32))
+    (tmp_path / "m.csv").write_bytes(b"\xef\xbb\xbfpath,split\r\na.npy,train\r\n")
+    frames = FrameReader(FrameConfig((str(tmp_path / "m.csv"),), size=64))
+    with pytest.raises(KeySyncError, match=r"a.npy has 4 frames; a.landmarks.npy has shape \(3, 68, 2\)"):
+        frames.read([(0, 0)])
+
+
 def test_other_shapes_are_cropped_to_the_central_square(talkers):
     frames = reader(talkers)
     wide = np.zeros((64, 96, 3), np.uint8)

@@ -121,6 +121,11 @@ def test_filters(condition, kept, dropped):
     assert [c.id for c in selection.clips] == kept.split() and selection.dropped == dropped
 
 
+def test_a_filter_takes_tuples_not_text():
+    with pytest.raises(KeySyncError, match="filter exclude_speakers is 's1'; give a tuple"):
+        ClipFilter(exclude_speakers="s1")
+
+
 def test_sampling_by_duration_repeats_long_clips():
     selection = select(DatasetChoice("DIR"), some_clips(), KeyframeWindows(), "duration")
     assert np.bincount(selection.items).tolist() == [1, 3, 1, 1]

@@ -64,6 +64,15 @@ def test_keyframe_sample_holds_the_frames_it_names(root):
         }  # fmt: skip
 
 
+def test_columns_that_are_read_anyway_and_pictures(root):
+    source = reader(root, KeyframeWindows(), columns=("latent", "valence", "valence"))
+    out = source.read([first(source)])
+    np.testing.assert_array_equal(out["latent"], out["latents"].astype(np.float16))
+    assert out["valence"].shape == (1, 14)
+    with pytest.raises(KeySyncError, match="column 'jpeg' holds encoded pictures; pixel_frames delivers them"):
+        reader(root, KeyframeWindows(), columns=("jpeg",))
+
+
 def test_interpolation_sample_is_conditioned_on_its_endpoints(root):
     source = reader(root, InterpolationWindows(), audio_encoder="log_mel")
     samples = [source.sample(0, row, 8) for row in range(8)]
@@ -167,9 +176,10 @@ def test_mirrored_landmarks_name_the_same_features():
     back = mirror_landmarks(mirror_landmarks(points, 64), 64)
     np.testing.assert_allclose(back, points)
     # The mask of the mirrored face is the mirrored mask.
-    points[..., 0] = 10 + np.round(points[..., 0] * 0.5)
-    ours = latent_masks(mirror_landmarks(points, 64), (64, 64), (64, 64), MaskConfig())
-    np.testing.assert_array_equal(ours, latent_masks(points, (64, 64), (64, 64), MaskConfig())[:, :, ::-1])
+    for dtype, x in ((np.float32, 10 + np.round(points[..., 0] * 0.5)), (np.float64, 10 + points[..., 0] * 0.5)):
+        placed = np.stack([x, points[..., 1]], axis=-1).astype(dtype)
+        ours = latent_masks(mirror_landmarks(placed, 64), (64, 64), (64, 64), MaskConfig())
+        np.testing.assert_array_equal(ours, latent_masks(placed, (64, 64), (64, 64), MaskConfig())[:, :, ::-1])
 
 
 def test_box_jitter_moves_the_mask_within_its_bound(root):
