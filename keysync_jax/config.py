@@ -37,6 +37,13 @@ def _at_least(config: Any, least: int, *fields: str) -> None:
             raise KeySyncError(f"{type(config).__name__}.{field} is {value!r}; it must be at least {least}")
 
 
+def _temporal_kernel(config: Any) -> None:
+    """Frames before and after count alike, and a frame's own positions are the 2-D convolutions' business."""
+    kernel = config.video_kernel_size
+    if len(kernel) != 3 or tuple(kernel[1:]) != (1, 1) or kernel[0] < 1 or kernel[0] % 2 == 0:
+        raise KeySyncError(f"{type(config).__name__}.video_kernel_size is {tuple(kernel)}; temporal kernels are (k, 1, 1) with odd k")
+
+
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """Latent video U-Net (SVD's `VideoUNet`). Defaults are the full-size keyframe network."""
@@ -76,8 +83,16 @@ class UNetConfig:
         _choice(self, "merge_strategy", ("learned", "fixed", "learned_with_images"))
         _at_least(
             self, 1, "in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "num_head_channels", "context_dim",
-            "num_frames", "norm_groups", "video_kernel_size",
+            "num_frames", "norm_groups",
         )  # fmt: skip
+        _temporal_kernel(self)
+        factors = [2**level for level in range(len(self.channel_mult))]
+        if self.attention_resolutions and not set(self.attention_resolutions) & set(factors):
+            known = ", ".join(map(str, factors))
+            raise KeySyncError(
+                f"UNetConfig.attention_resolutions is {tuple(self.attention_resolutions)}, but the levels downsample by {known}: "
+                "none would attend; name some of these, or none at all for a network without attention"
+            )
         _at_least(self, 0, "transformer_depth", "audio_dim", "additional_audio_frames", "adm_in_channels")
 
     @property
@@ -111,6 +126,7 @@ class VAEConfig:
 
     def __post_init__(self):
         _choice(self, "decoder", ("temporal", "image"))
+        _temporal_kernel(self)
         _at_least(
             self, 1, "in_channels", "out_channels", "base_channels", "channel_mult", "num_res_blocks", "latent_channels", "norm_groups"
         )

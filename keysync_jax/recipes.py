@@ -61,7 +61,7 @@ def _from_python(path: Any, preset: str = "") -> ConfigDict:
         raise UsageError(f"{path} has no preset {preset!r}; it has {', '.join(known) or 'none'}")
     try:
         config = module.get_config(preset) if preset else module.get_config()
-    except Exception as error:  # as above
+    except Exception as error:  # as in `_module`
         raise _failed(path, error) from error
     if not isinstance(config, ConfigDict):
         raise KeySyncError(f"{path}: get_config() returns {type(config).__name__}; it must return an ml_collections.ConfigDict")

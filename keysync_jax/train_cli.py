@@ -88,11 +88,12 @@ def add_export(verbs) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from keysync_jax.training import model_card, runs
-    from keysync_jax.training.export import ExportOptions, export, parse_steps, require_sources
+    from converters.model_directory import is_model_directory
+    from keysync_jax.training import model_card
+    from keysync_jax.training.export import ExportOptions, export, parse_steps
 
-    require_sources(args.sources)
-    if args.format is None and len(args.sources) == 1 and not runs.is_run(args.sources[0]) and not args.push:
+    source = args.sources[0]
+    if args.format is None and not args.push and len(args.sources) == 1 and (source.startswith("hub:") or is_model_directory(source)):
         raise UsageError("--format is needed to export a model directory: keysync or diffusers")
     if args.push:
         model_card.check_target(args.push)

@@ -1,5 +1,7 @@
 """A folder in the place of `gs://`, with what an object store lacks: as in gcsfs, opening to append overwrites."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -26,3 +28,19 @@ def mount(root: Path, monkeypatch) -> Path:
     bucket, disk = Bucket(auto_mkdir=True), fsspec.filesystem("file")
     monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: bucket if str(path).startswith("gs://") else disk)
     return root
+
+
+class HttpError(Exception):
+    """As gcsfs raises: no OSError."""
+
+
+@contextlib.contextmanager
+def refusing(monkeypatch) -> Iterator[None]:
+    """While within, the store answers no request to read or write."""
+
+    def refuse(*_, **__):
+        raise HttpError("503 [try again]")
+
+    with monkeypatch.context() as during:
+        during.setattr(backend.fsspec_backend, "open", refuse)
+        yield

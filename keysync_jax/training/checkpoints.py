@@ -35,13 +35,14 @@ from keysync_jax.parallel.sharding import leaf_name
 from keysync_jax.training.checksums import changed, checksums
 from keysync_jax.training.config import CheckpointConfig
 from keysync_jax.training.state import TrainState, Tree
-from keysync_jax.training.workdir import absolute
+from keysync_jax.training.workdir import absolute, as_os_error
 
 CHECKPOINTS, FROZEN, CONFIG = "checkpoints", "frozen", "config.json"
 _ARRAYS, _JSON = ("params", "ema", "opt_state"), ("counters", "meta", "checksums")
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
-# How a save fails: the file system (OSError), tensorstore's words for it (ValueError), a barrier that a dead process never reaches.
-_WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+# How a save fails: the file system (OSError), tensorstore's words for it (ValueError), a barrier that a dead process never reaches
+# (RuntimeError), and gcsfs, google-auth and aiohttp, whose errors have nothing else in common.
+_WRITE_ERRORS = Exception
 _SECONDS_TO_CLOSE = 15  # after an error, on several processes: the others may be gone
 
 
@@ -181,7 +182,7 @@ class Checkpoints:
         if jax.process_count() > 1:
             self._manager.reload()
         else:  # another manager: should Orbax's cleaning up of an earlier run have failed, this one's every save would
-            with contextlib.suppress(*_WRITE_ERRORS):
+            with contextlib.suppress(_WRITE_ERRORS):
                 self._manager.close()
             self._manager = self._open()
         last = self.latest()
@@ -247,7 +248,7 @@ class Checkpoints:
     def _metadata(self, step: int) -> dict[str, Any]:
         """Stored shapes by item."""
         if step not in self.steps():
-            raise KeySyncError(f"{self.workdir} has no checkpoint of step {step}; {self._others(step)}")
+            raise KeySyncError(f"{self.workdir} has no checkpoint of step {step}; there are {', '.join(map(str, self.steps())) or 'none'}")
         try:
             metadata = self._manager.item_metadata(step)
             found = {item: metadata[item].tree for item in _ARRAYS if item in metadata and metadata[item] is not None}
@@ -380,31 +381,38 @@ def restore_frozen(workdir: epath.PathLike, abstract: Tree, stored: Mapping[str,
 
 
 def remove_unfinished(directory: epath.PathLike) -> bool:
-    """Delete what a save that did not end left in a folder; False where something is still being written there."""
-    gone = 0
+    """Delete what a save that did not end left in a folder; False where something is still being written there, or where an object store
+    does not answer."""
+    gone, left = 0, [epath.Path(directory) / _UNFINISHED]
     for _ in range(50):
-        left = list(epath.Path(directory).glob(_UNFINISHED))
-        gone = 0 if left else gone + 1
-        if gone == 2:
-            return True
-        for path in left:
-            # Other threads of the failed save may still be writing into it: once more, until it stays away.
-            with contextlib.suppress(OSError):
-                path.rmtree(missing_ok=True)
+        # Other threads of the failed save may still be writing into it: once more, until it stays away.
+        with contextlib.suppress(OSError), as_os_error(directory):
+            left = list(epath.Path(directory).glob(_UNFINISHED))
+            gone = 0 if left else gone + 1
+            if gone == 2:
+                return True
+            for path in left:
+                with contextlib.suppress(OSError), as_os_error(path):
+                    path.rmtree(missing_ok=True)
         time.sleep(0.05)
     logging.getLogger(__name__).warning("%s could not be removed; the next start will", ", ".join(map(str, left)))
     return False
 
 
 def write_config(workdir: epath.PathLike, values: dict[str, Any]) -> None:
-    """Store the resolved recipe beside the checkpoints (by process 0, whole or not at all)."""
+    """Store the resolved recipe beside the checkpoints (by process 0, whole or not at all).
+
+    Raises:
+      OSError: the disk is full, or the store does not answer.
+    """
     if jax.process_index():
         return
     path = epath.Path(workdir) / CONFIG
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{CONFIG}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    partial.replace(path)
+    with as_os_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{CONFIG}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps(values, indent=1) + "\n")
+        partial.replace(path)
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class NoiseConfig:
     p_std: float = P_STD
 
     def __post_init__(self):
-        _require(self.p_std > 0, f"noise.p_std is {self.p_std}; it must be positive")
+        _require(math.isfinite(self.p_mean), f"noise.p_mean is {self.p_mean}; it must be finite")
+        _require(0 < self.p_std < math.inf, f"noise.p_std is {self.p_std}; it must be positive and finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +195,8 @@ class InitConfig:
         kinds = ("scratch", "svd", "model", "run")
         _require(self.kind in kinds, f"init.kind is {self.kind!r}; choose one of {', '.join(kinds)}")
         _require(self.kind == "scratch" or bool(self.path), f"init.kind {self.kind!r} needs init.path")
+        unset = self.step == -1 and not self.ema
+        _require(self.kind == "run" or unset, f"init.step and init.ema are of a run to start from, and init.kind is {self.kind!r}")
         _require(self.kind != "scratch" or not self.redraw, "init.redraw is of no use with init.kind 'scratch': all is drawn anew")
         for pattern in self.redraw:
             try:
@@ -283,7 +286,7 @@ class TrainConfig:
             ("attention", attention.IMPLEMENTATIONS),
         ):
             _require(getattr(self, name) in allowed, f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        _require(self.seed >= 0, f"seed is {self.seed}; it must not be negative")
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; choose one from 0 to {2**32 - 1}")  # JAX's keys have no more bits
         scale = self.stage.latent_scale
         _require(0 < scale < math.inf, f"stage.latent_scale is {scale}; it must be positive")
         nose = self.stage.mask.nose_index

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 from rich.console import Console
@@ -27,6 +28,7 @@ from keysync_jax.training import model_card, runs, vae_scale
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.initial import located
 from keysync_jax.training.runs import RunWeights
+from keysync_jax.training.state import Tree
 
 FORMATS = ("model", *torch_formats.FORMATS)
 _LOG_MEL_BANDS = 80  # what `keysync prepare` computes by default
@@ -70,6 +72,8 @@ class ExportOptions:
         unknown = [name for name in self.steps if name not in ("", *_ORDER)]
         if unknown:
             raise UsageError(f"--step {unknown[0]}=…: no such part; there are {', '.join(_ORDER)}")
+        if self.log_mel is not None and self.log_mel < 1:
+            raise UsageError(f"--log-mel is {self.log_mel}; it counts mel bands and must be at least 1")
         if self.format == "model" and (self.stages or self.vae_copies or self.container != "pt"):
             raise UsageError("--stage, --vae-copies and --container are for PyTorch formats; add --format keysync or diffusers")
 
@@ -111,7 +115,7 @@ def export(
     if options.format != "model" and len(sources) == 1 and not runs.is_run(sources[0]):
         _for_torch(sources[0], output, options, console)  # nothing to put together first
         return os.fspath(output)
-    collected = _collect(sources, options)
+    collected = _collect(sources, options, console)
     parts = [collected.parts[name] for name in sorted(collected.parts, key=_rank)]
     model_directory.check(" + ".join(map(os.fspath, sources)), {part.name: part.config for part in parts}, complete=False)
     if options.dtype:
@@ -134,18 +138,11 @@ def export(
     return os.fspath(output)
 
 
-def require_sources(sources: Sequence[str | os.PathLike]) -> None:
-    """Raises:
-    KeySyncError: a source does not exist; one on a hub is looked for when it is read.
-    """
+def _check_sources(sources: Sequence[str | os.PathLike], options: ExportOptions) -> None:
+    """Refuses sources that do not exist (one on a hub is looked for when it is read), and options that no source heeds."""
     for source in map(os.fspath, sources):
         if not source.startswith("hub:") and not epath.Path(source).exists():
             raise KeySyncError(f"{source} does not exist; name the workdir of a run or a model directory")
-
-
-def _check_sources(sources: Sequence[str | os.PathLike], options: ExportOptions) -> None:
-    """Refuses options that no source heeds."""
-    require_sources(sources)
     trained = [runs.part_of(runs.read_config(source)) for source in sources if runs.is_run(source)]
     if not trained and (options.steps or options.ema):
         raise UsageError(f"--step and --ema choose among the checkpoints of a run, and {' and '.join(map(os.fspath, sources))} is none")
@@ -194,7 +191,7 @@ def _scratch(output: str | os.PathLike, sources: Sequence[str | os.PathLike]) ->
 # -- which parts --------------------------------------------------------------------------------------------------------------------
 
 
-def _collect(sources: Sequence[str | os.PathLike], options: ExportOptions) -> Collected:
+def _collect(sources: Sequence[str | os.PathLike], options: ExportOptions, console: Console) -> Collected:
     parts: dict[str, Part] = {}
     origins: dict[str, str] = {}
     found: list[RunWeights] = []
@@ -216,7 +213,7 @@ def _collect(sources: Sequence[str | os.PathLike], options: ExportOptions) -> Co
         notes.append(f"{name}: {model_card.basename(source)} at step {run.step}{', averaged weights' * run.ema}")
         add(Part(name, run.config.vae if name == "vae" else run.config.stage, _tensors(run)), source)
     _complete(parts, origins, found, notes, options.log_mel)
-    _scale(parts, found, options, notes)
+    _scale(parts, found, options, notes, console)
     _check_trained_with(parts, origins, found)
     _with_decoders(parts, found)
     _with_log_mel(parts, options, notes)
@@ -277,7 +274,7 @@ def _origins(config: TrainConfig) -> Iterator[str]:
         config = runs.read_config(init.path)
 
 
-def _scale(parts: dict[str, Part], found: Sequence[RunWeights], options: ExportOptions, notes: list[str]) -> None:
+def _scale(parts: dict[str, Part], found: Sequence[RunWeights], options: ExportOptions, notes: list[str], console: Console) -> None:
     """Gives the VAE of a run its latent scale."""
     run = next((run for run in found if run.part == "vae"), None)
     if run is None:
@@ -292,7 +289,7 @@ def _scale(parts: dict[str, Part], found: Sequence[RunWeights], options: ExportO
     elif scales:
         scale, how = next(iter(scales.values())), f"which the {next(iter(scales))} stage was trained with"
     else:
-        measured = vae_scale.measure_run(run.config, run.params, options.scale_frames)
+        measured = vae_scale.measure_run(run.config, run.params, options.scale_frames, console)
         scale, how = measured.scale, f"measured: {measured.frames} training frames have latents {measured.mean:.4g} ± {measured.std:.5g}"
     notes.append(f"vae: latent scale {scale:g}, {how}")
     parts["vae"] = dataclasses.replace(parts["vae"], config=dataclasses.replace(parts["vae"].config, latent_scale=float(scale)))
@@ -305,13 +302,23 @@ def _check_trained_with(parts: Mapping[str, Part], origins: Mapping[str, str], f
     for run in found:
         if run.decoder is None:
             continue
-        own = from_params(part_table(parts["vae"].config, ("decoder",)), run.decoder, f"{run.workdir}: its decoder")
-        for key in own:
-            if not _equal(own[key], parts["vae"].tensors[key]):
-                raise KeySyncError(
-                    f"the {run.part} run {run.workdir} was trained with another VAE than that of {origins['vae']} ({key} differs); "
-                    f"give the one in its init.vae, {run.config.init.vae or run.config.init.path}"
-                )
+        if differs := _other_decoder(parts["vae"], run.decoder):
+            raise KeySyncError(
+                f"the {run.part} run {run.workdir} was trained with another VAE than that of {origins['vae']} ({differs}); "
+                f"give the one in its init.vae, {run.config.init.vae or run.config.init.path}"
+            )
+
+
+def _other_decoder(vae: Part, decoder: Tree) -> str:
+    """In which tensor a decoder is not that of the VAE, "" if in none."""
+    table = part_table(vae.config, ("decoder",))
+    try:
+        own = from_params(table, decoder, "its decoder")
+    except KeySyncError as error:
+        return str(error)
+    if (count := len(jax.tree.leaves(decoder))) != len(table):
+        return f"its decoder has {count} tensors, not {len(table)}"
+    return next((f"{key} differs" for key in own if not _equal(own[key], vae.tensors[key])), "")
 
 
 def _equal(first: np.ndarray, second: np.ndarray) -> bool:

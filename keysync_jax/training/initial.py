@@ -15,7 +15,7 @@ from etils import epath
 
 from keysync_jax import assets
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.models.freezing import frozen_mask
 from keysync_jax.models.stage import abstract_params, abstract_vae_params, init_params, init_vae_params
 from keysync_jax.training import checkpoints
@@ -114,9 +114,12 @@ def resolve(config: TrainConfig, workdir: str | os.PathLike | None = None) -> tu
       The config, and lines that say what was taken from where.
 
     Raises:
+      UsageError: the workdir is empty.
       KeySyncError: the workdir is a file, a path of `config.init` does not exist, or the VAE does not fit the stage's latent size,
         resolution or channels; names both.
     """
+    if workdir is not None and not os.fspath(workdir):
+        raise UsageError("--workdir is empty; name a folder")
     if workdir is not None and "://" not in os.fspath(workdir) and os.path.exists(workdir) and not os.path.isdir(workdir):
         raise KeySyncError(f"--workdir {workdir} is a file; name a folder")
     stored = _stored(workdir)
@@ -300,7 +303,10 @@ def _scratch(config: TrainConfig) -> tuple[Tree, list[str]]:
         params = init_vae_params(config.vae, config.seed, gain=1.0)
     else:
         params = init_params(config.stage, config.seed, zero_init=config.init.zero_init)
-    return params, [f"all {sum(x.size for x in jax.tree.leaves(params)):,} parameters are drawn at random, seed {config.seed}"]
+    notes = [f"all {sum(x.size for x in jax.tree.leaves(params)):,} parameters are drawn at random, seed {config.seed}"]
+    if jax.tree.leaves(split(config, params)[1]):
+        notes.append("the temporal layers stay random: freeze 'temporal' holds them; --config.freeze=none trains them")
+    return params, notes
 
 
 def _from_svd(config: TrainConfig) -> tuple[Tree, list[str]]:

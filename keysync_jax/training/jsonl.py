@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+
+from keysync_jax.training.workdir import as_os_error
 
 
 class JsonLines:
@@ -25,7 +26,7 @@ class JsonLines:
     def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
         self._remote = "://" in os.fspath(self._path)
-        with _as_os_error(self._path):
+        with as_os_error(self._path):
             self._held = self._path.read_bytes() if self._path.exists() else b""
         if self._held and not self._held.endswith(b"\n"):  # a killed process left half a line, which the next one must not continue
             self._held += b"\n"
@@ -45,7 +46,7 @@ class JsonLines:
             self._append(line)
             return
         self._held += line
-        with _as_os_error(self._path):
+        with as_os_error(self._path):
             self._path.write_bytes(self._held)
 
     def _append(self, data: bytes) -> None:
@@ -60,7 +61,7 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
       OSError: it cannot be read.
     """
     path, out = epath.Path(path), []
-    with _as_os_error(path):
+    with as_os_error(path):
         text = path.read_text() if path.exists() else ""
     for line in text.splitlines():
         try:
@@ -70,13 +71,3 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             out.append(row)
     return out
-
-
-@contextlib.contextmanager
-def _as_os_error(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # gcsfs, aiohttp and google-auth have errors of their own, which are no OSErrors
-        raise OSError(f"{path}: {type(error).__name__}: {error}") from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import signal
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -72,22 +74,26 @@ def train(
     abstract = initial.abstract_weights(config)
     objective = make_objective(config, abstract.vae)
 
-    # Only now does the run write: a starting point that is not there or data that do not fit leave no workdir behind.
-    log = MetricLog(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb, run=dataclasses.asdict(config))
-    log.say(f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {' × '.join(f'{k} {v}' for k, v in mesh.shape.items())}")
-    for note in notes:
-        log.say(note)
-
     # ------------------------------------------------------------------------------------------------------- model and state
     tx = make_optimizer(config.optimizer)
     ema = config.optimizer.ema_decay > 0
     shapes = jax.eval_shape(lambda p, f: states.create(p, f, tx, ema), abstract.params, abstract.frozen)
     shardings = state_shardings(mesh, shapes)
-    if mesh.size > 1:
-        log.say(sharding_table(mesh, shapes))
     abstract_state = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
 
-    with _alone(workdir, log), Checkpoints(workdir, config.checkpoint, warn=log.say) as saved:
+    # Only now does the run write: a starting point that is not there or data that do not fit leave no workdir behind, and what another
+    # training has in its workdir is left alone.
+    with (
+        _alone(workdir),
+        MetricLog(workdir, tensorboard=config.log.tensorboard, wandb=config.log.wandb, run=dataclasses.asdict(config)) as log,
+        Checkpoints(workdir, config.checkpoint, warn=log.say) as saved,
+    ):
+        log.say(f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {' × '.join(f'{k} {v}' for k, v in mesh.shape.items())}")
+        for note in notes:
+            log.say(note)
+        if mesh.size > 1:
+            log.say(sharding_table(mesh, shapes))
+
         # Which weights, by priority: 1. this run's last checkpoint; 2. what config.init says.
         latest = saved.latest()
         if latest is not None:
@@ -97,7 +103,6 @@ def train(
             if latest >= config.num_steps:
                 log.say(f"nothing to do: step {latest} is reached, the recipe asks for {config.num_steps}; --config.num_steps=N goes on")
                 sync("nothing to do")  # as at the end of training
-                log.close()
                 return latest
             frozen = checkpoints.restore_frozen(workdir, abstract_state.frozen, saved.checksums(latest).get(checkpoints.FROZEN))
             state, counters = saved.restore(latest, abstract_state)
@@ -172,19 +177,17 @@ def train(
         sync("end of training")  # a process that ends early would be taken for dead
         if stopping and done < last:
             log.say(f"SIGTERM: stopped after step {done} of {last}, which is saved; the same command continues from there")
-            log.close()
             raise SystemExit(TERMINATED)
         log.say(f"done: {last} steps")
-    log.close()
     return last
 
 
-def _alone(workdir: str, log: MetricLog) -> AbstractContextManager[None]:
+def _alone(workdir: str) -> AbstractContextManager[None]:
     """Two trainings in one workdir would delete each other's checkpoints; one that was just stopped may still be writing its last."""
     if jax.process_index():
         return nullcontext()
     refusal = f"another training is at work in {workdir}; stop it or give another --workdir"
-    return only_process(workdir, refusal, wait_s=_SECONDS_TO_LEAVE, say=log.say)
+    return only_process(workdir, refusal, wait_s=_SECONDS_TO_LEAVE, say=functools.partial(print, file=sys.stderr, flush=True))
 
 
 def _report(config: TrainConfig, log: MetricLog, meter: Meter, pending: Any, current: Any) -> Any:

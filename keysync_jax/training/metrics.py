@@ -10,20 +10,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from rich.console import Console
-from rich.markup import escape
 
 from keysync_jax.errors import UsageError
 from keysync_jax.training import jsonl
 from keysync_jax.training.profiling import Speed, memory
-from keysync_jax.training.workdir import absolute
+from keysync_jax.training.workdir import absolute, beside_training
 
 METRICS = "metrics.jsonl"
 LINE_WIDTH = 160
@@ -37,7 +37,8 @@ def due(step: int, every: int) -> bool:
 
 
 class MetricLog:
-    """Writes metrics of process 0; the other processes stay silent.
+    """Writes metrics of process 0; the other processes stay silent. As a context manager it is closed at the end, but for an end by an
+    error: wandb then calls the run crashed.
 
     Raises:
       UsageError: wandb is asked for and not installed.
@@ -48,7 +49,8 @@ class MetricLog:
         self._main = jax.process_index() == 0
         self._console = Console(stderr=True)
         self._path = epath.Path(workdir) / METRICS
-        self._events = self._wandb = None
+        self._events: _Events | None = None
+        self._wandb: Any = None
         self._failed = False
         if not self._main:
             return
@@ -56,10 +58,10 @@ class MetricLog:
             self._wandb = _wandb(workdir, run)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._lines = jsonl.JsonLines(self._path)
+        self._folder = epath.Path(workdir) / "tensorboard"
         if tensorboard:
-            self._events = _tensorboard(workdir)
-            if self._events is None:
-                self.say("no TensorBoard: tensorboardX is not installed (pip install 'keysync-jax\\[log]'); metrics.jsonl has everything")
+            with beside_training(self._folder, self.say):
+                self._events = _tensorboard(self._folder, self.say)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append to metrics.jsonl, TensorBoard and wandb. Values that are not finite become null."""
@@ -67,35 +69,51 @@ class MetricLog:
             return
         values = {name: float(value) for name, value in values.items()}
         stored = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        try:
+        with beside_training(self._path, self._say_once):
             self._lines.add({"step": step, "time": round(time.time(), 3)} | stored)
-        except OSError as error:  # a full disk: training is worth more than its log
-            if not self._failed:
-                reason = escape(error.strerror or str(error))
-                self.say(f"[red]{self._path} cannot be written ({reason}); the run goes on without it[/red]")
-            self._failed = True
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
-            self._events.flush()  # a process that is killed shall have told what it knew
+        self._to_events(lambda events: events.scalars(step, values))
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture `[H, W, 3]` uint8 for TensorBoard."""
-        if self._events is not None:
-            self._events.add_image(name, image, step, dataformats="HWC")
+        self._to_events(lambda events: events.image(step, name, image))
 
-    def say(self, text: str) -> None:
-        """One line for the person who watches."""
-        if self._main:
-            self._console.print(text, highlight=False, soft_wrap=True)
+    def _to_events(self, add: Callable[[_Events], None]) -> None:
+        if self._events is None:
+            return
+        events, self._events = self._events, None  # a file that was cut short is not continued
+        with beside_training(self._folder, self.say):
+            add(events)
+            self._events = events
+
+    def _say_once(self, text: str) -> None:
+        if not self._failed:
+            self.say(text)
+        self._failed = True
+
+    def say(self, text: Any) -> None:
+        """One line for the person who watches, or a `rich` table. A line may stand in [red]...[/red] or [yellow]...[/yellow], which is all
+        the markup there is: paths and the words of others may hold brackets."""
+        if not self._main:
+            return
+        coloured = re.fullmatch(r"\[(red|yellow)\](.*)\[/\1\]", text, re.DOTALL) if isinstance(text, str) else None
+        style, text = coloured.groups() if coloured else (None, text)
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._events is not None:
-            self._events.close()
+            with beside_training(self._folder, self.say):
+                self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind in (None, SystemExit):  # SystemExit: stopped by SIGTERM, its state saved
+            self.close()
 
 
 def read_metrics(workdir: epath.PathLike) -> dict[int, dict[str, Any]]:
@@ -106,12 +124,46 @@ def read_metrics(workdir: epath.PathLike) -> dict[int, dict[str, Any]]:
     return dict(sorted(rows.items()))
 
 
-def _tensorboard(workdir: epath.PathLike) -> Any:
+class _Events:
+    """TensorBoard's file. It is written here and now: the thread behind tensorboardX's `SummaryWriter` dies of a full disk, and then the
+    run would stand still before its full queue; and what is still in that queue, a process that is killed takes along.
+
+    Raises:
+      ImportError: tensorboardX, or what it needs for `gs://`, is not installed.
+    """
+
+    def __init__(self, folder: str):
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import directory_check
+
+        directory_check(folder)
+        self._summary, self._event, self._writer = summary, Event, EventsWriter(f"{folder}/events")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._write(step, [self._summary.scalar(name, value) for name, value in values.items()])
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._write(step, [self._summary.image(name, image, dataformats="HWC")])
+
+    def _write(self, step: int, summaries: Sequence[Any]) -> None:
+        for each in summaries:
+            self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=each))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _tensorboard(folder: epath.PathLike, say: Callable[[str], None]) -> _Events | None:
     try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
+        return _Events(str(folder))
+    except ImportError as error:
+        missing = error.name == "tensorboardX"
+        why = "tensorboardX is not installed (pip install 'keysync-jax[log]')" if missing else error
+        say(f"no TensorBoard: {why}; metrics.jsonl has everything")
         return None
-    return SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
 
 
 def require_wandb() -> Any:

@@ -25,7 +25,7 @@ COMMANDS, METRICS = "commands.jsonl", "metrics.jsonl"
 # Figures in metrics.jsonl that say how a run went, not what came of it.
 _NO_RESULT = {
     "step", "time", "finite", "skipped", "steps_per_s", "clips_per_s", "data_wait", "learning_rate", "eta_s", "tflops_per_s", "mfu",
-    "rss_peak_gib", "nonfinite",
+    "device_peak_gib", "rss_peak_gib", "nonfinite",
 }  # fmt: skip
 # What the weights began from decides first under which terms they may be passed on.
 _BEGAN = {

@@ -14,6 +14,7 @@ from etils import epath
 from keysync_jax.errors import UsageError
 from keysync_jax.training import flops
 from keysync_jax.training.config import TrainConfig
+from keysync_jax.training.workdir import beside_training
 
 PROFILE = "profile"
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
@@ -92,8 +93,9 @@ class ProfileWindow:
             return contextlib.nullcontext()
         if not self._active:
             self._say(f"recording steps {done + 1} to {self._steps[1]} into {self._folder}")
-            jax.profiler.start_trace(self._folder)
             self._active = True
+            with beside_training(self._folder, self._say):
+                jax.profiler.start_trace(self._folder)
         return jax.profiler.StepTraceAnnotation("train", step_num=done)
 
     def after(self, done: int, state: Any) -> None:
@@ -105,6 +107,7 @@ class ProfileWindow:
     def close(self) -> None:
         """End a window that the run ended within."""
         if self._active:
-            jax.profiler.stop_trace()
             self._active = False
-            self._say(f"wrote {self._folder}; look at it with xprof or TensorBoard's profile plugin")
+            with beside_training(self._folder, self._say):
+                jax.profiler.stop_trace()
+                self._say(f"wrote {self._folder}; look at it with xprof or TensorBoard's profile plugin")

@@ -68,8 +68,9 @@ def changes(meta: Mapping[str, Any], config: TrainConfig, where: str) -> list[st
 
 
 def _defines_model(name: str, config: TrainConfig) -> bool:
-    part = "vae." if config.model == "vae" else "stage."
-    return name in ("model", "freeze") or (name.startswith(part) and name not in _USE_ONLY)
+    if config.model == "vae":
+        return name in ("model", "resolution") or (name.startswith("vae.") and name not in _USE_ONLY)
+    return name in ("model", "freeze") or (name.startswith("stage.") and name not in _USE_ONLY)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

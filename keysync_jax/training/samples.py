@@ -40,6 +40,7 @@ from keysync_jax.training.metrics import MetricLog
 from keysync_jax.training.pictures import Item
 from keysync_jax.training.state import TrainState, Tree, merge
 from keysync_jax.training.validation import SEED, shards
+from keysync_jax.training.workdir import beside_training
 
 SAMPLES = "samples"
 _FPS = 25
@@ -108,12 +109,10 @@ class Samples:
 
     def _write(self, step: int, title: str, items: Sequence[Item]) -> None:
         picture = pictures.grid(title, items, self._make.times)
-        try:
+        with beside_training(self._folder, self._log.say):
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / _file(step, "png")).write_bytes(pictures.png(picture))
             (self._folder / _file(step, "mp4")).write_bytes(pictures.clip(items, self._make.rate, self._make.moving_rows))
-        except OSError as error:  # a full disk: training is worth more than its pictures
-            self._log.say(f"[red]{self._folder} cannot be written ({error.strerror}); the run goes on[/red]")
         self._log.picture(step, "samples", picture)
 
 
@@ -300,8 +299,11 @@ def _beginning(reader: FrameReader, number: int) -> np.ndarray:
     """The first frames of a video `[T, S, S, 3]` uint8, its central square resized; a shorter one stands still at its end."""
     from keysync_jax.media import video
 
-    size = reader.config.size
-    with video.read(reader.paths[number]) as opened:
-        frames = [frame.rgb() for frame in itertools.islice(opened, _VIDEO_FRAMES)]
+    size, path = reader.config.size, reader.paths[number]
+    if path.suffix == ".npy":  # frames as they are, as `keysync data synth --arrays` writes them
+        frames = list(np.load(path, mmap_mode="r")[:_VIDEO_FRAMES])
+    else:
+        with video.read(path) as opened:
+            frames = [frame.rgb() for frame in itertools.islice(opened, _VIDEO_FRAMES)]
     squares = [np.asarray(ImageOps.fit(Image.fromarray(frame), (size, size), Image.Resampling.BOX)) for frame in frames]
     return np.stack(squares + [squares[-1]] * (_VIDEO_FRAMES - len(squares)))

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from keysync_jax.config import VAEConfig
 from keysync_jax.errors import KeySyncError
@@ -86,10 +88,12 @@ def training_images(config: TrainConfig, frames: int = FRAMES) -> Iterator[np.nd
         yield reader.read([reader.sample(step, row, _BATCH) for row in range(_BATCH)])["images"]
 
 
-def measure_run(config: TrainConfig, params: Mapping, frames: int = FRAMES) -> LatentScale:
-    """`measure` on the training frames of a VAE run.
+def measure_run(config: TrainConfig, params: Mapping, frames: int = FRAMES, console: Console | None = None) -> LatentScale:
+    """`measure` on the training frames of a VAE run, with a progress bar on `console` (default stderr).
 
     Raises:
       KeySyncError: the data of the run are not there, or latents that are not finite.
     """
-    return measure(config.vae, params, training_images(config, frames), config.seed)
+    console = console or Console(stderr=True)
+    batches = track(training_images(config, frames), "measuring the latent scale", total=-(-frames // _BATCH), console=console)
+    return measure(config.vae, params, batches, config.seed)

@@ -15,6 +15,7 @@ from keysync_jax.training.objective import Objective
 from keysync_jax.training.samples import Samples
 from keysync_jax.training.state import TrainState
 from keysync_jax.training.validation import Validation
+from keysync_jax.training.workdir import beside_training
 
 
 class Watch:
@@ -59,7 +60,5 @@ class Watch:
     def curve(self) -> None:
         """Draw WORKDIR/curve.png, unless everything here is off."""
         if jax.process_index() == 0 and (self._config.validate_every or self._config.samples_every):
-            try:
+            with beside_training(epath.Path(self._workdir) / pictures.CURVE, self._log.say):
                 pictures.draw_curve(self._workdir)
-            except OSError as error:  # a full disk: training is worth more than its pictures
-                self._log.say(f"[red]{pictures.CURVE} cannot be written ({error.strerror}); the run goes on[/red]")

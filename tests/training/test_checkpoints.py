@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import object_store
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -174,6 +175,28 @@ def test_a_failing_write_keeps_the_last_good_checkpoint_and_the_next_save_is_tri
         assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4"]
         found = saved.weights(4, abstract_of(state_of(0, 0, width=20_000)).params)
         assert np.array_equal(found["bias"], np.full(20_000, 4, np.float32))
+
+
+def test_a_store_that_does_not_answer_costs_one_save(tmp_path, monkeypatch):
+    said = []
+    with Checkpoints(tmp_path, warn=said.append) as saved:
+        save(saved, 1, 1)
+        saved.wait()
+        with monkeypatch.context() as during:
+
+            def refuse(*_, **__):
+                raise object_store.HttpError("503 [try again]")
+
+            during.setattr(checkpoints.ocp.CheckpointManager, "save", refuse)
+            during.setattr(checkpoints.epath.Path, "glob", refuse)
+            during.setattr(checkpoints.time, "sleep", lambda _: None)
+            save(saved, 2, 2)
+            assert (
+                len(said) == 1 and "step 2 could not be written (503 [try again]); the last good one is step 1; training goes on" in said[0]
+            )
+        save(saved, 3, 3)
+        saved.wait()
+        assert saved.steps() == [1, 3]
 
 
 def test_saves_work_again_once_what_kept_an_old_one_alive_is_gone(tmp_path):
@@ -336,3 +359,12 @@ def test_what_a_run_may_go_on_with():
         assert words in str(error.value)
     del meta["config"]["optimizer"]["max_skipped"]  # a key that did not exist when the checkpoint was made
     assert resume.changes(meta, config, "it") == []
+
+
+def test_an_autoencoder_goes_on_at_its_resolution_alone():
+    config = TrainConfig(model="vae", resolution=64)
+    meta = resume.describe(config)
+    frozen = dataclasses.replace(config, freeze="none", stage=dataclasses.replace(config.stage, audio_encoder="wavlm"))
+    assert resume.changes(meta, frozen, "it") == ["freeze temporal -> none"]  # an autoencoder is trained as a whole
+    with pytest.raises(KeySyncError, match="it is of another model: resolution 64 -> 128; take these back, or start a new run"):
+        resume.changes(meta, dataclasses.replace(config, resolution=128), "it")

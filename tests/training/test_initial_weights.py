@@ -164,6 +164,8 @@ def test_run_start_takes_only_the_weights(model, tmp_path):
 def test_scratch_says_so():
     found = initial.initial_weights(tiny.recipe())
     assert "drawn at random, seed 23" in found.notes[0]
+    assert len(found.notes) == 2 and "the temporal layers stay random: freeze 'temporal' holds them" in found.notes[1]
+    assert len(initial.initial_weights(tiny.recipe(freeze="none")).notes) == 1
     assert found.vae is None and not any("first_stage" in name for name in found.frozen)
 
 

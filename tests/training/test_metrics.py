@@ -1,4 +1,6 @@
+import contextlib
 import json
+import resource
 import sys
 import types
 
@@ -11,9 +13,11 @@ from etils import epath
 
 from keysync_jax.errors import UsageError
 from keysync_jax.training import jsonl, metrics, model_card, profiling
+from keysync_jax.training.config import DataConfig, TrainConfig
 from keysync_jax.training.metrics import LINE_WIDTH, Meter, MetricLog, due, duration, line, read_metrics
 from keysync_jax.training.pictures import draw_curve
 from keysync_jax.training.profiling import ProfileWindow, Speed, parse_profile_steps
+from keysync_jax.training.watch import Watch
 
 
 class Clock:
@@ -152,17 +156,10 @@ def test_an_object_store_keeps_all_lines_also_after_a_resume(tmp_path, monkeypat
 
 
 def test_a_store_that_does_not_answer_costs_no_lines(tmp_path, monkeypatch, capsys):
-    class HttpError(Exception):
-        """As gcsfs raises: no OSError."""
-
-    def refuse(*_, **__):
-        raise HttpError("503 [try again]")
-
     object_store.mount(tmp_path, monkeypatch)
     log = MetricLog("gs://bucket/run", tensorboard=False)
     log.write(1, {"loss": 1.0})
-    with monkeypatch.context() as during:
-        during.setattr(epath.backend.fsspec_backend, "open", refuse)
+    with object_store.refusing(monkeypatch):
         log.write(2, {"loss": 1.0})
         log.write(3, {"loss": 1.0})
         with pytest.raises(OSError, match=r"gs://bucket/run/metrics.jsonl: HttpError: 503"):  # or what is there would be overwritten
@@ -171,6 +168,27 @@ def test_a_store_that_does_not_answer_costs_no_lines(tmp_path, monkeypatch, caps
     assert error.count("cannot be written") == 1 and "HttpError: 503 [try again]" in error
     log.write(4, {"loss": 1.0})
     assert list(read_metrics("gs://bucket/run")) == [1, 2, 3, 4]
+
+
+def test_a_store_that_does_not_answer_costs_the_curve_and_not_the_run(tmp_path, monkeypatch, capsys):
+    object_store.mount(tmp_path, monkeypatch)
+    log = MetricLog("gs://bucket/run", tensorboard=False)
+    log.write(1, {"loss": 1.0})
+    config = TrainConfig(data=DataConfig(validation_split=""))  # no data are opened
+    watch = Watch(config, mesh=None, objective=None, vae=None, log=log, workdir="gs://bucket/run")
+    with object_store.refusing(monkeypatch):
+        watch.curve()
+    error = capsys.readouterr().err
+    assert "gs://bucket/run/curve.png cannot be written" in error and "HttpError: 503 [try again]); the run goes on" in error
+    watch.curve()
+    assert (tmp_path / "bucket" / "run" / "curve.png").stat().st_size > 1000
+
+
+def test_brackets_of_paths_and_errors_are_said_as_they_are(tmp_path, capsys):
+    log = MetricLog(tmp_path, tensorboard=False)
+    for text in ("weights: model runs/[a]", "no room [/in/here]", "[red]bad [os_error_code='28'][/red]"):
+        log.say(text)
+    assert capsys.readouterr().err.splitlines() == ["weights: model runs/[a]", "no room [/in/here]", "bad [os_error_code='28']"]
 
 
 def test_only_process_zero_writes(tmp_path, monkeypatch, capsys):
@@ -193,32 +211,92 @@ def test_tensorboard_is_optional_and_missed_once(tmp_path, monkeypatch, capsys):
 
 
 class FakeWriter:
-    def __init__(self, folder):
-        self.folder, self.scalars, self.images, self.flushed = folder, [], [], 0
+    """Stands in for tensorboardX's, which is not part of the test environment."""
 
-    def add_scalar(self, name, value, step):
-        self.scalars.append((name, value, step))
+    made: list = []
 
-    def add_image(self, name, image, step, dataformats):
-        self.images.append((name, image.shape, step, dataformats))
+    def __init__(self, prefix):
+        self.prefix, self.events, self.flushed, self.problem = prefix, [], 0, None
+        self.made.append(self)
+
+    def write_event(self, event):
+        if self.problem:
+            raise self.problem
+        self.events.append((event["step"], *event["summary"]))
 
     def flush(self):
-        self.flushed += 1
+        self.flushed = len(self.events)
 
     def close(self):
-        self.folder = None
+        self.prefix = None
 
 
-def test_tensorboard_gets_scalars_and_pictures(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=FakeWriter))
+@pytest.fixture
+def writers(monkeypatch):
+    """The writers that were made, with tensorboardX replaced by the parts of it that are used."""
+    summary = types.SimpleNamespace(
+        scalar=lambda name, value: (name, value), image=lambda name, image, dataformats: (name, image.shape, dataformats)
+    )
+    modules = {
+        "tensorboardX": {"summary": summary},
+        "tensorboardX.event_file_writer": {"EventsWriter": FakeWriter},
+        "tensorboardX.record_writer": {"directory_check": lambda folder: None},
+        "tensorboardX.proto": {},
+        "tensorboardX.proto.event_pb2": {"Event": dict},
+    }
+    for name, content in modules.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**content))
+    monkeypatch.setattr(FakeWriter, "made", [])
+    return FakeWriter.made
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path, writers):
     log = MetricLog(tmp_path)
-    writer = log._events
-    assert writer.folder == str(tmp_path / "tensorboard")
+    (writer,) = writers
+    assert writer.prefix == f"{tmp_path}/tensorboard/events"
     log.write(3, {"loss": np.float32(0.5), "val/loss": 2})
+    assert writer.events == [(3, "loss", 0.5), (3, "val/loss", 2.0)] and writer.flushed == 2  # at once
     log.picture(3, "samples", np.zeros((4, 6, 3), np.uint8))
     log.close()
-    assert writer.scalars == [("loss", 0.5, 3), ("val/loss", 2.0, 3)] and writer.flushed == 1
-    assert writer.images == [("samples", (4, 6, 3), 3, "HWC")] and writer.folder is None
+    assert writer.events[2:] == [(3, "samples", (4, 6, 3), "HWC")] and writer.flushed == 3 and writer.prefix is None
+
+
+def test_a_store_that_refuses_tensorboard_does_not_end_the_run(tmp_path, writers, capsys):
+    log = MetricLog(tmp_path)
+    log.write(1, {"loss": 1.0})
+    writers[0].problem = RuntimeError("503")  # google's clients have errors of their own
+    for step in (2, 3):
+        log.write(step, {"loss": 1.0})
+        log.picture(step, "samples", np.zeros((4, 6, 3), np.uint8))
+    log.close()
+    assert capsys.readouterr().err.count("tensorboard cannot be written") == 1
+    assert list(read_metrics(tmp_path)) == [1, 2, 3] and len(writers[0].events) == 1
+
+
+def test_a_full_disk_costs_tensorboard_and_neither_ends_nor_stops_the_run(tmp_path, capsys):
+    log = MetricLog(tmp_path)  # with the real tensorboardX, whose own writer thread would die, and values would wait for it for ever
+    log.write(1, {"loss": 1.0})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    size, whole = events.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert b"loss" in events.read_bytes()  # a process that is killed here has told what it knew
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, whole[1]))
+        for step in range(2, 20):
+            log.write(step, {f"part_{i}": 1.0 for i in range(12)})
+            log.picture(step, "samples", np.zeros((64, 64, 3), np.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+    log.close()
+    assert capsys.readouterr().err.count("File too large); the run goes on without it") == 2  # metrics.jsonl, tensorboard
+
+
+def test_tensorboard_that_lacks_something_else_says_what(tmp_path, writers, monkeypatch, capsys):
+    def refuse(prefix):
+        raise ImportError("`google-cloud-storage` must be installed in order to use the 'gs://' protocol")
+
+    monkeypatch.setattr(sys.modules["tensorboardX.event_file_writer"], "EventsWriter", refuse)
+    MetricLog(tmp_path).write(1, {"loss": 1.0})
+    assert "no TensorBoard: `google-cloud-storage` must be installed" in capsys.readouterr().err
 
 
 def test_wandb_is_refused_without_its_package(tmp_path, monkeypatch):
@@ -283,6 +361,21 @@ def test_the_profiler_records_its_window(tmp_path):
     assert len(said) == 2 and said[0].startswith("recording steps 3 to 4")
     window.close()  # nothing is open any more
     assert len(said) == 2
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(tmp_path):
+    (tmp_path / "profile").write_text("a file where a folder must be")
+    said, x = [], jnp.ones((8, 8))
+    window = ProfileWindow(tmp_path, (0, 1), said.append)
+    try:
+        for done in range(3):
+            with window.step(done):
+                x = jnp.tanh(x)
+            window.after(done + 1, x)
+    finally:
+        with contextlib.suppress(Exception):
+            jax.profiler.stop_trace()  # not another test's
+    assert len(said) == 2 and "profile cannot be written" in said[1] and said[1].endswith("the run goes on without it[/red]")
 
 
 def test_curves_are_drawn_from_the_log(tmp_path):

@@ -6,8 +6,10 @@ import av
 import jax
 import jax.numpy as jnp
 import numpy as np
+import object_store
 import pytest
 import tiny_runs
+from etils import epath
 from PIL import Image
 
 from converters import model_directory
@@ -145,6 +147,18 @@ def test_windows_are_generated_decoded_and_written(drawn):
     assert any((a.rows[2][1] != b.rows[2][1]).any() for a, b in zip(items, other, strict=True))
 
 
+def test_a_store_that_takes_no_pictures_does_not_end_the_run(drawn, tmp_path, monkeypatch, capsys):
+    samples, _, _, good, _ = drawn
+    object_store.mount(tmp_path, monkeypatch)
+    monkeypatch.setattr(samples, "_folder", epath.Path("gs://bucket/run/samples"))
+    with object_store.refusing(monkeypatch):
+        assert samples(14, weights(good))["samples/l1_mask"] > 0
+    said = capsys.readouterr().err
+    assert "gs://bucket/run/samples cannot be written" in said and "HttpError: 503 [try again]); the run goes on" in said
+    samples(15, weights(good))
+    assert [path.name for path in (tmp_path / "bucket" / "run" / "samples").iterdir() if path.suffix == ".png"] == ["00000015.png"]
+
+
 def test_what_is_not_finite_is_said_and_not_drawn(drawn, capsys):
     samples, folder, _, _, broken = drawn
     assert samples(13, weights(broken)) == {}
@@ -182,11 +196,12 @@ def test_a_vae_that_does_not_fit_is_refused(config, mesh, tmp_path):
         Samples(config, open_reader(config, print), mesh, MetricLog(tmp_path, tensorboard=False), tmp_path)
 
 
-def test_an_autoencoder_shows_the_beginnings_of_videos(mesh, tmp_path):
-    rows = ["path,split"]
+@pytest.mark.parametrize("arrays", [False, True])
+def test_an_autoencoder_shows_the_beginnings_of_videos(arrays, mesh, tmp_path):
+    rows, suffix = ["path,split"], ".npy" if arrays else ".mp4"
     for i in range(2):
-        write_clip(make_clip(i, frames=5 + 20 * i, size=64), tmp_path / f"{i}.mp4")
-        rows.append(f"{i}.mp4,validation")
+        write_clip(make_clip(i, frames=5 + 20 * i, size=64), tmp_path / f"{i}{suffix}")
+        rows.append(f"{i}{suffix},validation")
     (tmp_path / "manifest.csv").write_text("\n".join(rows) + "\n")
     vae = VAEConfig(base_channels=32, channel_mult=(1, 1), num_res_blocks=1, decoder="image")
     config = TrainConfig(

@@ -90,6 +90,15 @@ def test_check_says_what_would_happen_and_does_nothing(keysync, recipe_file, tmp
         (["log.samples=-1"], 1, "log.samples is -1"),
         (["log.sample_steps=5"], 1, "log.sample_steps is 5; the noise schedule has at least 10"),
         (["seed=-1"], 1, "seed is -1"),
+        (["seed=4294967296"], 1, "seed is 4294967296; choose one from 0 to 4294967295"),
+        (["noise.p_mean=1e999"], 1, "noise.p_mean is inf"),
+        (["noise.p_std=1e999"], 1, "noise.p_std is inf"),
+        (["init.step=4"], 1, "init.step and init.ema are of a run to start from, and init.kind is 'scratch'"),
+        (["init.ema=true"], 1, "init.step and init.ema are of a run"),
+        (["stage.unet.video_kernel_size=2,1,1"], 1, "UNetConfig.video_kernel_size is (2, 1, 1); temporal kernels are (k, 1, 1) with odd k"),
+        (["stage.unet.video_kernel_size=3"], 1, "UNetConfig.video_kernel_size is (3,)"),
+        (["vae.video_kernel_size=3,3,3"], 1, "VAEConfig.video_kernel_size is (3, 3, 3)"),
+        (["stage.unet.attention_resolutions=3"], 1, "UNetConfig.attention_resolutions is (3,), but the levels downsample by 1:"),
         (["loss.pixel_weight=1.0", "loss.pixel_losses=()"], 1, "loss.pixel_losses is empty"),
         (["model=vae", "resolution=65"], 1, "resolution is 65; the VAE needs a multiple of"),
         (["model=vae", "data.crop=9"], 1, "data.crop is 9; the VAE needs a multiple of"),
@@ -158,6 +167,13 @@ def test_a_workdir_that_is_a_file(keysync, recipe_file, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_workdir_without_a_name(keysync, recipe_file, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    status, line, _ = keysync(*train(recipe_file, ""))  # a variable that was not set
+    assert status == 2 and "--workdir is empty; name a folder" in line and not any((tmp_path / "here").iterdir())
+
+
 def test_unknown_recipe(keysync, tmp_path):
     status, line, _ = keysync("train", "--config", "keyfrme", "--workdir", tmp_path)
     assert status == 2 and "no recipe 'keyfrme'; shipped ones are" in line
@@ -179,7 +195,7 @@ def test_checkpoint_of_another_model(keysync, recipe_file, tmp_path):
 def test_another_training_in_the_workdir(keysync, recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_SECONDS_TO_LEAVE", 0)
     with only_process(str(tmp_path / "run"), ""):
-        status, line, _ = keysync(*train(recipe_file, tmp_path / "run"))
+        status, line, _ = keysync(*train(recipe_file, tmp_path / "run", "log.tensorboard=True"))
     assert status == 1 and "another training is at work in" in line and "give another --workdir" in line
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock"}  # nothing of the other run is touched
 

@@ -1,6 +1,7 @@
 """`keysync export` of training runs: everything arrives, what was frozen is untouched, and what does not belong together is refused."""
 
 import dataclasses
+import io
 import json
 import sys
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_starts as tiny
+from rich.console import Console
 
 from converters import model_directory, safetensors_file, sgm, torch_file
 from converters.lazy import Tensors
@@ -18,7 +20,7 @@ from data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.models.vae import VAE, sample_posterior
-from keysync_jax.training import checkpoints, initial, model_card, runs, vae_scale
+from keysync_jax.training import checkpoints, initial, jsonl, model_card, runs, vae_scale
 from keysync_jax.training.config import DataConfig, TrainConfig
 from keysync_jax.training.export import ExportOptions, export, parse_steps
 from keysync_jax.training.loop import train
@@ -154,11 +156,22 @@ def test_another_vae_is_refused(run, tmp_path):
     other = tiny.write_model(tmp_path / "other", seed=9)
     with pytest.raises(KeySyncError, match=r"the keyframe run .*keyframe was trained with another VAE than that of .*other"):
         export([run, other.path], tmp_path / "out")
+    # Of other sizes; and one whose decoder has the same tensors, but for the temporal ones.
+    for name, changes, words in (
+        ("wide", {"channel_mult": (1, 2, 1, 1)}, "expected"), ("image", {"decoder": "image"}, r"its decoder has \d+ tensors, not \d+"),
+    ):  # fmt: skip
+        other = tiny.write_model(tmp_path / name, vae_config=dataclasses.replace(tiny.VAE, **changes))
+        with pytest.raises(
+            KeySyncError, match=f"trained with another VAE than that of .*{name} \\(.*{words}.*give the one in its init.vae"
+        ):
+            export([run, other.path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_vae_run_is_measured_and_prepare_takes_it(vae_run, tmp_path):
-    export([vae_run], tmp_path / "vae", ExportOptions(scale_frames=32))
+    said = io.StringIO()
+    export([vae_run], tmp_path / "vae", ExportOptions(scale_frames=32), console=Console(file=said, width=200))
+    assert "measuring the latent scale" in said.getvalue() and "100%" in said.getvalue()
     export([vae_run], tmp_path / "again", ExportOptions(scale_frames=32))
     directory, again = (model_directory.load(tmp_path / name, complete=False) for name in ("vae", "again"))
     scale = directory.vae.latent_scale
@@ -201,6 +214,19 @@ def test_options_of_a_vae_run(vae_run, tmp_path):
     with pytest.raises(KeySyncError, match="nowhere.csv does not exist"):
         export([gone], tmp_path / "unmeasured")
     assert not (tmp_path / "unmeasured").exists()
+
+
+def test_the_command_tells_apart_what_can_be_no_source(model, tmp_path, capsys):
+    from keysync_jax.cli import main
+
+    for source, status, words in (
+        (model, 2, "--format is needed to export a model directory"),
+        ("hub:owner/name", 2, "--format is needed to export a model directory"),
+        (tmp_path, 1, "is neither a training run nor a model directory"),
+        (tmp_path / "none", 1, "none does not exist; name the workdir of a run or a model directory"),
+    ):
+        assert main(["export", str(source), "-o", str(tmp_path / "out")]) == status
+        assert words in capsys.readouterr().err
 
 
 def test_what_is_not_there(run, vae_run, model, tmp_path):
@@ -256,6 +282,8 @@ def test_options_that_no_source_heeds_are_refused(run, vae_run, model, tmp_path)
     ):
         with pytest.raises(UsageError, match=message):
             export(sources, tmp_path / "out", ExportOptions(**options))
+    with pytest.raises(UsageError, match="--log-mel is 0; it counts mel bands"):
+        ExportOptions(log_mel=0)
     with pytest.raises(UsageError, match="--step 3: there is --step 2 already"):
         parse_steps(["2", "3"])
     with pytest.raises(UsageError, match="--step vae=3: there is --step vae=2 already"):
@@ -295,14 +323,16 @@ def test_weights_that_changed_on_the_disk_are_not_exported(model, tmp_path):
 
 def test_card_tells_data_steps_metrics_and_terms(run, exported):
     model_card.record_command(run, "keysync train --config tiny --workdir x", "2026-01-01T00:00:00")
+    jsonl.JsonLines(run / "metrics.jsonl").add({"step": 2, "val/loss": 0.25, "device_peak_gib": 93.1, "clips_per_s": 21.0})
     card = model_card.text("lips", exported, [runs.read_weights(run)], model_card.CardOptions(licence="apache-2.0"))
     recipe = json.loads(open(f"{exported.path}/training/keyframe/config.json").read())
     told = [
         "license: apache-2.0", "data: data (split train)", "steps: 2 of 2, batch 1, seed 23", "start: model (model)", "| loss |",
         "Initialised from another model, whose terms apply", "keysync train --config tiny --workdir x", "| keyframe |",
     ]  # fmt: skip
-    for words in told:
+    for words in (*told, "| val/loss | 0.25 | 2 |"):
         assert words in card, words
+    assert "peak_gib" not in card and "per_s" not in card  # how it went, not what came of it
     # Nothing about where on this machine things lay is published.
     assert str(run.parent) not in card + json.dumps(recipe) and recipe["data"]["datasets"] == ["data"]
 

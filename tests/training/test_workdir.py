@@ -9,7 +9,7 @@ from keysync_jax.config import to_dict
 from keysync_jax.errors import KeySyncError
 from keysync_jax.training import checkpoints, initial, runs
 from keysync_jax.training.config import TrainConfig
-from keysync_jax.training.workdir import absolute
+from keysync_jax.training.workdir import absolute, as_os_error, beside_training
 
 
 def test_an_object_store_is_no_folder_of_this_machine(tmp_path, monkeypatch):
@@ -41,6 +41,28 @@ def test_checkpoints_and_frozen_weights_lie_in_the_store(tmp_path, monkeypatch):
     with pytest.raises(KeySyncError, match="^opened gs://bucket/run/checkpoints$"):
         checkpoints.Checkpoints("gs://bucket/run", read_only=True)
     assert not any((tmp_path / "here").iterdir())
+
+
+def test_a_store_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
+    object_store.mount(tmp_path, monkeypatch)
+    with object_store.refusing(monkeypatch):
+        with pytest.raises(OSError, match=r"^gs://bucket/run/config.json: HttpError: 503"):
+            checkpoints.write_config("gs://bucket/run", to_dict(TrainConfig()))
+    with pytest.raises(ImportError):  # which package is missing is for the command line to say
+        with as_os_error("gs://bucket/run"):
+            raise ImportError("gcsfs")
+
+
+def test_what_a_run_can_do_without_does_not_end_it():
+    said = []
+    for problem in (OSError(28, "No space left on device"), ValueError("bad"), ImportError("No module named 'matplotlib'")):
+        with beside_training("run/curve.png", said.append):
+            raise problem
+    reasons = ("No space left on device", "run/curve.png: ValueError: bad", "No module named 'matplotlib'")
+    assert said == [f"[red]run/curve.png cannot be written ({reason}); the run goes on without it[/red]" for reason in reasons]
+    with pytest.raises(KeyboardInterrupt):
+        with beside_training("run/curve.png", said.append):
+            raise KeyboardInterrupt
 
 
 def test_a_first_save_that_was_cut_off_in_the_store_is_no_checkpoint(tmp_path, monkeypatch):
