@@ -10,6 +10,7 @@ _EXAMPLES = """\
   keysync plan --config keyframe --topology h200x8 --config.mesh.fsdp=8 --config.data.batch_size=32
   keysync plan --config keyframe --topology v5e:4x4 --config.mesh.fsdp=16 --config.data.batch_size=16 --config.remat=full
   keysync plan --config keyframe --topology v5e:4x4 --config.mesh.fsdp=16 --config.remat=full --compile    (needs libtpu)
+  keysync plan --config keyframe --topology h200 --config.optimizer.accumulate=16 --compile    (needs jax[cuda13], no GPU)
   keysync plan --config interpolation --topology cpu:8 --json"""
 
 _TOPOLOGY = (
@@ -26,7 +27,8 @@ def add_plan(verbs) -> None:
     p.add_argument("--topology", required=True, metavar="T", help=_TOPOLOGY)
     p.add_argument(
         "--compile", nargs="?", const="memory", choices=["memory", "whole"],
-        help="compile the step for the TPU topology (libtpu): until its memory is placed, or to the end (over an hour at full size)",
+        help="compile the step for the topology (libtpu or JAX's CUDA plugin): until its memory is placed, or to the end (at full size "
+        "over an hour for TPUs)",
     )  # fmt: skip
     p.add_argument("--json", action="store_true", help="machine-readable")
 
@@ -35,7 +37,7 @@ def _plan(args) -> int:
     import jax
 
     from keysync_jax import recipes
-    from keysync_jax.training import ahead_of_time
+    from keysync_jax.training import ahead_of_time, compile_targets
     from keysync_jax.training import plan as plans
     from keysync_jax.training.config import train_config
 
@@ -44,7 +46,7 @@ def _plan(args) -> int:
     topology = plans.parse_topology(args.topology)
     config = train_config(recipes.load(args.config, args.overrides), args.config)
     if args.compile:
-        ahead_of_time.check_libtpu(topology)  # said before anything else
+        compile_targets.check(topology)  # said before anything else
     plan = plans.make_plan(config, topology)
     if not args.json:
         _print(plan, config)
@@ -138,7 +140,7 @@ def _print_compiled(compiled, topology, slices) -> None:
     code = "the program's own bytes not counted" if compiled.code is None else f"program {gib(compiled.code)}"
     name = topology.name if slices == 1 else f"{slices} slices of {topology.name}"
     print(
-        f"compiled for {name} in {compiled.seconds:.0f} s; GiB per chip: arguments {gib(compiled.arguments)}, "
+        f"compiled for {name} in {compiled.seconds:.0f} s; GiB per device: arguments {gib(compiled.arguments)}, "
         f"temporaries {gib(compiled.temporaries)}, {code}; together {gib(compiled.total)} of {topology.device.memory / 2**30:.1f}: "
         f"{'fits' if compiled.total <= topology.device.memory else 'does not fit'}"
     )

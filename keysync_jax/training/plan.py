@@ -27,6 +27,8 @@ from keysync_jax.training.step import make_train_step
 
 # Attention kernel of each platform, as `models.attention` chooses it there.
 _ATTENTION = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
+# What JAX calls them where it lowers for devices that are not here.
+_LOWERED_FOR = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}
 _VGG_WIDTHS = (64, 128, 256, 512, 512)  # channels of VGG-16's five groups
 
 
@@ -291,7 +293,7 @@ def lower_step(config: TrainConfig, mesh: Mesh, platform: str | None = None) -> 
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over) for name, x in program.batch.items()}
     with jax.set_mesh(mesh):
         traced = jax.jit(program.step, donate_argnums=0, out_shardings=(shardings, None)).trace(state, batch)
-        return traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
+        return traced.lower(lowering_platforms=(_LOWERED_FOR[platform],)) if platform else traced.lower()
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""What libtpu is asked and what is read from it. Without libtpu itself, a large download: a stand-in writes the dumps of a real one."""
+"""What the compilers for absent devices are asked and what is read from them.
+
+Without libtpu and the CUDA plugin themselves, large downloads: a stand-in writes the dumps of real ones.
+"""
 
 import importlib.util
 import os
@@ -12,11 +15,11 @@ from types import SimpleNamespace
 import pytest
 
 from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.training import ahead_of_time
+from keysync_jax.training import ahead_of_time, compile_targets
 from keysync_jax.training.config import MeshConfig, TrainConfig
 from keysync_jax.training.plan import parse_topology
 
-V5E = parse_topology("v5e:2x2")
+V5E, H200 = parse_topology("v5e:2x2"), parse_topology("h200x2")
 # Cut from the dumps of libtpu 0.0.42.1.
 USAGE = """\
 Memory Space: default (color=0)
@@ -46,6 +49,21 @@ allocation 1: size 147456, page 0, parameter 90, shape |f32[3,3,32,32]| at Shape
 allocation 2: size 512, page 0, parameter 7, shape |f32[32]| at ShapeIndex {}:
 allocation 900: size 198394368, page 0, preallocated-temp:
 """
+# Likewise of the CUDA plugin 0.10.2.
+GPU_USAGE = """\
+Memory Space: default (color=0)
+Total bytes: 3754681716 (3.50GiB)
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+  ------------------------------------------------------------
+"""
+GPU_ASSIGNMENT = """\
+BufferAssignment:
+allocation 0: size 58982400, parameter 634, shape |bf16[3,3,2560,1280]| at ShapeIndex {}:
+ value: <23802 params__output_blocks_0_0____in_layers_2____kernel__.1 @0> (size=58982400,offset=0): bf16[3,3,2560,1280]{3,2,1,0}
+allocation 5: size 44236800, parameter 1025, shape |bf16[3,3,1920,1280]| at ShapeIndex {}:
+allocation 3033: size 4, thread-local:
+allocation 3035: size 700817088, preallocated-temp:
+"""
 
 
 @pytest.fixture
@@ -58,7 +76,7 @@ def compiler(monkeypatch):
         folder = pathlib.Path(re.search(r"--xla_dump_to=(\\S+)", os.environ["XLA_FLAGS"]).group(1))
         folder.mkdir()
         def dump(ending, text):
-            (folder / ("module_0003.jit_step.cl_1." + ending)).write_text(text)
+            (folder / ("module_0003.jit_step." + ending)).write_text(text)
         """
 
     def use(program):
@@ -69,9 +87,14 @@ def compiler(monkeypatch):
 
 
 PLACED = f"""
-dump("after_optimizations-buffer-assignment.txt", {ASSIGNMENT!r})
-dump("after_optimizations-memory-usage-report.txt", {USAGE!r})
-dump("after_optimizations_after_buffer_assignment.txt", "HloModule")
+dump("cl_1.after_optimizations-buffer-assignment.txt", {ASSIGNMENT!r})
+dump("cl_1.after_optimizations-memory-usage-report.txt", {USAGE!r})
+dump("cl_1.after_optimizations_after_buffer_assignment.txt", "HloModule")
+"""
+GPU_PLACED = f"""
+dump("sm_9.0a_gpu_after_optimizations-buffer-assignment.txt", {GPU_ASSIGNMENT!r})
+dump("sm_9.0a_gpu_after_optimizations-memory-usage-report.txt", {GPU_USAGE!r})
+dump("0.ir-no-opt.ll", "define void @fusion()")
 """
 
 
@@ -81,6 +104,12 @@ def test_the_compiler_is_stopped_once_its_buffers_are_placed(compiler):
     found = ahead_of_time.compile_step(TrainConfig(), V5E, quiet=True)
     assert found.arguments == 917504 + 196608 and found.total == 198542336 and found.code is None
     assert time.monotonic() - begin < 60
+
+
+def test_so_is_the_one_for_gpus(compiler):
+    compiler(GPU_PLACED + "time.sleep(600)")
+    found = ahead_of_time.compile_step(TrainConfig(), H200, quiet=True)
+    assert (found.arguments, found.total, found.code) == (58982400 + 44236800, 3754681716, None)
 
 
 @pytest.mark.parametrize("text, arguments", [(ASSIGNMENT, 917504 + 196608), (PAGED_ASSIGNMENT, 147456 + 512)])
@@ -105,11 +134,39 @@ def test_libtpu_is_asked_for_the_slices_of_the_plan(monkeypatch, name, slices, o
         return SimpleNamespace(devices=["chip"] * 4 * slices)
 
     monkeypatch.setattr(topologies, "get_topology_desc", describe)
-    monkeypatch.setattr(ahead_of_time.meshes, "train_mesh", lambda config, devices: len(devices))
+    monkeypatch.setattr(compile_targets.meshes, "train_mesh", lambda config, devices: len(devices))
     config = TrainConfig(mesh=MeshConfig(data=slices, fsdp=4, slices=slices))
     topology = parse_topology(name)
-    assert ahead_of_time.tpu_mesh(config, topology) == topology.devices * slices
+    assert compile_targets.mesh(config, topology) == topology.devices * slices
     assert asked == {"platform": "tpu", "topology_name": name} | options
+
+
+@pytest.mark.parametrize(
+    "name, slices, shape, lines",
+    [
+        ("h200x8", 4, "4x1x8", ['"NVIDIA H200"', "major: 9 minor: 0", "device_memory_size: 141000000000 ", "core_count: 132 "]),
+        ("a100-40x2", 1, "1x1x2", ['"NVIDIA A100-SXM4-40GB"', "major: 8 minor: 0", "device_memory_size: 40000000000 ", "core_count: 108 "]),
+        ("l4", 1, "1x1x1", ['"NVIDIA L4"', "major: 8 minor: 9", "core_count: 58 ", "memory_bandwidth: 300000000000 "]),
+    ],
+)
+def test_the_cuda_plugin_is_asked_for_the_gpus_of_the_plan(monkeypatch, name, slices, shape, lines):
+    from jax.experimental import topologies
+
+    asked = {}
+    monkeypatch.setattr(topologies, "get_topology_desc", lambda **given: asked.update(given) or SimpleNamespace(devices=["gpu"]))
+    monkeypatch.setattr(compile_targets.meshes, "train_mesh", lambda config, devices: len(devices))
+    compile_targets.mesh(TrainConfig(mesh=MeshConfig(slices=slices)), parse_topology(name))
+    assert (asked["platform"], asked["topology"]) == ("cuda", shape)
+    assert [line for line in lines if line not in asked["target_config"]] == []
+
+
+def test_the_compiler_touches_no_device(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--given")
+    gpu, tpu = (ahead_of_time._environment(Path("/dump"), topology) for topology in (H200, V5E))
+    assert gpu["JAX_PLATFORMS"] == tpu["JAX_PLATFORMS"] == "cpu"
+    assert gpu["CUDA_VISIBLE_DEVICES"] == "-1" and tpu["TPU_SKIP_MDS_QUERY"] == "1"
+    assert gpu["XLA_FLAGS"].startswith("--given --xla_gpu_autotune_level=0 ") and "gpu" not in tpu["XLA_FLAGS"]
+    assert all("--xla_dump_to=/dump" in each["XLA_FLAGS"] for each in (gpu, tpu))
 
 
 def test_the_whole_program_is_waited_for(compiler):
@@ -121,6 +178,9 @@ def test_the_whole_program_is_waited_for(compiler):
 def test_what_the_compiler_says_is_the_error(compiler):
     compiler('sys.exit("error: the step does not fit v5e:2x2: RESOURCE_EXHAUSTED")')
     with pytest.raises(KeySyncError, match=r"^the step does not fit v5e:2x2"):
+        ahead_of_time.compile_step(TrainConfig(), V5E, quiet=True)
+    compiler("raise TypeError('a plugin of another version')")
+    with pytest.raises(KeySyncError, match="ended with status 1: TypeError: a plugin of another version"):
         ahead_of_time.compile_step(TrainConfig(), V5E, quiet=True)
     compiler("os.abort()")
     with pytest.raises(KeySyncError, match="ended with status -6"):
@@ -140,12 +200,14 @@ def test_one_is_told_what_the_compiler_does(compiler, capsys, monkeypatch):
     assert "s: the compiler optimises the program" in capsys.readouterr().err
 
 
-def test_without_libtpu_or_a_tpu_it_is_one_line(monkeypatch):
+def test_without_the_compiler_or_such_a_device_it_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(KeySyncError, match=r"needs libtpu, which is not installed \(pip install 'jax\[tpu\]'\)"):
         ahead_of_time.compile_step(TrainConfig(), V5E)
-    with pytest.raises(UsageError, match="v5e:4x4"):
-        ahead_of_time.compile_step(TrainConfig(), parse_topology("h200x8"))
+    with pytest.raises(KeySyncError, match=r"h200x2 needs JAX's CUDA plugin, which is not installed \(pip install 'jax\[cuda13\]'\)"):
+        ahead_of_time.compile_step(TrainConfig(), H200)
+    with pytest.raises(UsageError, match=r"such as v5e:4x4 or h200x8, not cpu:8"):
+        ahead_of_time.compile_step(TrainConfig(), parse_topology("cpu:8"))
 
 
 def test_the_compiler_ends_when_its_starter_is_killed(tmp_path):
