@@ -24,6 +24,7 @@ import soundfile
 import soxr
 
 from keysync_jax.errors import KeySyncError
+from keysync_jax.files import temporary_beside
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def save_wav(path: str | os.PathLike, samples: np.ndarray, rate: int, subtype: s
         raise KeySyncError(f"{path}: the samples to write are not all finite")
     if not path.parent.is_dir():
         raise KeySyncError(f"{path}: the folder {path.parent} does not exist; create it first")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # not mkstemp, whose files only their owner may read
+    temporary = temporary_beside(path)  # not mkstemp, whose files only their owner may read
     try:
         with temporary.open("wb") as file:
             soundfile.write(file, samples, rate, format="WAV", subtype=subtype)

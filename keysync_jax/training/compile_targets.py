@@ -72,7 +72,7 @@ def check(topology: Topology) -> None:
 def environment(topology: Topology) -> tuple[dict[str, str], str]:
     """Environment variables, and flags for `XLA_FLAGS`, of a process that compiles for devices that are not here and touches none."""
     if topology.device.platform == "gpu":
-        # There is no GPU to time kernels on, and XLA does not use Triton for matrix products without having timed it.
+        # There is no GPU to time kernels on, and untimed, XLA gives up on some matrix products that it would leave to Triton.
         return {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}, "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     # libtpu looks for the machine that it runs on and for others that use it.
     variables = {
@@ -94,13 +94,14 @@ def mesh(config: TrainConfig, topology: Topology) -> Mesh:
     from jax.experimental import topologies
 
     slices = config.mesh.slices
+    options: dict[str, Any]
     if topology.device.platform == "gpu":
         compiler, platform, name = "JAX's CUDA plugin", "cuda", ""
         # One process for each host.
         options = {"target_config": gpu_target(topology), "topology": f"{slices}x1x{topology.devices}"}
     else:
         compiler, platform, name = "libtpu", "tpu", topology.name
-        options: dict[str, Any] = _CHIP_OPTIONS.get(topology.kind, {}) | ({"num_slices": slices} if slices > 1 else {})
+        options = _CHIP_OPTIONS.get(topology.kind, {}) | ({"num_slices": slices} if slices > 1 else {})
     try:
         found = topologies.get_topology_desc(platform=platform, topology_name=name, **options)
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -112,7 +113,7 @@ def mesh(config: TrainConfig, topology: Topology) -> Mesh:
 def gpu_target(topology: Topology) -> str:
     """A GPU as XLA's `GpuTargetConfig`, a text-format protocol buffer."""
     gpu, device = _GPUS[topology.kind], topology.device
-    major, minor = _PLUGINS[_plugin() or next(iter(_PLUGINS))]
+    major, minor = _PLUGINS[_plugin()]
     return f"""
         gpu_device_info {{
           threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: {gpu.threads}

@@ -353,15 +353,20 @@ def test_sound_and_pictures_are_interleaved(tmp_path):
         assert abs(latest["audio"] - latest["video"]) < 1.5
 
 
+def without(source, target, begin, end):
+    """A copy whose packets between two times, in seconds, are missing."""
+    with av.open(str(source)) as whole, av.open(str(target), "w") as rest:
+        stream = rest.add_stream_from_template(whole.streams.audio[0])
+        for packet in whole.demux(audio=0):
+            if packet.size and not begin < float(packet.pts * packet.time_base) < end:
+                packet.stream = stream
+                rest.mux(packet)
+
+
 def test_a_hole_in_the_sound_stays_where_it_is(clip, tmp_path):
     """Timestamps of the source are followed, so what comes after missing packets is not early."""
     encode_sound(tmp_path / "a.mka", clips.click_track(48000, 1, 0.95), 48000, "libopus")
-    with av.open(str(tmp_path / "a.mka")) as source, av.open(str(tmp_path / "hole.mka"), "w") as target:
-        stream = target.add_stream_from_template(source.streams.audio[0])
-        for packet in source.demux(audio=0):
-            if packet.size and not 0.45 < float(packet.pts * packet.time_base) < 0.6:
-                packet.stream = stream
-                target.mux(packet)
+    without(tmp_path / "a.mka", tmp_path / "hole.mka", 0.45, 0.6)
     out, _ = rewrite(clip, tmp_path / "b.mov", audio=tmp_path / "hole.mka")
     assert "from opus" in out.audio_note
     sound, rate = assert_clicks(tmp_path / "b.mov")
@@ -406,12 +411,7 @@ def test_joined_files_are_heard_as_the_model_hears_them(clip, tmp_path, extensio
 
 def test_a_hole_in_pcm_is_kept_in_quicktime_too(clip, tmp_path):
     write_wav(tmp_path / "a.wav", clips.click_track(16000, 1, 0.95), 16000)
-    with av.open(str(tmp_path / "a.wav")) as source, av.open(str(tmp_path / "hole.mkv"), "w") as target:
-        stream = target.add_stream_from_template(source.streams.audio[0])
-        for packet in source.demux(audio=0):
-            if packet.size and not 0.4 < float(packet.pts * packet.time_base) < 0.6:
-                packet.stream = stream
-                target.mux(packet)
+    without(tmp_path / "a.wav", tmp_path / "hole.mkv", 0.4, 0.6)
     for extension in (".mov", ".mkv"):
         out, _ = rewrite(clip, tmp_path / f"b{extension}", audio=tmp_path / "hole.mkv")
         assert ("whose timestamps jump" in out.audio_note) == (extension == ".mov")

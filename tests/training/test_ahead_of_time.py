@@ -153,10 +153,11 @@ def test_the_cuda_plugin_is_asked_for_the_gpus_of_the_plan(monkeypatch, name, sl
     from jax.experimental import topologies
 
     asked = {}
+    monkeypatch.setattr(compile_targets, "_plugin", lambda: "jax_cuda13_plugin")
     monkeypatch.setattr(topologies, "get_topology_desc", lambda **given: asked.update(given) or SimpleNamespace(devices=["gpu"]))
     monkeypatch.setattr(compile_targets.meshes, "train_mesh", lambda config, devices: len(devices))
     compile_targets.mesh(TrainConfig(mesh=MeshConfig(slices=slices)), parse_topology(name))
-    assert (asked["platform"], asked["topology"]) == ("cuda", shape)
+    assert (asked["platform"], asked["topology"]) == ("cuda", shape) and "runtime_version { major: 13 minor: 0 }" in asked["target_config"]
     assert [line for line in lines if line not in asked["target_config"]] == []
 
 
