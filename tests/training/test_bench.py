@@ -191,11 +191,11 @@ def _raise(error):
 
 
 def test_the_module_prints_one_line_as_the_command_does(tmp_path):
-    """A folder of which the system says that it cannot be written; no output of a crash, and the same status."""
+    """A file of which the system says that it cannot be written; no output of a crash, and the same status."""
     module = [sys.executable, "-m", "keysync_jax.bench"]
     found = subprocess.run([*module, "unet", "--remat", "full"], capture_output=True, text=True)
     assert (found.returncode, found.stderr) == (2, "keysync: error: bench unet takes no --remat, which is for train\n")
-    name = tmp_path / ("n" * 250)  # its partial file has too long a name
+    name = tmp_path / ("n" * 300)  # longer than a file's name can be
     found = subprocess.run([*module, "attention", "--repeats", "1", "--warmup", "0", "-o", str(name)], capture_output=True, text=True)
     assert found.returncode == 1 and found.stderr.splitlines()[-1].startswith("keysync: error: [Errno"), found.stderr
     assert "Traceback" not in found.stderr

@@ -186,9 +186,9 @@ def test_command_json(capsys):
     assert found["memory"]["state"] == sum(row["bytes_per_device"] for row in found["rows"])
 
 
-def test_compile_needs_a_tpu_topology():
-    with pytest.raises(UsageError, match="v5e:4x4"):
-        command(*SMALL, "--topology", "h200x8", "--compile")
+def test_compile_needs_a_topology_of_tpus_or_gpus():
+    with pytest.raises(UsageError, match="v5e:4x4 or h200x8, not cpu:8"):
+        command(*SMALL, "--topology", "cpu:8", "--compile")
 
 
 @pytest.mark.slow
