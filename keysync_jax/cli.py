@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from keysync_jax import __version__, assets, bench_cli, data_cli, evaluate_cli, plan_cli, train_cli
+from keysync_jax import __version__, assets, bench_cli, cpu, data_cli, evaluate_cli, plan_cli, train_cli
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.verbs import add_verb, stop_on_sigterm
 
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = overrides
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)]
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    cpu.prepare()
     try:
         return args.run(args) or 0
     except UsageError as error:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+from keysync_jax import cpu
 from keysync_jax.errors import in_one_line
 
 
@@ -72,6 +73,7 @@ def run_apart(function: Callable[..., Iterator[Any]], *args: Any, deadline: floa
 
 def _answer(writer: Connection, function: Callable[..., Iterator[Any]], args: tuple) -> None:
     """The other process: sends what the function yields, then None, or the reason why there is no more."""
+    cpu.prepare()
     end_with_parent()
     try:
         for found in function(*args):

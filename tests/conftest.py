@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from keysync_jax import cpu
+
 # Programs compiled by one test, or by a subprocess of one, are not compiled again by the next.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="keysync_xla_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# As every command does: processes started by a test compute what the test computes, and both are faster.
+cpu.prepare()
 # Tests never reach for the network, whatever the machine has.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

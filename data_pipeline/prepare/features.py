@@ -77,10 +77,12 @@ class Encoders:
         return self._made[name]
 
     def _vae(self):
+        from keysync_jax import cpu
         from keysync_jax.inference.generate import LatentCoder
         from keysync_jax.inference.runtime import use_compile_cache
         from keysync_jax.parallel.mesh import data_mesh
 
+        cpu.prepare()  # a Beam worker has run no command that did
         use_compile_cache()
         return LatentCoder(self._plan.vae, self._directory().params("vae"), data_mesh(), microbatch=MICROBATCH)
 

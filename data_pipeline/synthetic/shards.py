@@ -27,7 +27,7 @@ from data_pipeline.shard_plan import Piece
 from data_pipeline.shards import prepare_group, write_group
 from data_pipeline.synthetic.dataset import MANIFEST_FIELDS, SPLITS
 from data_pipeline.synthetic.write import ARRAYS, LANDMARK_FILE, VOICE_FILE, check_clip, sidecar
-from keysync_jax import assets
+from keysync_jax import assets, cpu
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.progress import Bars
 
@@ -172,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.microbatch < 1 or args.seed < 0:
         parser.error(f"--microbatch {args.microbatch} --seed {args.seed}: at least one frame, and no negative seed")
+    cpu.prepare()
     try:
         count = write_shards(args.manifest, args.output, assets.resolve(args.model), microbatch=args.microbatch, seed=args.seed)
     except (KeySyncError, OSError) as error:  # the latter: a full disk

@@ -29,7 +29,7 @@ from converters import model_directory
 from converters.model_directory import ModelDirectory
 from converters.parts import STAGES, Part
 from data_pipeline.layout import GROUP_FILE
-from keysync_jax import assets, recipes
+from keysync_jax import assets, cpu, recipes
 from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.evaluation import talkers, talkers_clips, talkers_report
 from keysync_jax.evaluation.lip_metrics import mean_and_error
@@ -476,6 +476,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress")
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
+    cpu.prepare()
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         if args.jobs < 1:
