@@ -42,3 +42,17 @@ def talker(tmp_path_factory) -> Path:
     write_clip(make_clip(3, frames=30, size=512), folder / "clip.mp4")
     save_wav(folder / "voice.wav", make_clip(4, frames=50, size=128).samples, 16000)
     return folder
+
+
+# Files that take the better part of a minute or more, longest first (`pytest --durations=150`).
+_LONG = (
+    "test_dub", "test_prepare_run", "test_loop_accidents", "test_step", "test_configs", "test_train_export", "test_golden", "test_talkers",
+    "test_resume", "test_mesh_step", "test_ablations", "test_objective", "test_training_plan", "test_lpips", "test_bench", "test_train_cli",
+    "test_optimizer_trajectory", "test_samples", "test_validation", "test_video_unet", "test_demo",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Long files come first, so that at the end no process has one before it while the others have none."""
+    order = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

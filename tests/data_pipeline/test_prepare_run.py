@@ -67,6 +67,7 @@ def test_broken_inputs_are_in_the_dead_letter_and_good_ones_are_used(place):
         assert letter["path"] and letter["stage"] and letter["reason"] != "internal_error" and letter["detail"]
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_gives_the_same_bytes(place):
     killed = place / "killed"
     process = prepare_kill.start(place, killed, shard_mb=SHARD_MB)

@@ -291,6 +291,7 @@ def test_keyframes_made_one_by_one_are_judged(image_model, small):
         TalkerModel(directory, "one stage")
 
 
+@pytest.mark.slow
 def test_keyframes_made_one_by_one_dub_a_file(image_model, talker, tmp_path):
     result = KeySyncPipeline.from_pretrained(image_model)(talker / "clip.mp4", talker / "voice.wav", tmp_path / "out.mp4")
     assert result.report["frames_dubbed"] == 30 == len(list(video.read(tmp_path / "out.mp4")))
