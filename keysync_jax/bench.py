@@ -336,6 +336,7 @@ def environment() -> dict[str, Any]:
         "host": platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
         "load": list(os.getloadavg()),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {
             "keysync_jax": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": flax.__version__,

@@ -82,6 +82,7 @@ def test_killed_and_restarted_gives_the_same_bytes(place):
     assert not list(killed.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_two_workers_on_one_core_give_the_same_bytes(place):
     process = prepare_kill.start(place, place / "two", workers=2, shard_mb=SHARD_MB)
     if hasattr(os, "sched_setaffinity"):  # XLA would split sums by the number of cores

@@ -49,6 +49,7 @@ def said(lines, words):
     return [line for line in lines if words in line]
 
 
+@pytest.mark.slow
 def test_stopped_in_every_way_a_run_goes_on(tmp_path, dataset, keysync, monkeypatch):
     workdir = tmp_path / "run"
 

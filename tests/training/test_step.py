@@ -200,6 +200,7 @@ def gradient_of_blocks(remat: str):
     return run(params)
 
 
+@pytest.mark.slow
 def test_policies_give_the_same_gradients():
     value, gradients = gradient_of_blocks("none")
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
