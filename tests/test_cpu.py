@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from keysync_jax import cpu
+from data_pipeline.prepare import features
+from keysync_jax import cli, cpu
 
 FLAG = "xla_cpu_experimental_ynn_fusion_type"
 
@@ -43,6 +44,16 @@ def test_nothing_is_done_where_an_accelerator_computes(monkeypatch):
 
 def test_an_accelerator_that_is_not_asked_for_does_not_count(monkeypatch):
     assert prepared(monkeypatch, platforms="cpu", found=("libtpu",))[0]
+
+
+def test_commands_and_beam_workers_make_them(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(cpu, "prepare", lambda: made.append(True))
+    assert cli.main(["inspect", str(tmp_path / "nothing")]) == 1 and len(made) == 1
+    monkeypatch.setenv("NPROC", "1")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    features.settle_jax()
+    assert len(made) == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")

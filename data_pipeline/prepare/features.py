@@ -17,6 +17,7 @@ from data_pipeline.prepare.groups import FeaturePlan, checked_float16
 from data_pipeline.prepare.item import Candidate, Item, derived_seed
 from data_pipeline.prepare.sound import load_sound
 from data_pipeline.records import AUDIO_PREFIX, LANDMARKS, LATENT, SOUND
+from keysync_jax import cpu
 from keysync_jax.errors import KeySyncError
 from keysync_jax.inference.audio_features import SAMPLES_PER_FRAME
 from keysync_jax.media import video
@@ -77,12 +78,10 @@ class Encoders:
         return self._made[name]
 
     def _vae(self):
-        from keysync_jax import cpu
         from keysync_jax.inference.generate import LatentCoder
         from keysync_jax.inference.runtime import use_compile_cache
         from keysync_jax.parallel.mesh import data_mesh
 
-        cpu.prepare()  # a Beam worker has run no command that did
         use_compile_cache()
         return LatentCoder(self._plan.vae, self._directory().params("vae"), data_mesh(), microbatch=MICROBATCH)
 
@@ -270,3 +269,4 @@ def settle_jax() -> None:
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["NPROC"] = _CPU_THREADS
+    cpu.prepare()
