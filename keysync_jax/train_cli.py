@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 
+from keysync_jax import assets
 from keysync_jax.errors import UsageError
 from keysync_jax.verbs import add_verb
 
@@ -67,7 +68,7 @@ def _train(args) -> int:
 def add_export(verbs) -> None:
     """Add `keysync export`."""
     p = add_verb(verbs, "export", _export, "write training runs or a model directory, ours or for PyTorch", _EXPORT_EXAMPLES)
-    p.add_argument("sources", nargs="+", metavar="SRC", help="workdir of a run, or model directory (local, gs:// or hub:owner/name)")
+    p.add_argument("sources", nargs="+", metavar="SRC", help="workdir of a run, or model directory (local, gs://, hub:owner/name or demo)")
     p.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
     p.add_argument("--format", choices=["model", "keysync", "diffusers"], help="default: model directory for runs")
     p.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="type to store (default: as it is)")
@@ -92,8 +93,9 @@ def _export(args: argparse.Namespace) -> int:
     from keysync_jax.training import model_card
     from keysync_jax.training.export import ExportOptions, export, parse_steps
 
-    source = args.sources[0]
-    if args.format is None and not args.push and len(args.sources) == 1 and (source.startswith("hub:") or is_model_directory(source)):
+    sources = [assets.resolve(each) for each in args.sources]
+    source = sources[0]
+    if args.format is None and not args.push and len(sources) == 1 and (source.startswith("hub:") or is_model_directory(source)):
         raise UsageError("--format is needed to export a model directory: keysync or diffusers")
     if args.push:
         model_card.check_target(args.push)
@@ -102,7 +104,7 @@ def _export(args: argparse.Namespace) -> int:
         latent_scale=args.latent_scale, container=args.container, vae_copies=args.vae_copies, stages=args.stage, force=args.force,
         card=model_card.CardOptions(args.licence),
     )  # fmt: skip
-    written = export(args.sources, args.output, options)
+    written = export(sources, args.output, options)
     if args.push:
         print(model_card.push(written, args.push, private=args.private))
     return 0

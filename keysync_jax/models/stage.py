@@ -6,6 +6,7 @@ The parameter tree mirrors the reference's checkpoint: `model/diffusion_model/..
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -127,6 +128,12 @@ class StageModel(nn.Module):
 
 def abstract_params(config: StageConfig, latent_shape: tuple[int, int] | None = None) -> dict[str, Any]:
     """Shapes of a stage's parameters (`jax.ShapeDtypeStruct` leaves), without computing anything; about a second at full size."""
+    return _copy(_traced_params(config, latent_shape))
+
+
+# A start asks several times, and tracing takes seconds on a busy core.
+@functools.lru_cache(maxsize=8)
+def _traced_params(config: StageConfig, latent_shape: tuple[int, int] | None) -> dict[str, Any]:
     model = StageModel(config, latent_shape=latent_shape)
     h, w = latent_shape or (config.latent_size,) * 2
     channels, frames = config.unet.out_channels, min(2, config.num_frames)  # an image network embeds one frame's audio
@@ -168,10 +175,20 @@ def cast_matrices(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
 
 def abstract_vae_params(config: VAEConfig) -> dict[str, Any]:
     """Shapes of the autoencoder's parameters, under `first_stage_model`."""
+    return _copy(_traced_vae_params(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _traced_vae_params(config: VAEConfig) -> dict[str, Any]:
     model = VAE(config)
     side = 2 * config.downsample_factor
     images = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)["params"]
+
+
+def _copy(tree: dict[str, Any]) -> dict[str, Any]:
+    """Dictionaries of its own for every caller."""
+    return jax.tree.map(lambda leaf: leaf, tree)
 
 
 def init_vae_params(config: VAEConfig, seed: int, *, gain: float = 1.0) -> dict[str, Any]:

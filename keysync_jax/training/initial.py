@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import re
 from collections.abc import Sequence
@@ -53,12 +52,10 @@ def abstract_weights(config: TrainConfig) -> Weights:
 
 def abstract_weights_of(config: TrainConfig) -> Tree:
     """Shapes of the whole model, trained and frozen leaves together."""
-    return jax.tree.map(lambda leaf: leaf, _abstract(config.vae if config.model == "vae" else config.stage))
+    return _abstract(config.vae if config.model == "vae" else config.stage)
 
 
-@functools.lru_cache(maxsize=8)
 def _abstract(part: StageConfig | VAEConfig) -> Tree:
-    # Tracing a full-size network takes a second, and a start asks several times.
     return abstract_params(part) if isinstance(part, StageConfig) else abstract_vae_params(part)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from keysync_jax.errors import UsageError
+from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.training import jsonl
 from keysync_jax.training.profiling import Speed, memory
 from keysync_jax.training.workdir import absolute, beside_training
@@ -42,6 +42,7 @@ class MetricLog:
 
     Raises:
       UsageError: wandb is asked for and not installed.
+      KeySyncError: wandb does not begin a run, for want of a key for example.
       OSError: metrics.jsonl is there and cannot be read.
     """
 
@@ -72,8 +73,7 @@ class MetricLog:
         with beside_training(self._path, self._say_once):
             self._lines.add({"step": step, "time": round(time.time(), 3)} | stored)
         self._to_events(lambda events: events.scalars(step, values))
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+        self._to_wandb(lambda run: run.log(values, step=step))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture `[H, W, 3]` uint8 for TensorBoard."""
@@ -86,6 +86,15 @@ class MetricLog:
         with beside_training(self._folder, self.say):
             add(events)
             self._events = events
+
+    def _to_wandb(self, send: Callable[[Any], None]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            send(self._wandb)
+        except (require_wandb().Error, OSError) as error:
+            self._wandb = None
+            self.say(f"[red]wandb: {_one_line(error)}; the run goes on without it[/red]")
 
     def _say_once(self, text: str) -> None:
         if not self._failed:
@@ -105,8 +114,7 @@ class MetricLog:
         if self._events is not None:
             with beside_training(self._folder, self.say):
                 self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._to_wandb(lambda run: run.finish())
 
     def __enter__(self) -> MetricLog:
         return self
@@ -184,7 +192,15 @@ def _wandb(workdir: epath.PathLike, run: Mapping[str, Any] | None) -> Any:
     path = str(absolute(workdir))
     # The same workdir is the same run: a resumed run continues its curves.
     name = hashlib.sha256(path.encode()).hexdigest()[:16]
-    return wandb.init(project="keysync-jax", id=name, name=epath.Path(path).name, resume="allow", config=dict(run or {}))
+    try:
+        return wandb.init(project="keysync-jax", id=name, name=epath.Path(path).name, resume="allow", config=dict(run or {}))
+    except (wandb.Error, OSError) as error:
+        advice = "log in with `wandb login`, or set WANDB_MODE=offline or --config.log.wandb=False"
+        raise KeySyncError(f"wandb does not begin a run: {_one_line(error)}; {advice}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 class Meter:

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import json
 import resource
 import sys
@@ -11,7 +12,7 @@ import object_store
 import pytest
 from etils import epath
 
-from keysync_jax.errors import UsageError
+from keysync_jax.errors import KeySyncError, UsageError
 from keysync_jax.training import jsonl, metrics, model_card, profiling
 from keysync_jax.training.config import DataConfig, TrainConfig
 from keysync_jax.training.metrics import LINE_WIDTH, Meter, MetricLog, due, duration, line, read_metrics
@@ -319,7 +320,7 @@ def test_wandb_continues_the_run_of_a_workdir(tmp_path, monkeypatch):
         def finish(self):
             self.logged.append("finished")
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run, Error=RuntimeError))
     for _ in range(2):
         log = MetricLog(tmp_path, tensorboard=False, wandb=True, run={"seed": 1})
         log.write(7, {"loss": 1.0})
@@ -327,6 +328,35 @@ def test_wandb_continues_the_run_of_a_workdir(tmp_path, monkeypatch):
     assert runs[0].options["id"] == runs[1].options["id"] and runs[0].options["resume"] == "allow"
     assert runs[0].options["config"] == {"seed": 1}
     assert runs[0].logged == [(7, {"loss": 1.0}), "finished"]
+
+
+@pytest.mark.parametrize("call", ["init", "log", "finish"])
+def test_an_error_of_wandb_is_one_line_and_ends_no_run(tmp_path, monkeypatch, capsys, call):
+    class WandbError(Exception):
+        pass
+
+    class Run:
+        def __init__(self, **options):
+            self.do("init")
+
+        def do(self, name, *_, **__):
+            if name == call:
+                raise WandbError("api_key not configured\n  (no-tty)")
+
+        log = functools.partialmethod(do, "log")
+        finish = functools.partialmethod(do, "finish")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run, Error=WandbError))
+    if call == "init":
+        with pytest.raises(KeySyncError, match=r"wandb does not begin a run: api_key not configured \(no-tty\); log in with"):
+            MetricLog(tmp_path, tensorboard=False, wandb=True)
+        return
+    log = MetricLog(tmp_path, tensorboard=False, wandb=True)
+    for step in (1, 2):
+        log.write(step, {"loss": 1.0})
+    log.close()
+    assert capsys.readouterr().err.count("wandb: api_key not configured (no-tty); the run goes on without it") == 1
+    assert list(read_metrics(tmp_path)) == [1, 2]
 
 
 def test_memory_is_of_the_device_where_it_counts_and_of_the_process_elsewhere(monkeypatch):

@@ -222,6 +222,7 @@ def test_the_command_tells_apart_what_can_be_no_source(model, tmp_path, capsys):
     for source, status, words in (
         (model, 2, "--format is needed to export a model directory"),
         ("hub:owner/name", 2, "--format is needed to export a model directory"),
+        ("demo", 2, "--format is needed to export a model directory"),  # the bundled one
         (tmp_path, 1, "is neither a training run nor a model directory"),
         (tmp_path / "none", 1, "none does not exist; name the workdir of a run or a model directory"),
     ):
