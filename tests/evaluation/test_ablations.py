@@ -216,7 +216,7 @@ def test_tables_set_mouth_against_box_and_one_stage_against_two():
         return {"guidance": guidance, "test": {"clips": len(values)}, "columns": {"output": output}, "per_clip": rows, "silence": silence}
 
     found = {
-        "box": [judged("box", g, (0.1, 0.2)) for g in ("5/2", "2.5/1.5", "1/1")],
+        "box": [judged("box", "5/2", (0.3, 0.2)), *(judged("box", g, (0.1, 0.2)) for g in ("2.5/1.5", "1/1"))],
         "mouth": [judged("mouth", "1/1", (0.3, 0.3)), judged("mouth", "2.5/1.5", (0.1, 0.1))],
         "one_stage": [judged("one_stage", "2.5/1.5", (0.5, 0.4))],
         "two_stages": [judged("two_stages", "2.5/1.5", (0.2, 0.2))],
@@ -226,8 +226,10 @@ def test_tables_set_mouth_against_box_and_one_stage_against_two():
     assert "| mouth alone minus box, clip by clip | 1/1 | +0.150 ± 0.050 (2 higher, 0 lower) |" in text
     assert "| mouth alone minus box, clip by clip | 2.5/1.5 | -0.050 ± 0.050 (0 higher, 1 lower) |" in text
     assert "| one stage minus two, clip by clip | 2.5/1.5 | +0.250 ± 0.050 (2 higher, 0 lower) |" in text
+    assert "| clip by clip | 5/2 minus 1/1 | +0.100 ± 0.100 (1 higher, 0 lower) |" in text.split("keyframes, box")[1]
+    assert "minus 2/2" not in text  # not judged
     del found["mouth"], found["one_stage"]
-    assert "minus" not in ablations.tables(found)
+    assert "alone" not in ablations.tables(found) and "stage" not in ablations.tables(found)
 
 
 def _begin(folder, overrides):
