@@ -86,7 +86,7 @@ JUDGED: dict[str, Judged] = {
     "two_stages": Judged("two stages", ("box", "interpolation"), "dub", ("2.5/1.5",)),
 }
 _MASK_FIGURES = ("silence_open", "silence_leak", "input_leak", "opening_r", "width_r")
-_STAGE_FIGURES = ("flicker", "roughness", "opening_r", "width_r")
+_STAGE_FIGURES = ("flicker", "seam_flicker", "roughness", "opening_r", "width_r")
 _GUIDANCE_FIGURES = ("opening_r", "width_r", "closed", "partial_r", "silence_open")
 # What the paper chose and what was chosen for the bundled model against plain guidance and against none.
 _GUIDANCE_PAIRS = (("5/2", "2/2"), ("2.5/1.5", "2/2"), ("5/2", "1/1"), ("2.5/1.5", "1/1"))
@@ -95,7 +95,7 @@ _NAMES = {
     "silence_open": "open under silence", "silence_leak": "weight of the input's mouth: under silence",
     "input_leak": "… under another voice",
     "opening_r": "opening", "width_r": "width", "closed": "closed at m, b, p", "partial_r": "opening given loudness",
-    "flicker": "flicker of the pixels", "roughness": "roughness of the opening",
+    "flicker": "flicker of the pixels", "seam_flicker": "… where windows meet", "roughness": "roughness of the opening",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ vary is 0, not an error: a mouth that never moves follows nothing. A figure of t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -127,16 +128,22 @@ def closed_share(opening: np.ndarray, found: np.ndarray, closed: np.ndarray, max
     return float((found & ~is_open(opening, maximum))[closed].mean())
 
 
-def second_difference(series: np.ndarray) -> float:
-    """Mean squared second difference over time of `[T, ...]`; 0 for fewer than three frames. A steady motion has none."""
-    if len(series) < 3:
-        return 0.0
-    return float(np.square(np.diff(np.asarray(series, np.float64), n=2, axis=0)).mean())
+def second_difference(series: np.ndarray, at: Sequence[int] | None = None) -> float:
+    """Mean squared second difference over time of `[T, ...]`; 0 where there is none. A steady motion has none.
+
+    Args:
+      series: `[T, ...]`.
+      at: only those with these frames (1 to T - 2) in the middle; None is all.
+    """
+    bends = np.diff(np.asarray(series, np.float64), n=2, axis=0)
+    if at is not None:
+        bends = bends[np.asarray(at, int) - 1]
+    return float(np.square(bends).mean()) if len(bends) else 0.0
 
 
-def roughness(generated: np.ndarray, true: np.ndarray) -> float:
+def roughness(generated: np.ndarray, true: np.ndarray, at: Sequence[int] | None = None) -> float:
     """Mean squared second difference of the generated series relative to the true one: 1 moves as smoothly as the truth."""
-    return second_difference(generated) / max(second_difference(true), 1e-12)
+    return second_difference(generated, at) / max(second_difference(true, at), 1e-12)
 
 
 def input_leak(generated: np.ndarray, true: np.ndarray, source: np.ndarray) -> float:

@@ -116,7 +116,7 @@ def evaluate(
         for run, scale in zip(runs, scales, strict=True):
             latents = model.generate(prepared, [c.target.samples for c in clips], scale, test.seed, tick)
             for clip, own, table, frames in zip(clips, prepared, latents, model.compose(prepared, latents), strict=True):
-                run.add_output(clip, truths[clip.number], frames, sorted(table), model.outside(own))
+                run.add_output(clip, truths[clip.number], frames, sorted(table), model.outside(own), model.seams(test.frames))
             quiet = prepared[: len(silences)]
             latents = model.generate(quiet, [target.samples for _, target in silences], scale, test.seed, tick)
             for (clip, target), table, frames in zip(silences, latents, model.compose(quiet, latents), strict=True):
@@ -245,12 +245,16 @@ class _Run:
         self.output, self.copy, self.truth, self.meter = _Column(), _Column(), _Column(), _Column()
         self.silence: list[dict[str, Any]] = []
 
-    def add_output(self, clip: HeldOut, truth: MouthTruth, frames: np.ndarray, at: list[int], outside: np.ndarray) -> None:
+    def add_output(
+        self, clip: HeldOut, truth: MouthTruth, frames: np.ndarray, at: list[int], outside: np.ndarray, seams: Sequence[int]
+    ) -> None:
         whole = len(at) == clip.num_frames
         changed = np.abs(frames.astype(np.int16) - clip.source.frames[at]).max(axis=-1)
         more = {"outside_change": float((changed * outside[at]).max())}
         if whole:
             more["flicker"] = _flicker(frames, clip.target.frames, outside)
+            if seams:
+                more["seam_flicker"] = _flicker(frames, clip.target.frames, outside, seams)
         self.output.add(clip.number, measure_mouth(frames, clip.target.landmarks[at]), _take(truth, at), more, lag=whole)
 
     def add_silence(self, clip: HeldOut, target: TalkerClip, truth: MouthTruth, frames: np.ndarray, at: list[int]) -> None:
@@ -331,11 +335,11 @@ def _take(truth: MouthTruth, at: list[int]) -> MouthTruth:
     return truth._replace(**{name: getattr(truth, name)[at] for name in ("opening", "width", "closed", "loudness", "source")})
 
 
-def _flicker(frames: np.ndarray, target: np.ndarray, outside: np.ndarray) -> float:
-    """Mean squared second difference of the pixels in the box around all masks, relative to the target's."""
+def _flicker(frames: np.ndarray, target: np.ndarray, outside: np.ndarray, at: Sequence[int] | None = None) -> float:
+    """Mean squared second difference of the pixels in the box around all masks, relative to the target's; `at` these frames or all."""
     rows, columns = (np.flatnonzero((~outside).any(axis=axes)) for axes in ((0, 2), (0, 1)))
     box = (slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
-    return lip_metrics.roughness(frames[box], target[box])
+    return lip_metrics.roughness(frames[box], target[box], at)
 
 
 def _resolution(directory: ModelDirectory, test: TalkerTest) -> int:

@@ -123,6 +123,17 @@ class TalkerModel:
         plan = self._plan(frames)
         return len(plan.keyframe_windows) + (len(plan.segments) if self.mode == "dub" else 0)
 
+    def seams(self, frames: int) -> tuple[int, ...]:
+        """The frames that, with the one before and the one after, come from two windows: where windows meet. None of keyframes alone."""
+        if self.mode == "keyframes":
+            return ()
+        if self.mode == "one stage":  # windows that share no frame: the last of one and the first of the next
+            starts = range(self.keyframe.num_frames - 1, frames, self.keyframe.num_frames - 1)
+            found = {frame for start in starts for frame in (start - 1, start)}
+        else:  # segments that share a keyframe
+            found = {segment.frames[0] for segment in self._plan(frames).segments}
+        return tuple(sorted(frame for frame in found if 0 < frame < frames - 1))
+
     def prepare(self, clips: Sequence[tuple[int, TalkerClip]], seed: int) -> list[Prepared]:
         """Crops, masks and latents of source clips, as the dub makes them but with the exact landmarks."""
         stage = self.keyframe

@@ -17,6 +17,7 @@ _EXTRA = (
     ("lag_missing", "clips in which no lag can be measured"),
     ("roughness", "roughness of the opening (truth 1)"),
     ("flicker", "flicker of the mask's pixels (truth 1)"),
+    ("seam_flicker", "the same where windows meet (truth 1)"),
     ("input_leak", "weight of the input's opening (copy 1)"),
     ("silence_leak", "the same under silence (copy 1)"),
     ("found", "frames in which a mouth is seen"),

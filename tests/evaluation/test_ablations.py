@@ -208,7 +208,7 @@ def test_differences_are_taken_clip_by_clip():
 
 def test_tables_set_mouth_against_box_and_one_stage_against_two():
     def judged(name, guidance, values):
-        keys = {"opening_r", "width_r", "closed", "partial_r", "input_leak", "flicker", "roughness"}
+        keys = {"opening_r", "width_r", "closed", "partial_r", "input_leak", "flicker", "seam_flicker", "roughness"}
         rows = [{"clip": c, **dict.fromkeys(keys, v)} for c, v in enumerate(values)]
         silence = {"per_clip": [{"clip": c, "open": v, "leak": v} for c, v in enumerate(values)]}
         output = {key: float(np.mean(values)) for key in (*keys, "silence_open", "silence_leak")}

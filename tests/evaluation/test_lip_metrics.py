@@ -142,6 +142,13 @@ def test_roughness_is_relative_to_the_truth():
     assert lip_metrics.second_difference(np.array([0.0, 0, 1, 0, 0])) == pytest.approx((1 + 4 + 1) / 3)
 
 
+def test_roughness_of_some_frames_counts_what_happens_around_them():
+    step = np.where(np.arange(10) < 5, 0.0, 1.0)  # a jump from frame 4 to frame 5
+    assert lip_metrics.second_difference(step, [4, 5]) == 1 and lip_metrics.second_difference(step, [2, 7]) == 0
+    assert lip_metrics.second_difference(step, [4, 7]) == 0.5 and lip_metrics.second_difference(step, []) == 0
+    assert lip_metrics.roughness(2 * step, step, [4]) == pytest.approx(4)
+
+
 def test_mean_leaves_out_clips_without_a_figure():
     mean, error = lip_metrics.mean_and_error([0.5, math.nan, 0.7])
     assert mean == pytest.approx(0.6) and error == pytest.approx(0.1)

@@ -53,6 +53,9 @@ class Impostor:
             held = talkers_clips.held_out(self._test.split, self._test.seed, clip.number, self._test.frames, self._test.size)
             yield self._answer(held, voice, self._test)
 
+    def seams(self, frames):
+        return range(13, frames - 1, 13)
+
     def outside(self, clip):
         mask = np.ones(clip.frames.shape[:3], bool)
         mask[:, 60:, 20:108] = False
@@ -104,6 +107,7 @@ def test_the_true_target_passes_every_mark(truth):
     assert all(row["passed"] for row in truth["marks"]) and len(truth["marks"]) == len(marks.TALKERS)
     output = truth["columns"]["output"]
     assert output["opening_r"] > 0.99 and output["silence_open"] <= 0.01 and output["closed"] == 1 and output["flicker"] == 1
+    assert output["seam_flicker"] == 1
     assert abs(output["input_leak"]) < 0.02 and abs(output["silence_leak"]) < 0.02
     baseline = truth["columns"]["truth"]
     assert {key: output[key] for key in baseline if key in output} == {key: baseline[key] for key in baseline if key in output}
@@ -297,11 +301,22 @@ def test_keyframes_made_one_by_one_dub_a_file(image_model, talker, tmp_path):
     assert result.report["frames_dubbed"] == 30 == len(list(video.read(tmp_path / "out.mp4")))
 
 
+def test_seams_are_where_two_windows_meet(tiny, dubbing):
+    assert dubbing[0].seams(20) == (3, 6, 9, 12, 15, 18)  # segments of 4 share their keyframes; nothing follows the last frame
+    directory = model_directory.load(tiny)
+    assert TalkerModel(directory, "keyframes", microbatch=2).seams(20) == ()
+    alone = TalkerModel(directory, "one stage", microbatch=2)
+    owner = [i for i, w in enumerate(one_stage_windows(20, alone.keyframe.num_frames)) for _ in w.kept]
+    assert len(set(owner)) > 2 and len(owner) == 20
+    assert alone.seams(20) == tuple(frame for frame in range(1, 19) if owner[frame - 1] != owner[frame + 1])
+
+
 def test_a_real_model_runs_through(dubbing, small):
     model, ticks, (first, other, again) = dubbing
     assert len(ticks) == talkers.total_windows(small, model, 3) == 3 * 3 * 10  # 3 keyframe windows and 7 segments per dub
     assert first["columns"]["output"]["outside_change"] == 0
     assert first["columns"]["output"]["flicker"] > 1.5  # a random model's mouth is noise
+    assert first["columns"]["output"]["seam_flicker"] > 1.5
     assert first["guidance"] == "1.5/1" and other["guidance"] == "4/1:1.5/1"
     assert first["per_clip"] == again["per_clip"] and first["per_clip"] != other["per_clip"]
     assert [row["clip"] for row in first["per_clip"]] == [0, 1] and len(first["silence"]["per_clip"]) == 1
