@@ -135,10 +135,11 @@ def second_difference(series: np.ndarray, at: Sequence[int] | None = None) -> fl
       series: `[T, ...]`.
       at: only those with these frames (1 to T - 2) in the middle; None is all.
     """
-    bends = np.diff(np.asarray(series, np.float64), n=2, axis=0)
+    series = np.asarray(series)
     if at is not None:
-        bends = bends[np.asarray(at, int) - 1]
-    return float(np.square(bends).mean()) if len(bends) else 0.0
+        series = series[np.asarray(at, int) + np.array([[-1], [0], [1]])]  # [3, K, ...]
+    bends = np.diff(series.astype(np.float64), n=2, axis=0)
+    return float(np.square(bends).mean()) if bends.size else 0.0
 
 
 def roughness(generated: np.ndarray, true: np.ndarray, at: Sequence[int] | None = None) -> float:

@@ -128,7 +128,7 @@ class TalkerModel:
         if self.mode == "keyframes":
             return ()
         if self.mode == "one stage":  # windows that share no frame: the last of one and the first of the next
-            starts = range(self.keyframe.num_frames - 1, frames, self.keyframe.num_frames - 1)
+            starts = [window.frames[1] for window in one_stage_windows(frames, self.keyframe.num_frames)[1:]]
             found = {frame for start in starts for frame in (start - 1, start)}
         else:  # segments that share a keyframe
             found = {segment.frames[0] for segment in self._plan(frames).segments}

@@ -103,6 +103,16 @@ def truth():
     return _run(_truth)
 
 
+def test_a_jump_between_windows_shows_where_they_meet():
+    def patchwork(held, voice, test):  # every other window is darker
+        frames = held.target.frames.copy()
+        frames[np.arange(len(frames)) // 13 % 2 == 1] //= 2
+        return frames
+
+    output = _run(patchwork, talkers.TalkerTest(clips=1, silent_clips=0, seconds=2))["columns"]["output"]
+    assert output["seam_flicker"] > 2 * output["flicker"] > 2  # it would be equal if all frames counted
+
+
 def test_the_true_target_passes_every_mark(truth):
     assert all(row["passed"] for row in truth["marks"]) and len(truth["marks"]) == len(marks.TALKERS)
     output = truth["columns"]["output"]
