@@ -1,6 +1,17 @@
-"""Installs `keysync_jax`, `configs`, `converters`, `data_pipeline` and the `keysync` command. Tests are not installed."""
+"""Installs `keysync_jax` and the `keysync` command. Tests are not installed.
+
+`configs`, `converters` and `data_pipeline` stand at the top of the repository and are installed inside the package, as
+`keysync_jax.configs` and so on: under their own general names they would overwrite, or be overwritten by, other people's packages.
+"""
+
+import re
+from pathlib import Path
 
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+FOLDERS = ("configs", "converters", "data_pipeline")
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "keysync_jax" / "version.py").read_text(encoding="utf-8")).group(1)
 
 # Floors are versions the tests were run on; jax 0.10.2 is the newest for Python 3.11.
 CORE = [
@@ -45,15 +56,19 @@ EXTRAS = {
 
 setup(
     name="keysync-jax",
-    version="0.1.0",
+    version=VERSION,
     description="KeySync lip-sync in JAX: two-stage latent video diffusion that dubs real files",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["keysync_jax*", "configs*", "converters*", "data_pipeline*"]),
-    package_data={"configs": ["*.py"], "keysync_jax.assets": ["demo/*", "demo/*/*", "demo/*/*/*"]},
+    packages=[
+        *find_packages(include=["keysync_jax*"]),
+        *(f"keysync_jax.{name}" for name in find_packages(include=[f"{folder}*" for folder in FOLDERS])),
+    ],
+    package_dir={f"keysync_jax.{folder}": folder for folder in FOLDERS},
+    package_data={"keysync_jax": ["py.typed"], "keysync_jax.assets": ["demo/*", "demo/*/*", "demo/*/*/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["keysync = keysync_jax.cli:main"]},
+    entry_points={"console_scripts": ["keysync = keysync_jax.cli.main:main"]},
 )

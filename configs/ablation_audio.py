@@ -15,9 +15,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs import interpolation, keyframe
 from keysync_jax.config import to_dict
-from keysync_jax.errors import UsageError
+from keysync_jax.configs import interpolation, keyframe
+from keysync_jax.core.errors import UsageError
 from keysync_jax.training.config import TrainConfig
 
 _ENCODERS = ("hubert", "wavlm", "wav2vec2", "whisper")

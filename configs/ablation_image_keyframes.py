@@ -12,8 +12,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs import keyframe
 from keysync_jax.config import to_dict
+from keysync_jax.configs import keyframe
 from keysync_jax.training.config import TrainConfig
 
 

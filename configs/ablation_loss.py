@@ -18,10 +18,10 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs import keyframe
 from keysync_jax.config import to_dict
+from keysync_jax.configs import keyframe
+from keysync_jax.core.errors import UsageError
 from keysync_jax.diffusion.loss import LossConfig
-from keysync_jax.errors import UsageError
 from keysync_jax.training.config import TrainConfig
 
 _LOSSES = {

@@ -18,9 +18,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs import interpolation, keyframe
 from keysync_jax.config import MaskConfig, to_dict
-from keysync_jax.errors import UsageError
+from keysync_jax.configs import interpolation, keyframe
+from keysync_jax.core.errors import UsageError
 from keysync_jax.training.config import TrainConfig
 
 _MASKS = {

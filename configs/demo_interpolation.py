@@ -7,8 +7,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs.demo_keyframe import STAGE, TRAIN, UNET
 from keysync_jax.config import to_dict
+from keysync_jax.configs.demo_keyframe import STAGE, TRAIN, UNET
 
 
 def get_config() -> ConfigDict:

@@ -1,21 +1,14 @@
 """The demo's keyframe stage: 128-px drawn faces, log-mel voice, trained from scratch on a CPU.
 
 keysync export runs/vae --ema -o vae_model
-python -m data_pipeline.synthetic.shards talkers/manifest.csv -o data --model vae_model
+keysync data shards talkers/manifest.csv -o data --model vae_model
 keysync train --config demo_keyframe --workdir runs/keyframe --config.data.datasets=data --config.init.vae=vae_model
 """
 
 from ml_collections import ConfigDict
 
 from keysync_jax.config import StageConfig, UNetConfig, to_dict
-from keysync_jax.training.config import (
-    CheckpointConfig,
-    DataConfig,
-    DropoutConfig,
-    LogConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from keysync_jax.training.config import CheckpointConfig, DataConfig, DropoutConfig, LogConfig, OptimizerConfig, TrainConfig
 
 # Two levels of equal width: 16 x 16 without attention, 8 x 8 with.
 UNET = UNetConfig(

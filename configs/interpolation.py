@@ -22,8 +22,8 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from keysync_jax.config import StageConfig, UNetConfig, to_dict
+from keysync_jax.core.errors import UsageError
 from keysync_jax.diffusion.loss import LossConfig
-from keysync_jax.errors import UsageError
 from keysync_jax.training.config import DataConfig, DropoutConfig, InitConfig, OptimizerConfig, TrainConfig
 
 PRESETS = ("released", "paper")

@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from converters import speech
-from converters.assemble_stage import refuse
-from converters.containers import Source
-from converters.differences import compare
-from converters.lazy import Tensors
-from converters.parts import Part, audio_part_name
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import speech
+from keysync_jax.converters.assemble_stage import refuse
+from keysync_jax.converters.containers import Source
+from keysync_jax.converters.differences import compare
+from keysync_jax.converters.lazy import Tensors
+from keysync_jax.converters.parts import Part, audio_part_name
+from keysync_jax.core.errors import KeySyncError
 
 # Kept or not, depending on how the checkpoint was saved.
 _MASK_KEYS = {"hubert": "masked_spec_embed", "wavlm": "mask_emb"}

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from converters import diffusers, sgm, shapes
-from converters.containers import Source
-from converters.differences import compare, some
-from converters.fresh import fresh, stage_constants
-from converters.lazy import BFLOAT16, Tensors
-from converters.parts import DECODER, ENCODER, KL_PREFIX, Part, first_stage_encoder_table, kl_table, part_table
 from keysync_jax.config import StageConfig, VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import diffusers, sgm, shapes
+from keysync_jax.converters.containers import Source
+from keysync_jax.converters.differences import compare, some
+from keysync_jax.converters.fresh import fresh, stage_constants
+from keysync_jax.converters.lazy import BFLOAT16, Tensors
+from keysync_jax.converters.parts import DECODER, ENCODER, KL_PREFIX, Part, first_stage_encoder_table, kl_table, part_table
+from keysync_jax.core.errors import KeySyncError
 
 # Submodules of the SVD release that no part of KeySync comes from: its own embedders.
 _SVD_EMBEDDERS = "conditioner.embedders."

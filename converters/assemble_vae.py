@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from converters import diffusers, shapes
-from converters.assemble_stage import refuse
-from converters.containers import Source
-from converters.differences import compare
-from converters.lazy import LazyTensor, Tensors
-from converters.parts import DECODER, ENCODER, Part, part_table
-from converters.table import Table
 from keysync_jax.config import VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import diffusers, shapes
+from keysync_jax.converters.assemble_stage import refuse
+from keysync_jax.converters.containers import Source
+from keysync_jax.converters.differences import compare
+from keysync_jax.converters.lazy import LazyTensor, Tensors
+from keysync_jax.converters.parts import DECODER, ENCODER, Part, part_table
+from keysync_jax.converters.table import Table
+from keysync_jax.core.errors import KeySyncError
 
 _KL_ENCODER = re.compile(r"(conditioner\.embedders\.\d+\.encoder)\.encoder\.conv_in\.weight")
 

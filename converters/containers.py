@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from converters import diffusers, hub, safetensors_file, torch_file
-from converters.lazy import LazyTensor, Tensors
-from converters.parts import DECODER, SELF_DESCRIPTION, PartConfig, described
 from keysync_jax.config import StageConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import diffusers, hub, safetensors_file, torch_file
+from keysync_jax.converters.lazy import LazyTensor, Tensors
+from keysync_jax.converters.parts import DECODER, SELF_DESCRIPTION, PartConfig, described
+from keysync_jax.core.errors import KeySyncError
 
 # What a source can be -> how to say it.
 KINDS = {

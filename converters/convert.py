@@ -15,16 +15,16 @@ from typing import Any
 from etils import epath
 from rich.console import Console
 
-from converters import assemble_audio, assemble_stage, assemble_vae, model_directory
-from converters.containers import KINDS, Source, open_sources
-from converters.differences import some
-from converters.lazy import FLOAT_TYPES
-from converters.parts import STAGES, Part, audio_part_name
-from converters.progress import byte_progress
-from converters.shapes import RELEASED_ENCODERS
-from converters.staging import check_free
 from keysync_jax.config import MaskConfig, StageConfig, VAEConfig
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.converters import assemble_audio, assemble_stage, assemble_vae, model_directory
+from keysync_jax.converters.byte_progress import byte_progress
+from keysync_jax.converters.containers import KINDS, Source, open_sources
+from keysync_jax.converters.differences import some
+from keysync_jax.converters.lazy import FLOAT_TYPES
+from keysync_jax.converters.parts import STAGES, Part, audio_part_name
+from keysync_jax.converters.shapes import RELEASED_ENCODERS
+from keysync_jax.converters.staging import check_free
+from keysync_jax.core.errors import KeySyncError, UsageError
 
 
 @dataclasses.dataclass(frozen=True)

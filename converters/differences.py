@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container, Mapping, Sequence
 
-from converters.lazy import Tensors
+from keysync_jax.converters.lazy import Tensors
 
 _SHOWN = 40  # names per kind in an error line; `keysync inspect` lists all
 

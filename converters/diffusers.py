@@ -14,11 +14,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from converters import sgm
-from converters.lazy import LazyTensor, Tensors
-from converters.table import Table
 from keysync_jax.config import SVD_LATENT_SCALE, UNetConfig, VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import sgm
+from keysync_jax.converters.lazy import LazyTensor, Tensors
+from keysync_jax.converters.table import Table
+from keysync_jax.core.errors import KeySyncError
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

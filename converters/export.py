@@ -11,11 +11,13 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from converters import diffusers, model_directory, safetensors_file, torch_write
-from converters.containers import SIDECAR
-from converters.lazy import FLOAT_TYPES, LazyTensor, Tensors, from_params
-from converters.model_directory import ModelDirectory
-from converters.parts import (
+from keysync_jax.config import StageConfig, VAEConfig
+from keysync_jax.converters import diffusers, model_directory, safetensors_file, torch_write
+from keysync_jax.converters.byte_progress import byte_progress
+from keysync_jax.converters.containers import SIDECAR
+from keysync_jax.converters.lazy import FLOAT_TYPES, LazyTensor, Tensors, from_params
+from keysync_jax.converters.model_directory import ModelDirectory
+from keysync_jax.converters.parts import (
     DECODER,
     ENCODER,
     KL_PREFIX,
@@ -26,10 +28,8 @@ from converters.parts import (
     kl_table,
     part_table,
 )
-from converters.progress import byte_progress
-from converters.staging import staged
-from keysync_jax.config import StageConfig, VAEConfig
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.converters.staging import staged
+from keysync_jax.core.errors import KeySyncError, UsageError
 
 FORMATS, CONTAINERS = ("keysync", "diffusers"), ("pt", "safetensors")
 # Which optional VAE copies a KeySync file can carry.

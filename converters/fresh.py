@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from converters.lazy import LazyTensor, Tensors
-from converters.table import LAYOUTS, Entry, Table, get_leaf, set_leaf
 from keysync_jax.config import StageConfig
+from keysync_jax.converters.lazy import LazyTensor, Tensors
+from keysync_jax.converters.table import LAYOUTS, Entry, Table, get_leaf, set_leaf
 from keysync_jax.models.initializers import random_params, starts_at_zero
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 
 PREFIX = "hub:"
 _PATTERN = re.compile(r"hub:(?P<repo>[^/@\s]+/[^/@\s]+)(?:/(?P<inside>[^@\s]+?))?/?(?:@(?P<revision>\S+))?")

@@ -23,10 +23,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from converters import hub, safetensors_file
-from converters.differences import compare
-from converters.lazy import Tensors, from_params
-from converters.parts import (
+from keysync_jax import __version__
+from keysync_jax import config as configs
+from keysync_jax.config import AUDIO_ENCODERS, AudioEncoderConfig, StageConfig, VAEConfig
+from keysync_jax.converters import hub, safetensors_file
+from keysync_jax.converters.differences import compare
+from keysync_jax.converters.lazy import Tensors, from_params
+from keysync_jax.converters.parts import (
     DECODER,
     SELF_DESCRIPTION,
     STAGES,
@@ -38,14 +41,11 @@ from converters.parts import (
     is_part_name,
     part_table,
 )
-from converters.safetensors_file import Written
-from converters.shapes import check_encoder
-from converters.staging import staged
-from converters.table import Table, to_flax
-from keysync_jax import __version__
-from keysync_jax import config as configs
-from keysync_jax.config import AUDIO_ENCODERS, AudioEncoderConfig, StageConfig, VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters.safetensors_file import Written
+from keysync_jax.converters.shapes import check_encoder
+from keysync_jax.converters.staging import staged
+from keysync_jax.converters.table import Table, to_flax
+from keysync_jax.core.errors import KeySyncError
 
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "model.safetensors"
 FORMAT, VERSION = "keysync-jax", 1

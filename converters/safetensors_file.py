@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from converters.lazy import BFLOAT16, LazyTensor, Tensors
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters.lazy import BFLOAT16, LazyTensor, Tensors
+from keysync_jax.core.errors import KeySyncError
 
 _TYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 Arguments = Mapping[str, Any]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from converters.lazy import Tensors
 from keysync_jax.config import AudioEncoderConfig, StageConfig, UNetConfig, VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters.lazy import Tensors
+from keysync_jax.core.errors import KeySyncError
 
 UNET = "model.diffusion_model."
 AUDIO_LINEAR = "conditioner.embedders.2.linear.weight"

@@ -14,9 +14,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from converters.table import Entry, Table, conv, fold, linear, norm, raw
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters.table import Entry, Table, conv, fold, linear, norm, raw
+from keysync_jax.core.errors import KeySyncError
 
 
 def audio_table(config: AudioEncoderConfig) -> Table:

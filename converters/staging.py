@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 Path = tuple[str, ...]
 

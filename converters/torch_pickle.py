@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from converters.lazy import BFLOAT16, LazyTensor
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters.lazy import BFLOAT16, LazyTensor
+from keysync_jax.core.errors import KeySyncError
 
 STORAGE_TYPES: dict[str, np.dtype] = {
     "FloatStorage": np.dtype("<f4"),

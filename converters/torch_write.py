@@ -16,10 +16,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from converters.lazy import LazyTensor, Tensors
-from converters.safetensors_file import contiguous
-from converters.torch_pickle import STORAGE_TYPES
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters.lazy import LazyTensor, Tensors
+from keysync_jax.converters.safetensors_file import contiguous
+from keysync_jax.converters.torch_pickle import STORAGE_TYPES
+from keysync_jax.core.errors import KeySyncError
 
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_TYPES.items() if name != "UntypedStorage"}
 _ALIGNMENT = 64

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 LATENT = "latent"
 LANDMARKS = "landmarks"

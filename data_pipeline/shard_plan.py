@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from data_pipeline.clip_index import Clip
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.clip_index import Clip
 
 TARGET_BYTES = 256 * 2**20
 

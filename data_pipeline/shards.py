@@ -21,12 +21,21 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from data_pipeline import layout
-from data_pipeline.clip_index import INDEX_FILE, Clip, dumps, order_clips
-from data_pipeline.layout import BASE, CHECKSUM_DIR, GROUP_FILE, MANIFEST_FILE, SUCCESS_FILE, Group, GroupFile, ShardFile
-from data_pipeline.records import encode_clip
-from data_pipeline.shard_plan import Piece, Shard, plan_shards
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline import dataset_layout as layout
+from keysync_jax.data_pipeline.clip_index import INDEX_FILE, Clip, dumps, order_clips
+from keysync_jax.data_pipeline.dataset_layout import (
+    BASE,
+    CHECKSUM_DIR,
+    GROUP_FILE,
+    MANIFEST_FILE,
+    SUCCESS_FILE,
+    Group,
+    GroupFile,
+    ShardFile,
+)
+from keysync_jax.data_pipeline.records import encode_clip
+from keysync_jax.data_pipeline.shard_plan import Piece, Shard, plan_shards
 
 # Values of a piece: per column an array [stop - start, *shape], or encoded pictures.
 Load = Callable[[Piece], Mapping[str, Any]]
@@ -150,7 +159,7 @@ def finish_group(root: epath.PathLike, plan: GroupPlan) -> GroupFile:
             raise KeySyncError(f"{target} has not been written for this plan; run again to write it")
         files.append(done)
     group_file = GroupFile(plan.group, tuple(files))
-    from data_pipeline.tfds_metadata import tfds_files
+    from keysync_jax.data_pipeline.tfds_metadata import tfds_files
 
     texts = {GROUP_FILE: group_file.dumps(), **tfds_files(group_file)}
     if plan.group.name == BASE:

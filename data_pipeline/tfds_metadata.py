@@ -5,8 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from data_pipeline.layout import GroupFile
-from data_pipeline.records import CLIP_KEY, FRAME_KEY, Column
+from keysync_jax.data_pipeline.dataset_layout import GroupFile
+from keysync_jax.data_pipeline.records import CLIP_KEY, FRAME_KEY, Column
 
 VERSION = "1.0.0"
 

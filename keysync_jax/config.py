@@ -11,7 +11,7 @@ import json
 import typing
 from typing import Any, TypeVar
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from keysync_jax import cpu
+from keysync_jax.core import cpu
 
 # Programs compiled by one test, or by a subprocess of one, are not compiled again by the next.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="keysync_xla_"))
@@ -25,7 +25,7 @@ def golden_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """Model directory of `keysync init --size tiny`."""
-    from converters.initialize import initialize
+    from keysync_jax.converters.initialize import initialize
 
     path = tmp_path_factory.mktemp("model") / "tiny"
     initialize("tiny", str(path), seed=0)
@@ -35,7 +35,7 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def talker(tmp_path_factory) -> Path:
     """Folder with `clip.mp4` (a drawn talker, 512 px, 25 fps, 30 frames, with its own voice) and `voice.wav` (another, 2 s)."""
-    from data_pipeline.synthetic import make_clip, write_clip
+    from keysync_jax.data_pipeline.synthetic import make_clip, write_clip
     from keysync_jax.media.audio import save_wav
 
     folder = tmp_path_factory.mktemp("talker")

@@ -1,7 +1,7 @@
 import pytest
 
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig, from_dict, to_dict
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 
 def test_round_trip_through_json_types():

@@ -24,7 +24,11 @@ def _import_all(roots, banned, at_least):
 
 
 def test_no_torch_and_no_tensorflow_anywhere():
-    _import_all(("keysync_jax", "converters", "data_pipeline", "configs"), ("torch", "tensorflow", "transformers", "diffusers"), 40)
+    _import_all(
+        ("keysync_jax", "keysync_jax.converters", "keysync_jax.data_pipeline", "keysync_jax.configs"),
+        ("torch", "tensorflow", "transformers", "diffusers"),
+        40,
+    )
 
 
 def test_media_knows_no_jax():

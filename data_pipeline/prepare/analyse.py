@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_pipeline.prepare import quality
-from data_pipeline.prepare.clips import Span, cut_long, usable_spans
-from data_pipeline.prepare.face_track import FacesInFrame, ShotTrack, track_shots
-from data_pipeline.prepare.frame_table import FrameTables, pack_keyframes
-from data_pipeline.prepare.item import Candidate, Drop, DropError, Item
-from data_pipeline.prepare.probe import Probed, probe
-from data_pipeline.prepare.settings import ANALYSIS_VERSION, Curation
-from data_pipeline.prepare.work import digest, file_digest
-from keysync_jax.inference.audio_features import SAMPLES_PER_FRAME
+from keysync_jax.data_pipeline.prepare import quality
+from keysync_jax.data_pipeline.prepare.face_track import FacesInFrame, ShotTrack, track_shots
+from keysync_jax.data_pipeline.prepare.frame_table import FrameTables, pack_keyframes
+from keysync_jax.data_pipeline.prepare.item import Candidate, Drop, DropError, Item
+from keysync_jax.data_pipeline.prepare.probe import Probed, probe
+from keysync_jax.data_pipeline.prepare.settings import ANALYSIS_VERSION, Curation
+from keysync_jax.data_pipeline.prepare.spans import Span, cut_long, usable_spans
+from keysync_jax.data_pipeline.prepare.work import digest, file_digest
+from keysync_jax.encoders.audio_features import SAMPLES_PER_FRAME
 from keysync_jax.inference.timeline import model_frame
 from keysync_jax.media.crop import extract, fixed_crop, to_crop_space
 from keysync_jax.media.faces import FaceBackend

@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.prepare.item import Item
-from data_pipeline.prepare.manifest import VIDEO_SUFFIXES, find_sidecar, finite_number
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.prepare.item import Item
+from keysync_jax.data_pipeline.prepare.manifest import VIDEO_SUFFIXES, find_sidecar, finite_number
 
 HDTF_SETS = ("RD", "WDA", "WRA")
 _CELEBV = {"celebvhq": "celebv-hq", "celebvtext": "celebv-text"}

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.prepare import quality
-from data_pipeline.prepare.item import DropError, Item
-from data_pipeline.prepare.probe import Probed
+from keysync_jax.data_pipeline.prepare import quality
+from keysync_jax.data_pipeline.prepare.item import DropError, Item
+from keysync_jax.data_pipeline.prepare.probe import Probed
 from keysync_jax.inference.timeline import Run, make_run
 from keysync_jax.media import tracking, video
 from keysync_jax.media.faces import Face, FaceBackend

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_pipeline.layout import BASE, Group
-from data_pipeline.prepare import sidecars
-from data_pipeline.prepare.groups import FeaturePlan, checked_float16
-from data_pipeline.prepare.item import Candidate, Item, derived_seed
-from data_pipeline.prepare.sound import load_sound
-from data_pipeline.records import AUDIO_PREFIX, LANDMARKS, LATENT, SOUND
-from keysync_jax import cpu
-from keysync_jax.errors import KeySyncError
-from keysync_jax.inference.audio_features import SAMPLES_PER_FRAME
+from keysync_jax.core import cpu
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.dataset_layout import BASE, Group
+from keysync_jax.data_pipeline.prepare import sidecars
+from keysync_jax.data_pipeline.prepare.groups import FeaturePlan, checked_float16
+from keysync_jax.data_pipeline.prepare.item import Candidate, Item, derived_seed
+from keysync_jax.data_pipeline.prepare.sound import load_sound
+from keysync_jax.data_pipeline.records import AUDIO_PREFIX, LANDMARKS, LATENT, SOUND
+from keysync_jax.encoders.audio_features import SAMPLES_PER_FRAME
 from keysync_jax.media import video
 from keysync_jax.media.crop import Crop, extract
 
@@ -65,7 +65,7 @@ class Encoders:
         """The SAM 2 masker, or None without weights."""
         if "occluder" not in self._plan.weights:
             return None
-        from data_pipeline.prepare.occluder import Sam2Masker
+        from keysync_jax.data_pipeline.prepare.occluder import Sam2Masker
 
         return self._opened("occluder", lambda: Sam2Masker(self._plan.weights["occluder"]))
 
@@ -78,8 +78,8 @@ class Encoders:
         return self._made[name]
 
     def _vae(self):
-        from keysync_jax.inference.generate import LatentCoder
-        from keysync_jax.inference.runtime import use_compile_cache
+        from keysync_jax.core.compile_cache import use_compile_cache
+        from keysync_jax.inference.engine import LatentCoder
         from keysync_jax.parallel.mesh import data_mesh
 
         use_compile_cache()
@@ -87,16 +87,16 @@ class Encoders:
 
     def _speech(self, name: str):
         if name not in self._plan.encoders:
-            from data_pipeline.prepare.torch_features import open_encoder
+            from keysync_jax.data_pipeline.prepare.torch_features import open_encoder
 
             return open_encoder(name, self._plan.weights[name])
-        from keysync_jax.inference.audio_features import AudioFeatures
+        from keysync_jax.encoders.audio_features import AudioFeatures
 
         config = self._plan.encoders[name]
         return AudioFeatures(config, {} if config.kind == "log_mel" else self._directory().params(f"audio/{name}"))
 
     def _directory(self):
-        from converters import model_directory
+        from keysync_jax.converters import model_directory
 
         return self._opened("directory", lambda: model_directory.load(self._plan.model, complete=False))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.prepare.work import WorkFolder, file_digest
+from keysync_jax.data_pipeline.prepare.work import WorkFolder, file_digest
 from keysync_jax.media import video
 
 _VERSION = "1"

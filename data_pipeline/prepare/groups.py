@@ -8,14 +8,23 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from converters import model_directory
-from data_pipeline.layout import BASE, Group, make_group
-from data_pipeline.prepare.settings import FEATURES_VERSION, Output
-from data_pipeline.prepare.work import digest, file_digest
-from data_pipeline.records import AUDIO_PREFIX, SOUND, Column, audio_column, jpeg_column, landmarks_column, latent_column, record_bytes
 from keysync_jax.config import AudioEncoderConfig, VAEConfig, to_dict
-from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.inference.audio_features import SAMPLE_RATE, SAMPLES_PER_FRAME
+from keysync_jax.converters import model_directory
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.dataset_layout import BASE, Group, make_group
+from keysync_jax.data_pipeline.prepare.settings import FEATURES_VERSION, Output
+from keysync_jax.data_pipeline.prepare.work import digest, file_digest
+from keysync_jax.data_pipeline.records import (
+    AUDIO_PREFIX,
+    SOUND,
+    Column,
+    audio_column,
+    jpeg_column,
+    landmarks_column,
+    latent_column,
+    record_bytes,
+)
+from keysync_jax.encoders.audio_features import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 _LOG_MEL = AudioEncoderConfig(kind="log_mel", hidden_size=80)
 # Bytes per pixel of a JPEG crop, measured on talking heads at quality 95; only decides how many frames share a shard.
@@ -114,7 +123,7 @@ def _optional(name: str, output: Output, crop_size: int, cells: int) -> Group:
         column = audio_column(name, _LOG_MEL.hidden_size)
         return _group((column,), crop_size, output, column.name, {column.name: _encoder_info(_LOG_MEL, "")})
     if name in ("wav2vec2", "whisper"):
-        from data_pipeline.prepare.torch_features import describe
+        from keysync_jax.data_pipeline.prepare.torch_features import describe
 
         if name not in output.weights:
             raise UsageError(f"column {name!r} needs local weights: --column-weights {name}=DIR (a Hugging Face folder)")

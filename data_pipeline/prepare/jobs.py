@@ -22,22 +22,22 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.utils import shared
 
-from data_pipeline import shards as shard_writer
-from data_pipeline.layout import Group
-from data_pipeline.prepare import analyse as curation_stages
-from data_pipeline.prepare import features as feature_stages
-from data_pipeline.prepare import scorers as scorer_plugins
-from data_pipeline.prepare import state
-from data_pipeline.prepare.analyse import Analysis, Tools
-from data_pipeline.prepare.frame_table import FrameTables
-from data_pipeline.prepare.groups import FeaturePlan
-from data_pipeline.prepare.item import Candidate, Drop, Item
-from data_pipeline.prepare.settings import Curation
-from data_pipeline.prepare.shots import check_package
-from data_pipeline.prepare.state import Folders
-from data_pipeline.prepare.work import file_digest
-from data_pipeline.shard_plan import Piece, Shard
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline import shards as shard_writer
+from keysync_jax.data_pipeline.dataset_layout import Group
+from keysync_jax.data_pipeline.prepare import analyse as curation_stages
+from keysync_jax.data_pipeline.prepare import features as feature_stages
+from keysync_jax.data_pipeline.prepare import scorers as scorer_plugins
+from keysync_jax.data_pipeline.prepare import work_state as state
+from keysync_jax.data_pipeline.prepare.analyse import Analysis, Tools
+from keysync_jax.data_pipeline.prepare.frame_table import FrameTables
+from keysync_jax.data_pipeline.prepare.groups import FeaturePlan
+from keysync_jax.data_pipeline.prepare.item import Candidate, Drop, Item
+from keysync_jax.data_pipeline.prepare.settings import Curation
+from keysync_jax.data_pipeline.prepare.shot_bounds import check_package
+from keysync_jax.data_pipeline.prepare.work import file_digest
+from keysync_jax.data_pipeline.prepare.work_state import Folders
+from keysync_jax.data_pipeline.shard_plan import Piece, Shard
 from keysync_jax.media import faces
 
 log = logging.getLogger(__name__)

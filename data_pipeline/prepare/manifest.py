@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.clip_index import check_split
-from data_pipeline.prepare.item import Item
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.clip_index import check_split
+from keysync_jax.data_pipeline.prepare.item import Item
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".3gp")
 LIST_SUFFIXES = (".txt", ".lst", ".list")
@@ -63,7 +63,7 @@ def _read(path: Path, annotations: str | None) -> list[Item]:
     if not path.exists():
         raise UsageError(f"{path} does not exist; give a folder, a video, a list, or a .csv or .json manifest")
     if annotations is not None:
-        from data_pipeline.prepare.annotations import read_annotations
+        from keysync_jax.data_pipeline.prepare.annotations import read_annotations
 
         return list(read_annotations(Path(annotations), path))
     if path.is_dir():

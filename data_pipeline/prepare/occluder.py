@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.prepare.item import Item
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.prepare.item import Item
 from keysync_jax.media import video
 
 _CONFIGS = {"tiny": "hiera_t", "small": "hiera_s", "base_plus": "hiera_b+", "large": "hiera_l"}

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.prepare.frame_table import FrameTables, damage_in
-from data_pipeline.prepare.item import DropError, Item
-from data_pipeline.prepare.shots import CutFinder
-from data_pipeline.prepare.sound import load_sound
-from keysync_jax.errors import KeySyncError
-from keysync_jax.inference.audio_features import SAMPLES_PER_FRAME
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.prepare.frame_table import FrameTables, damage_in
+from keysync_jax.data_pipeline.prepare.item import DropError, Item
+from keysync_jax.data_pipeline.prepare.shot_bounds import CutFinder
+from keysync_jax.data_pipeline.prepare.sound import load_sound
+from keysync_jax.encoders.audio_features import SAMPLES_PER_FRAME
 from keysync_jax.media import video
 from keysync_jax.media.faces import Face
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 VIEWS_PER_PICTURE = 3  # paper A.1: first, middle and last frame, three random crops each
 VIEW_SIZE = 224

@@ -11,18 +11,19 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from data_pipeline import layout, shards
-from data_pipeline.clip_index import Clip, assign_splits
-from data_pipeline.layout import BASE, Group
-from data_pipeline.prepare import state
-from data_pipeline.prepare.groups import FeaturePlan, plan_features
-from data_pipeline.prepare.item import Drop, Item
-from data_pipeline.prepare.progress import Watch
-from data_pipeline.prepare.settings import Curation, Output
-from data_pipeline.prepare.state import Folders
-from data_pipeline.prepare.work import Entry, write_text
-from keysync_jax.errors import KeySyncError
-from keysync_jax.locking import only_process
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.locking import only_process
+from keysync_jax.data_pipeline import dataset_layout as layout
+from keysync_jax.data_pipeline import shards
+from keysync_jax.data_pipeline.clip_index import Clip, assign_splits
+from keysync_jax.data_pipeline.dataset_layout import BASE, Group
+from keysync_jax.data_pipeline.prepare import work_state as state
+from keysync_jax.data_pipeline.prepare.groups import FeaturePlan, plan_features
+from keysync_jax.data_pipeline.prepare.item import Drop, Item
+from keysync_jax.data_pipeline.prepare.result_bars import Watch
+from keysync_jax.data_pipeline.prepare.settings import Curation, Output
+from keysync_jax.data_pipeline.prepare.work import Entry, write_text
+from keysync_jax.data_pipeline.prepare.work_state import Folders
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def prepare(
 
             _write(jobs, output, plan, clips, folders, shard_flags, quiet)
         finally:
-            from data_pipeline.prepare.report import build_report
+            from keysync_jax.data_pipeline.prepare.prepare_report import build_report
 
             report = build_report(items, analyses, dropped, folders, plan, curation, target, time.monotonic() - began)
             report.write(output)
@@ -144,7 +145,7 @@ def _jobs() -> Any:
     """The Beam jobs. Importing Beam warns about Google Cloud packages that nobody asked for."""
     logging.disable(logging.WARNING)
     try:
-        from data_pipeline.prepare import jobs
+        from keysync_jax.data_pipeline.prepare import jobs
     finally:
         logging.disable(logging.NOTSET)
     return jobs

@@ -18,14 +18,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 
 KINDS = ("quality", "active_speaker", "sync")
 
 BUILT_IN = {
-    ("quality", "torchscript"): "data_pipeline.prepare.torch_scorers:ViewQuality",
-    ("active_speaker", "torchscript"): "data_pipeline.prepare.torch_scorers:ActiveSpeaker",
-    ("sync", "torchscript"): "data_pipeline.prepare.torch_scorers:SyncOffset",
+    ("quality", "torchscript"): "keysync_jax.data_pipeline.prepare.torch_scorers:ViewQuality",
+    ("active_speaker", "torchscript"): "keysync_jax.data_pipeline.prepare.torch_scorers:ActiveSpeaker",
+    ("sync", "torchscript"): "keysync_jax.data_pipeline.prepare.torch_scorers:SyncOffset",
 }
 
 _WORDS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from data_pipeline.clip_index import check_split
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.clip_index import check_split
 
 # Raised when the meaning of stored work changes, so that work of older versions is not taken for current.
 ANALYSIS_VERSION = 2

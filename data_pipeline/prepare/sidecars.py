@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.prepare.item import Item
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.prepare.item import Item
 from keysync_jax.media.crop import Crop, extract
 from keysync_jax.media.masks import downsample
 
 if TYPE_CHECKING:
-    from data_pipeline.prepare.features import ClipWork
-    from data_pipeline.prepare.occluder import Sam2Masker
+    from keysync_jax.data_pipeline.prepare.features import ClipWork
+    from keysync_jax.data_pipeline.prepare.occluder import Sam2Masker
 
 
 def emotion(item: Item, sources: np.ndarray) -> dict[str, np.ndarray]:

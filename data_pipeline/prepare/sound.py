@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from data_pipeline.prepare.item import Item
-from data_pipeline.prepare.work import identity
+from keysync_jax.data_pipeline.prepare.item import Item
+from keysync_jax.data_pipeline.prepare.work import identity
 from keysync_jax.media import audio
 
 _last: dict[tuple[str, int, int], audio.AudioClip] = {}

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.prepare.work import digest, file_digest
-from keysync_jax.errors import KeySyncError
-from keysync_jax.inference.audio_features import HUBERT_VARIANCE_EPS, SAMPLE_RATE, num_frames, standardise
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.prepare.work import digest, file_digest
+from keysync_jax.encoders.audio_features import HUBERT_VARIANCE_EPS, SAMPLE_RATE, num_frames, standardise
 
 _WHISPER_SECONDS = 30  # what Whisper's encoder reads at once
 

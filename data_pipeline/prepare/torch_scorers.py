@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 # ImageNet statistics, which HyperIQA's backbone was trained with.
 _MEAN, _STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)

@@ -1,8 +1,8 @@
 """How many training windows per second a dataset gives on this machine.
 
-    python -m data_pipeline.source.benchmark DIR --stage keyframe
-    python -m data_pipeline.source.benchmark DIR --make 110 --latent 64      write 110 clips of noise first
-    python -m data_pipeline.source.benchmark DIR --make 110 --latent 16 --jpeg --pixels 14      with pictures of a drawn talker
+    keysync data benchmark DIR --stage keyframe
+    keysync data benchmark DIR --make 110 --latent 64      write 110 clips of noise first
+    keysync data benchmark DIR --make 110 --latent 16 --jpeg --pixels 14      with pictures of a drawn talker
 
 Prints one line of JSON. Arrays are decoded, stacked and summed, so that nothing is left undone.
 """
@@ -20,17 +20,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipeline.clip_index import Clip
-from data_pipeline.layout import WRITER_OPTIONS, make_group
-from data_pipeline.prepare.settings import Output
-from data_pipeline.records import JPEG, audio_column, jpeg_column, landmarks_column, latent_column, record_bytes
-from data_pipeline.shard_plan import Piece
-from data_pipeline.shards import write_group
-from data_pipeline.source.loader import Batches
-from data_pipeline.source.mixture import DatasetChoice
-from data_pipeline.source.sample import SourceConfig, WindowReader
-from data_pipeline.source.windows import windows_for
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.clip_index import Clip
+from keysync_jax.data_pipeline.dataset_layout import WRITER_OPTIONS, make_group
+from keysync_jax.data_pipeline.prepare.settings import Output
+from keysync_jax.data_pipeline.records import JPEG, audio_column, jpeg_column, landmarks_column, latent_column, record_bytes
+from keysync_jax.data_pipeline.shard_plan import Piece
+from keysync_jax.data_pipeline.shards import write_group
+from keysync_jax.data_pipeline.source.loader import Batches
+from keysync_jax.data_pipeline.source.mixture import DatasetChoice
+from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader
+from keysync_jax.data_pipeline.source.windows import windows_for
 
 _DRAWN_FRAMES = 50  # different pictures that --jpeg draws
 
@@ -77,8 +77,8 @@ def write_noise(
 
 
 def _write_jpeg(root: str, side: int, frames: int) -> None:
-    from data_pipeline.prepare.features import encode_jpeg
-    from data_pipeline.synthetic import make_clip
+    from keysync_jax.data_pipeline.prepare.features import encode_jpeg
+    from keysync_jax.data_pipeline.synthetic import make_clip
 
     pictures = [encode_jpeg(frame, Output.jpeg_quality) for frame in make_clip(0, min(frames, _DRAWN_FRAMES), side).frames]
 
@@ -110,7 +110,7 @@ def measure(reader: WindowReader, batch_size: int = 16, seconds: float = 5.0, th
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.source.benchmark", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="keysync data benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("directory", metavar="DIR", help="dataset directory")
     parser.add_argument("--make", type=int, default=0, metavar="N", help="first write N clips of noise there")
     parser.add_argument("--latent", type=int, default=64, metavar="H", help="latent side for --make (default 64)")

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from data_pipeline import layout
-from data_pipeline.clip_index import Clip
-from data_pipeline.layout import BASE, COLUMNS_DIR, GroupFile
-from data_pipeline.records import Column, decode
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline import dataset_layout as layout
+from keysync_jax.data_pipeline.clip_index import Clip
+from keysync_jax.data_pipeline.dataset_layout import BASE, COLUMNS_DIR, GroupFile
+from keysync_jax.data_pipeline.records import Column, decode
 
 # For random access: no read-ahead, no threads inside a reader, a small file buffer.
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"

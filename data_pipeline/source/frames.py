@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.source import order
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.source import order
 
 _SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 _ARRAYS = ".npy"  # frames as they are, see `data_pipeline.synthetic.write`; listed in manifests only

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_pipeline.source.sample import WindowReader
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.source.sample import WindowReader
 
 # Steps that an endless run is declared to have (Grain wants a length).
 _ENDLESS = 2**40

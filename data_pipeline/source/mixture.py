@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipeline.clip_index import Clip
-from data_pipeline.source.windows import Windows
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.clip_index import Clip
+from keysync_jax.data_pipeline.source.windows import Windows
 
 SAMPLING = ("clip", "duration")
 

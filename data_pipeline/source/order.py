@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15

@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.clip_index import Clip
-from data_pipeline.records import AUDIO_PREFIX, JPEG, LANDMARKS, LATENT
-from data_pipeline.source import order
-from data_pipeline.source.clips import FrameStore
-from data_pipeline.source.masks import jitter_landmarks, latent_masks, mirror_landmarks
-from data_pipeline.source.mixture import DatasetChoice, Selection, select
-from data_pipeline.source.order import Order
-from data_pipeline.source.windows import Windows, windows_for
 from keysync_jax.config import MaskConfig, StageConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.clip_index import Clip
+from keysync_jax.data_pipeline.records import AUDIO_PREFIX, JPEG, LANDMARKS, LATENT
+from keysync_jax.data_pipeline.source import order
+from keysync_jax.data_pipeline.source.clips import FrameStore
+from keysync_jax.data_pipeline.source.latent_masks import jitter_landmarks, latent_masks, mirror_landmarks
+from keysync_jax.data_pipeline.source.mixture import DatasetChoice, Selection, select
+from keysync_jax.data_pipeline.source.order import Order
+from keysync_jax.data_pipeline.source.windows import Windows, windows_for
 
 OCCLUDER = "occluder"
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 IDENTITY_FRAMES = ("first", "clip_first", "random")
 

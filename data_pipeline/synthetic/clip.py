@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.synthetic.draw import render
-from data_pipeline.synthetic.geometry import camera_of, landmarks_of, mouth_of
-from data_pipeline.synthetic.identity import sample_identity
-from data_pipeline.synthetic.motion import sample_motion
-from data_pipeline.synthetic.occluders import OCCLUDERS, add_occluder
-from data_pipeline.synthetic.phonemes import Phoneme, articulate, at_frames, sample_phonemes
-from data_pipeline.synthetic.voice import SAMPLE_RATE, sample_voice, synthesize
-from keysync_jax.errors import UsageError
+from keysync_jax.core.errors import UsageError
+from keysync_jax.data_pipeline.synthetic.draw import render
+from keysync_jax.data_pipeline.synthetic.geometry import camera_of, landmarks_of, mouth_of
+from keysync_jax.data_pipeline.synthetic.identity import sample_identity
+from keysync_jax.data_pipeline.synthetic.motion import sample_motion
+from keysync_jax.data_pipeline.synthetic.occluders import OCCLUDERS, add_occluder
+from keysync_jax.data_pipeline.synthetic.phonemes import Phoneme, articulate, at_frames, sample_phonemes
+from keysync_jax.data_pipeline.synthetic.voice import SAMPLE_RATE, sample_voice, synthesize
 
 FPS = 25
 MIN_SIZE, MAX_SIZE = 48, 4096

@@ -20,14 +20,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.synthetic.clip import FPS, TalkerOptions, check_extent, make_clip
-from data_pipeline.synthetic.occluders import OCCLUDERS
-from data_pipeline.synthetic.write import TRUTH_FILE, check_clip, check_suffix, sidecar, write_clip
-from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.files import local_folder, write_atomically, write_text
-from keysync_jax.locking import only_process
-from keysync_jax.processes import end_with_parent
-from keysync_jax.progress import Bars
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.files import local_folder, write_atomically, write_text
+from keysync_jax.core.locking import only_process
+from keysync_jax.core.processes import end_with_parent
+from keysync_jax.core.progress import Bars
+from keysync_jax.data_pipeline.synthetic.clip import FPS, TalkerOptions, check_extent, make_clip
+from keysync_jax.data_pipeline.synthetic.occluders import OCCLUDERS
+from keysync_jax.data_pipeline.synthetic.write import TRUTH_FILE, check_clip, check_suffix, sidecar, write_clip
 
 MANIFEST_FIELDS = ("path", "speaker", "split", "source", "consent", "licence")
 SOURCE, CONSENT, LICENCE = "synthetic-talkers", "not needed (drawn)", "CC0-1.0"

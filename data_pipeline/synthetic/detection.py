@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.synthetic.clip import make_clip
+from keysync_jax.data_pipeline.synthetic.clip import make_clip
 from keysync_jax.media.faces import open_backend
 
 _SEED_BASE = 9_000_000  # apart from the seeds people type

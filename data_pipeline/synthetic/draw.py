@@ -9,7 +9,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from data_pipeline.synthetic.geometry import (
+from keysync_jax.data_pipeline.synthetic.geometry import (
     INNER_INSET,
     Camera,
     Lids,
@@ -23,9 +23,9 @@ from data_pipeline.synthetic.geometry import (
     pixels_to_face,
     upper_edge,
 )
-from data_pipeline.synthetic.identity import Identity
-from data_pipeline.synthetic.motion import Motion
-from data_pipeline.synthetic.texture import LEFT, TOP, HeadTexture, backdrop, head_texture, smoothstep
+from keysync_jax.data_pipeline.synthetic.identity import Identity
+from keysync_jax.data_pipeline.synthetic.motion import Motion
+from keysync_jax.data_pipeline.synthetic.texture import LEFT, TOP, HeadTexture, backdrop, head_texture, smoothstep
 
 _CHUNK_PIXELS = 128 * 128 * 4
 

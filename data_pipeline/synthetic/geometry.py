@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.interpolate import CubicSpline
 
-from data_pipeline.synthetic.identity import Identity
-from data_pipeline.synthetic.motion import Motion
+from keysync_jax.data_pipeline.synthetic.identity import Identity
+from keysync_jax.data_pipeline.synthetic.motion import Motion
 
 OUTLINE_CENTRE_Y = 0.25
 PIVOT = (0.0, 1.1)  # the head rolls about the neck

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 SAMPLES_PER_UNIT = 96  # window samples per distance between the outer eye corners
 _EYE_CORNERS = (36, 39, 42, 45)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_pipeline.synthetic.geometry import Camera
-from data_pipeline.synthetic.identity import Identity
+from keysync_jax.data_pipeline.synthetic.geometry import Camera
+from keysync_jax.data_pipeline.synthetic.identity import Identity
 
 OCCLUDERS = ("hand", "microphone")
 _TAG = 0x0CC1

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from data_pipeline.synthetic.geometry import OUTLINE_CENTRE_Y, Camera, brow_points, nose_points, outline_radius
-from data_pipeline.synthetic.identity import Identity
+from keysync_jax.data_pipeline.synthetic.geometry import OUTLINE_CENTRE_Y, Camera, brow_points, nose_points, outline_radius
+from keysync_jax.data_pipeline.synthetic.identity import Identity
 
 LEFT, TOP, RIGHT, BOTTOM = -1.5, -1.42, 1.5, 2.3  # extent of the head texture in face units
 TEXELS_PER_PIXEL = 1.5

@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from data_pipeline.synthetic.phonemes import CONTROL_RATE, Articulation, audio_generator
+from keysync_jax.data_pipeline.synthetic.phonemes import CONTROL_RATE, Articulation, audio_generator
 
 SAMPLE_RATE = 16000
 _HOP = SAMPLE_RATE // CONTROL_RATE

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.synthetic.clip import FPS, TalkerClip
-from data_pipeline.synthetic.voice import SAMPLE_RATE
-from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.files import write_atomically, write_text
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.files import write_atomically, write_text
+from keysync_jax.data_pipeline.synthetic.clip import FPS, TalkerClip
+from keysync_jax.data_pipeline.synthetic.voice import SAMPLE_RATE
 
 # Container, audio codec and its sample format by file name suffix.
 _CONTAINERS = {".mp4": ("mp4", "aac", "fltp"), ".mkv": ("matroska", "pcm_s16le", "s16")}

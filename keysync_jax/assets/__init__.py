@@ -6,7 +6,7 @@ import importlib.resources
 import os
 from pathlib import Path
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 NAME = "demo"  # what `--model` calls it; a folder of that name is ./demo
 WARNING = "the bundled demo model was trained on drawn faces only: it draws cartoon mouths, whoever is in the video"

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from keysync_jax.config import SVD_LATENT_SCALE
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import inpainting
 from keysync_jax.diffusion.inpainting import Conditions, Network
 from keysync_jax.diffusion.preconditioning import Scaling, Weighting, v_scaling_edm_noise, v_weighting
-from keysync_jax.errors import KeySyncError
 
 _ERRORS: dict[str, Callable[[jax.Array], jax.Array]] = {"l2": jnp.square, "l1": jnp.abs}
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import inpainting
 from keysync_jax.diffusion.guidance import Guidance, unconditional
 from keysync_jax.diffusion.inpainting import Conditions, Network
 from keysync_jax.diffusion.preconditioning import Scaling, v_scaling_edm_noise
-from keysync_jax.errors import KeySyncError
 
 
 class Trajectory(NamedTuple):

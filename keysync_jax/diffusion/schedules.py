@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 
 # "Align Your Steps" schedule for Stable Video Diffusion (Sabour et al. 2024), from pure noise to almost clean. Eleven values:
 # ten steps between them and an eleventh to zero.

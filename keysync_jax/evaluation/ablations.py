@@ -1,6 +1,6 @@
 """The ablations on drawn talkers, from shards to tables: trains, exports and judges every run, all on the same held-out clips.
 
-    python -m keysync_jax.evaluation.ablations --data data -o ablations --config.init.vae=vae_model
+    keysync ablate --data data -o ablations --config.init.vae=vae_model
 
 Each run is `keysync train` in a process of its own. Repeat the command after a stop: runs go on where they were, and what is finished is
 not done again. Written are a model directory per run, `ablations.json` (every figure, per clip as well), `ablations.md` (the tables) and
@@ -25,21 +25,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converters import model_directory
-from converters.model_directory import ModelDirectory
-from converters.parts import STAGES, Part
-from data_pipeline.layout import GROUP_FILE
-from keysync_jax import assets, cpu, recipes
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax import assets
+from keysync_jax.converters import model_directory
+from keysync_jax.converters.model_directory import ModelDirectory
+from keysync_jax.converters.parts import STAGES, Part
+from keysync_jax.core import cpu
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.files import local_folder, write_atomically, write_text
+from keysync_jax.data_pipeline.dataset_layout import GROUP_FILE
 from keysync_jax.evaluation import talkers, talkers_clips, talkers_report
 from keysync_jax.evaluation.lip_metrics import mean_and_error
 from keysync_jax.evaluation.talkers import TalkerTest
 from keysync_jax.evaluation.talkers_model import TalkerModel
-from keysync_jax.files import local_folder, write_atomically, write_text
-from keysync_jax.training import initial, runs, validation
+from keysync_jax.training import recipes
 from keysync_jax.training.config import TrainConfig, train_config
 from keysync_jax.training.data import make_reader
-from keysync_jax.training.export import parts_of
+from keysync_jax.training.export.export_run import parts_of
+from keysync_jax.training.start import initial, runs
+from keysync_jax.training.watch import validation
 
 # A quarter of the bundled model's 15,240 updates of 64 windows.
 QUARTER = 3_810
@@ -157,7 +160,7 @@ def _recorded(path: Path) -> Any:
 
 
 def _keysync(arguments: Sequence[str], log: Path, say: Callable[[str], None] = lambda line: None) -> None:
-    command = [sys.executable, "-u", "-c", "import sys; from keysync_jax.cli import main; sys.exit(main())", *arguments]
+    command = [sys.executable, "-u", "-c", "import sys; from keysync_jax.cli.main import main; sys.exit(main())", *arguments]
     last = ""
     with log.open("a", encoding="utf-8") as file:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
@@ -229,7 +232,7 @@ def check(
         config, _ = initial.resolve(train_config(recipes.load(recipe, settings)), folder / name)
         for path in config.data.datasets or [data]:
             if "://" not in path and not (path and (Path(path) / GROUP_FILE).is_file()):
-                raise KeySyncError(f"--data {path!r} holds no shards; python -m data_pipeline.synthetic.shards makes them")
+                raise KeySyncError(f"--data {path!r} holds no shards; keysync data shards makes them")
         try:
             reader = make_reader(config)
             initial.check_latents(config, reader)
@@ -274,7 +277,7 @@ def judge(name: str, sources: Sequence[Path], folder: Path, clips: int, seed: in
     Raises:
       KeySyncError: no source has a part that is needed, or non-finite values.
     """
-    from keysync_jax.evaluate_cli import parse_grid
+    from keysync_jax.cli.evaluate_verbs import parse_grid
 
     entry, cache = JUDGED[name], folder / f"{name}.json"
     test = TalkerTest(clips=clips, silent_clips=clips if entry.silent else 0, seed=seed, mode=entry.mode)
@@ -396,7 +399,7 @@ def draw_curves(folder: Path, names: Sequence[str]) -> Path:
     """Training loss of the runs over steps, on one pair of axes, as `folder/curves.png`."""
     from matplotlib.figure import Figure
 
-    from keysync_jax.training.metrics import read_metrics
+    from keysync_jax.training.watch.metrics import read_metrics
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -481,9 +484,9 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m keysync_jax.evaluation.ablations", description="Train and judge the ablations on drawn talkers.",
+        prog="keysync ablate", description="Train and judge the ablations on drawn talkers.",
         epilog="--config.KEY=VALUE changes the recipe of every run, for example --config.init.vae=vae_model --config.num_steps=500.\n"
-        "example:\n  python -m keysync_jax.evaluation.ablations --data data -o ablations --config.init.vae=vae_model --jobs 2",
+        "example:\n  keysync ablate --data data -o ablations --config.init.vae=vae_model --jobs 2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--data", required=True, metavar="DIR", help="shards of drawn talkers (docs/ablations.md)")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 OPEN = 0.2  # a mouth is open above this share of the speaker's maximum
 MAX_LAG = 5  # frames searched on either side

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.synthetic.clip import FPS, TalkerClip, TalkerOptions, make_clip
-from data_pipeline.synthetic.measure import MouthMeasure, measure_mouth
-from data_pipeline.synthetic.phonemes import articulate, at_frames, sample_phonemes
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.synthetic.clip import FPS, TalkerClip, TalkerOptions, make_clip
+from keysync_jax.data_pipeline.synthetic.measure import MouthMeasure, measure_mouth
+from keysync_jax.data_pipeline.synthetic.phonemes import articulate, at_frames, sample_phonemes
 from keysync_jax.evaluation import lip_metrics
 from keysync_jax.evaluation.lip_metrics import MouthTruth
 

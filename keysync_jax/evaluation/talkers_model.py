@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters.model_directory import ModelDirectory
-from data_pipeline.synthetic.clip import TalkerClip
 from keysync_jax.config import StageConfig
-from keysync_jax.errors import KeySyncError
-from keysync_jax.inference.audio_features import AudioFeatures
-from keysync_jax.inference.generate import LatentCoder, StageSampler, StageSettings, Window
-from keysync_jax.inference.plan import KeyframeWindow, Plan, Slot, WindowSizes, make_plan
+from keysync_jax.converters.model_directory import ModelDirectory
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.synthetic.clip import TalkerClip
+from keysync_jax.encoders.audio_features import AudioFeatures
+from keysync_jax.inference.engine import LatentCoder, StageSampler, StageSettings, Window
+from keysync_jax.inference.window_plan import KeyframeWindow, Plan, Slot, WindowSizes, make_plan
 from keysync_jax.media import color, masks
 from keysync_jax.media import crop as cropping
 from keysync_jax.media.compositing import Compositor

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
+from keysync_jax.core.progress import Bars
 from keysync_jax.evaluation import marks
 from keysync_jax.evaluation.talkers import marks_of
-from keysync_jax.progress import Bars
 
 _EXTRA = (
     ("lag_within_1", "clips with a lag within ± 1 frame"),

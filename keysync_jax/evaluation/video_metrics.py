@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.ndimage import laplace
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.files import write_atomically, write_text
 from keysync_jax.evaluation.lip_metrics import correlation
-from keysync_jax.files import write_atomically, write_text
 from keysync_jax.media import faces, video
 from keysync_jax.media.landmarks import check_landmarks
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from keysync_jax.errors import UsageError
+from keysync_jax.core.errors import UsageError
+from keysync_jax.core.files import write_atomically
 from keysync_jax.evaluation import marks, talkers_report, video_metrics
 from keysync_jax.evaluation.lip_metrics_plot import draw_curves
-from keysync_jax.files import write_atomically
 from keysync_jax.media import faces, video
 
 _ROWS = (

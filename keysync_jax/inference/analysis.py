@@ -8,7 +8,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.media import crop, tracking, video
 from keysync_jax.media.faces import FaceBackend
 from keysync_jax.media.shots import ShotDetector, same_view

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 
 class LatentStore:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from keysync_jax.errors import UsageError
+from keysync_jax.core.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from converters import model_directory
 from keysync_jax import assets
-from keysync_jax.errors import UsageError
-from keysync_jax.files import check_target, write_text
-from keysync_jax.inference import job
-from keysync_jax.inference.audio_features import AudioFeatures
-from keysync_jax.inference.generate import LatentCoder, StageSampler
+from keysync_jax.converters import model_directory
+from keysync_jax.core.errors import UsageError
+from keysync_jax.core.files import check_target, write_text
+from keysync_jax.encoders.audio_features import AudioFeatures
+from keysync_jax.inference import dub as job
+from keysync_jax.inference.engine import LatentCoder, StageSampler
 from keysync_jax.inference.options import DubOptions
-from keysync_jax.inference.progress import StageProgress
+from keysync_jax.inference.phases import StageProgress
 from keysync_jax.parallel.mesh import data_mesh
 
 

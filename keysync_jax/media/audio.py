@@ -23,8 +23,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from keysync_jax.errors import KeySyncError
-from keysync_jax.files import temporary_beside
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.files import temporary_beside
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import av
 import cv2
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media import color
 from keysync_jax.media.video import VideoInfo
 

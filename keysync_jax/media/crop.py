@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media.landmarks import check_landmarks
 
 # Crop side over face size (the larger of the landmarks' width and height, median over the shot): the face spans 1 / 1.75 = 57 %.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 
 BACKENDS = {
     "mediapipe": ("keysync_jax.media.mediapipe_backend", "MediaPipeBackend"),

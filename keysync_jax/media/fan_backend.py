@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media.faces import Face, FaceBackend, check_frame
 
 INSTALL = "install it with: pip install 'keysync-jax[torch]' && pip install --no-deps face-alignment==1.5.0"

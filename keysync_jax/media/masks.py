@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from keysync_jax.config import MaskConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 # Constants of the reference's mask kinds (KeySync reference at commit cfff7cf).
 MOUTH_MARGIN = 0.01  # "mouth": the box grows up and down by this fraction of the image width

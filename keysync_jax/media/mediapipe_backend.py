@@ -17,7 +17,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media import landmarks as lm
 from keysync_jax.media.faces import Face, FaceBackend, box_iou, check_frame
 

@@ -17,7 +17,7 @@ import av
 import numpy as np
 import soxr
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media.audio import GAP_TOLERANCE_S, LONGEST_GAP_S, Clock, clock_zero, open_audio, stated_start
 
 _PCM_BYTES = {"u8": 1, "s8": 1, "mulaw": 1, "alaw": 1, "s16": 2, "s24": 3, "s32": 4, "f32": 4, "f64": 8}

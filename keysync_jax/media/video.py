@@ -23,7 +23,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media import color
 from keysync_jax.media.video_info import VideoInfo, open_container, probe, read_packets, video_stream
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media import color
 from keysync_jax.media.orientation import Orientation
 

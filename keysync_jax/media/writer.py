@@ -18,8 +18,8 @@ from pathlib import Path
 import av
 from av.video.frame import PictureType
 
-from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.files import check_target, temporary_beside
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.files import check_target, temporary_beside
 from keysync_jax.media import color
 from keysync_jax.media.soundtrack import Soundtrack
 from keysync_jax.media.video import Frame, VideoInfo

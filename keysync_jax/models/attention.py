@@ -16,7 +16,7 @@ import os
 import jax
 import jax.numpy as jnp
 
-from keysync_jax.errors import UsageError
+from keysync_jax.core.errors import UsageError
 
 Array = jax.Array
 

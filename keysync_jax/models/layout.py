@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from keysync_jax.config import UNetConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 
 class Block(NamedTuple):

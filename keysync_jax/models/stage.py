@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from keysync_jax.config import StageConfig, VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models.conditioning import AudioEmbedder, interpolation_input, keyframe_input
 from keysync_jax.models.initializers import random_params
 from keysync_jax.models.vae import VAE

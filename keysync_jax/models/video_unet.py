@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from keysync_jax.config import UNetConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models import layers
 from keysync_jax.models.layout import unet_layout
 from keysync_jax.models.remat import rematerialised

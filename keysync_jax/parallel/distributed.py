@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 
 # Read where the flags are not given.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "KEYSYNC_COORDINATOR", "KEYSYNC_NUM_PROCESSES", "KEYSYNC_PROCESS_ID"

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.parallel.mesh import BATCH_AXES, FSDP_AXIS, TENSOR_AXIS
 
 # Heads over `tensor`: the columns that make them, the rows that read them. Shapes do not tell how wide a head is, so a cut may go through

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from keysync_jax.config import StageConfig, VAEConfig, from_dict, to_dict
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import schedules
 from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.diffusion.sigma_sampling import P_MEAN, P_STD
-from keysync_jax.errors import KeySyncError
 from keysync_jax.models import attention
 from keysync_jax.models.remat import Remat
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_pipeline.source.frames import FrameConfig, FrameReader
-from data_pipeline.source.loader import Batches
-from data_pipeline.source.mixture import ClipFilter, DatasetChoice
-from data_pipeline.source.sample import WindowReader, check_stage, source_config
-from keysync_jax.errors import UsageError
+from keysync_jax.core.errors import UsageError
+from keysync_jax.data_pipeline.source.frames import FrameConfig, FrameReader
+from keysync_jax.data_pipeline.source.loader import Batches
+from keysync_jax.data_pipeline.source.mixture import ClipFilter, DatasetChoice
+from keysync_jax.data_pipeline.source.sample import WindowReader, check_stage, source_config
 from keysync_jax.training.config import TrainConfig
 
 

@@ -14,22 +14,25 @@ from typing import Any
 import jax
 
 from keysync_jax.config import to_dict
-from keysync_jax.errors import KeySyncError
-from keysync_jax.inference.runtime import use_compile_cache
-from keysync_jax.locking import only_process
+from keysync_jax.core.compile_cache import use_compile_cache
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.locking import only_process
 from keysync_jax.parallel.distributed import sync
 from keysync_jax.parallel.mesh import check_batch, train_mesh
 from keysync_jax.parallel.sharding import data_share, global_batch, sharding_table, state_shardings
-from keysync_jax.training import checkpoints, data, initial, lpips, model_card, profiling, resume
+from keysync_jax.training import data, lpips, profiling, resume
 from keysync_jax.training import state as states
-from keysync_jax.training.checkpoints import Checkpoints
 from keysync_jax.training.config import TrainConfig
-from keysync_jax.training.metrics import Meter, MetricLog, due, line
+from keysync_jax.training.export import model_card
 from keysync_jax.training.objective import DiffusionObjective, Objective, VaeObjective
 from keysync_jax.training.optimizer import make_optimizer
 from keysync_jax.training.profiling import ProfileWindow
+from keysync_jax.training.start import initial
 from keysync_jax.training.step import make_train_step
-from keysync_jax.training.watch import Watch
+from keysync_jax.training.store import checkpoints
+from keysync_jax.training.store.checkpoints import Checkpoints
+from keysync_jax.training.watch.metrics import Meter, MetricLog, due, line
+from keysync_jax.training.watch.watchers import Watch
 
 # Exit status of a run that SIGTERM ended after it had saved its state: not 0, so that a scheduler starts it again.
 TERMINATED = 128 + signal.SIGTERM

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 
 # Positions of VGG-16's convolutions in torchvision's `features`; a distance is taken after the last of each group, before pooling.
 GROUPS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -107,7 +107,7 @@ def load(folder: str | os.PathLike) -> Lpips:
     Raises:
       KeySyncError: no such folder or file, not PyTorch files, or tensors that are missing.
     """
-    from converters import torch_file
+    from keysync_jax.converters import torch_file
 
     path = Path(folder)
     if not str(folder):

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from keysync_jax.errors import UsageError
-from keysync_jax.training import flops
+from keysync_jax.core.errors import UsageError
+from keysync_jax.costs import flops
 from keysync_jax.training.config import TrainConfig
-from keysync_jax.training.workdir import beside_training
+from keysync_jax.training.store.workdir import beside_training
 
 PROFILE = "profile"
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}

@@ -9,7 +9,7 @@ import jax
 
 from keysync_jax import __version__
 from keysync_jax.config import to_dict
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.training.config import TrainConfig, with_defaults
 
 META_FORMAT = 1

@@ -8,8 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from keysync_jax import cli
-from keysync_jax.cli import main
+from keysync_jax.cli.main import main
+from keysync_jax.cli.main import main as cli
 from keysync_jax.media.audio import save_wav
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from keysync_jax import cli
+from keysync_jax.cli.main import main as cli
 
 
 @pytest.fixture

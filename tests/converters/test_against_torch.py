@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from checkpoints import STAGES, VAE, WAVLM, draw, merged, same, save_hf_encoder, save_microsoft_wavlm
 
-from converters import containers, model_directory, speech, torch_file
-from converters.convert import convert
-from converters.export import export
-from converters.lazy import Tensors
-from converters.parts import part_table
+from keysync_jax.converters import containers, model_directory, speech, torch_file
+from keysync_jax.converters.convert import convert
+from keysync_jax.converters.export import export
+from keysync_jax.converters.lazy import Tensors
+from keysync_jax.converters.parts import part_table
 
 pytestmark = pytest.mark.slow
 

@@ -23,10 +23,10 @@ from checkpoints import (
     stage_tensors,
 )
 
-from converters import containers, safetensors_file, speech, torch_write
-from converters.lazy import Tensors, constant
-from converters.parts import part_table
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import containers, safetensors_file, speech, torch_write
+from keysync_jax.converters.lazy import Tensors, constant
+from keysync_jax.converters.parts import part_table
+from keysync_jax.core.errors import KeySyncError
 
 
 @pytest.mark.parametrize("name", ["keyframe", "interpolation"])

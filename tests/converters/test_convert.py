@@ -27,15 +27,15 @@ from checkpoints import (
 )
 from rich.console import Console
 
-from converters import assemble_stage, model_directory, safetensors_file, sgm, shapes, speech, torch_write
-from converters.containers import Source
-from converters.convert import Options, convert
-from converters.fresh import fresh
-from converters.lazy import BFLOAT16, LazyTensor, Tensors, constant
-from converters.parts import kl_table, part_table
-from converters.progress import byte_progress
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.converters import assemble_stage, model_directory, safetensors_file, sgm, shapes, speech, torch_write
+from keysync_jax.converters.byte_progress import byte_progress
+from keysync_jax.converters.containers import Source
+from keysync_jax.converters.convert import Options, convert
+from keysync_jax.converters.fresh import fresh
+from keysync_jax.converters.lazy import BFLOAT16, LazyTensor, Tensors, constant
+from keysync_jax.converters.parts import kl_table, part_table
+from keysync_jax.core.errors import KeySyncError, UsageError
 
 DIFFUSION = "model.diffusion_model."
 
@@ -371,7 +371,7 @@ def test_the_folder_is_checked_before_anything_is_read(sources, tmp_path, monkey
     def read(path):
         raise AssertionError(f"{path} was opened first")
 
-    monkeypatch.setattr("converters.convert.open_sources", read)
+    monkeypatch.setattr("keysync_jax.converters.convert.open_sources", read)
     used = tmp_path / "used"
     used.mkdir()
     (used / "notes.txt").write_text("mine")
@@ -383,7 +383,7 @@ def test_the_folder_is_checked_before_anything_is_read(sources, tmp_path, monkey
 
 
 def test_long_work_says_how_far_it_is_in_a_log_too(monkeypatch, capsys):
-    monkeypatch.setattr("keysync_jax.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("keysync_jax.core.progress.LINE_SECONDS", 0.0)
     for console, total, said in (
         (Console(stderr=True), 600 * 2**20, ["writing, MiB: 300/600 after"]),
         (Console(stderr=True), 600, []),  # done before it could be read
@@ -462,7 +462,7 @@ def test_random_tensors_are_those_of_the_models_own_initialisation():
     table = part_table(stage)
     ours = fresh(table, 4, zero_init=False, gain=1.5, constants={"mix_factor": 0.5, "learned_mask": 0.0})
     theirs = init_params(stage, 4, zero_init=False, gain=1.5)
-    from converters.lazy import from_params
+    from keysync_jax.converters.lazy import from_params
 
     assert same(ours, from_params(table, theirs))
     assert SVD.label_dim == 48 and VAEConfig().downsample_factor == 8

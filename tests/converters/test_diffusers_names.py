@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from checkpoints import SVD, VAE, draw, same
 
-from converters import diffusers, sgm
-from converters.parts import part_table
-from converters.table import prefixed
 from keysync_jax.config import UNetConfig, VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import diffusers, sgm
+from keysync_jax.converters.parts import part_table
+from keysync_jax.converters.table import prefixed
+from keysync_jax.core.errors import KeySyncError
 
 
 @pytest.fixture(scope="module")

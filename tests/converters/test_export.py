@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from checkpoints import ENCODERS, STAGES, VAE, draw, same
 
-from converters import model_directory, safetensors_file, torch_file
-from converters.convert import convert
-from converters.export import _vae_copies, export
-from converters.fresh import fresh
-from converters.initialize import configurations
-from converters.lazy import BFLOAT16, LazyTensor, Tensors
-from converters.parts import Part, describe, part_table
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.converters import model_directory, safetensors_file, torch_file
+from keysync_jax.converters.convert import convert
+from keysync_jax.converters.export import _vae_copies, export
+from keysync_jax.converters.fresh import fresh
+from keysync_jax.converters.initialize import configurations
+from keysync_jax.converters.lazy import BFLOAT16, LazyTensor, Tensors
+from keysync_jax.converters.parts import Part, describe, part_table
+from keysync_jax.core.errors import KeySyncError, UsageError
 
 KL = "conditioner.embedders.0.encoder."
 ENCODER = "first_stage_model.encoder."

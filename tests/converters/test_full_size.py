@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from converters import sgm, torch_write
-from converters.fresh import VAE_CONSTANTS, fresh, stage_constants
-from converters.initialize import configurations
-from converters.parts import part_table
+from keysync_jax.converters import sgm, torch_write
+from keysync_jax.converters.fresh import VAE_CONSTANTS, fresh, stage_constants
+from keysync_jax.converters.initialize import configurations
+from keysync_jax.converters.parts import part_table
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def test_keyframe_checkpoint(tmp_path, golden_dir):
     assert done["grown"] < 600
     assert not any("drawn at random" in note for note in done["notes"])
 
-    from converters import model_directory
+    from keysync_jax.converters import model_directory
 
     stored = model_directory.load(tmp_path / "model", complete=False, verify=True).tensors("keyframe")
     assert {key: list(t.shape) for key, t in stored.lazy_items()} == {k: t["shape"] for k, t in manifest["tensors"].items()}
@@ -60,7 +60,7 @@ def test_keyframe_checkpoint(tmp_path, golden_dir):
 
 
 def save_full_vae(folder, config, tensors):
-    from converters import diffusers, safetensors_file
+    from keysync_jax.converters import diffusers, safetensors_file
 
     (folder / "vae").mkdir(parents=True)
     (folder / "vae" / "config.json").write_text(json.dumps(diffusers.vae_config_to_diffusers(config, 512)))

@@ -21,12 +21,12 @@ from checkpoints import (
 )
 from rich.console import Console
 
-from converters import model_directory, safetensors_file
-from converters.initialize import configurations, initialize
-from converters.inspect import inspect, show
-from converters.lazy import Tensors, constant
-from converters.parts import part_table
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.converters import model_directory, safetensors_file
+from keysync_jax.converters.initialize import configurations, initialize
+from keysync_jax.converters.inspect_weights import inspect, show
+from keysync_jax.converters.lazy import Tensors, constant
+from keysync_jax.converters.parts import part_table
+from keysync_jax.core.errors import KeySyncError, UsageError
 
 
 def shown(path, **options):

@@ -10,12 +10,12 @@ import pytest
 from checkpoints import ENCODERS, STAGES, VAE, draw, same
 from safetensors.numpy import load_file, save_file
 
-from converters import hub, model_directory
-from converters.initialize import initialize
-from converters.lazy import LazyTensor, Tensors
-from converters.parts import Part, part_table
-from converters.staging import staged
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.converters import hub, model_directory
+from keysync_jax.converters.initialize import initialize
+from keysync_jax.converters.lazy import LazyTensor, Tensors
+from keysync_jax.converters.parts import Part, part_table
+from keysync_jax.converters.staging import staged
+from keysync_jax.core.errors import KeySyncError, UsageError
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_hashes_are_checked_on_request(model):
 
 
 def test_log_mel_has_a_config_and_no_weights(tmp_path):
-    from converters.assemble_audio import without_weights
+    from keysync_jax.converters.assemble_audio import without_weights
 
     stage = STAGES["keyframe"].__class__(**{**STAGES["keyframe"].__dict__, "audio_encoder": "log_mel"})
     parts = [Part("keyframe", stage, draw(part_table(stage))), *without_weights([Part("keyframe", stage, Tensors({}, "x"))])]
@@ -205,7 +205,7 @@ def vae_part(tensors=None):
 
 def test_the_warning_about_random_weights_names_the_folder_as_it_is(monkeypatch, tmp_path, capsys):
     saved = types.SimpleNamespace(path=str(tmp_path / "tiny[bold]"))
-    monkeypatch.setattr("converters.initialize.model_directory.save", lambda *args, **kwargs: saved)
+    monkeypatch.setattr("keysync_jax.converters.initialize.model_directory.save", lambda *args, **kwargs: saved)
     initialize("tiny", saved.path)
     assert f"{saved.path} holds RANDOM weights" in capsys.readouterr().err
 
@@ -346,7 +346,7 @@ def bucket(tmp_path):
 
 
 def test_remote_directories(tiny_model, bucket, tmp_path):
-    from converters.export import export
+    from keysync_jax.converters.export import export
 
     local = model_directory.load(tiny_model)
     remote = local.save("gs://bucket/model")

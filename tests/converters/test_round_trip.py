@@ -6,12 +6,12 @@ import orbax.checkpoint as ocp
 import pytest
 from checkpoints import HUBERT, STAGES, VAE, WAVLM, draw
 
-from converters import model_directory, safetensors_file, torch_file, torch_write
-from converters.export import export_params
-from converters.lazy import BFLOAT16, Tensors, constant, from_params
-from converters.parts import part_table
-from converters.table import get_leaf, to_flax
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import model_directory, safetensors_file, torch_file, torch_write
+from keysync_jax.converters.export import export_params
+from keysync_jax.converters.lazy import BFLOAT16, Tensors, constant, from_params
+from keysync_jax.converters.parts import part_table
+from keysync_jax.converters.table import get_leaf, to_flax
+from keysync_jax.core.errors import KeySyncError
 
 PARTS = {"keyframe": STAGES["keyframe"], "interpolation": STAGES["interpolation"], "vae": VAE, "audio/hubert": HUBERT, "audio/wavlm": WAVLM}
 

@@ -7,9 +7,9 @@ import math
 import jax
 import pytest
 
-from converters import sgm, sgm_config
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import sgm, sgm_config
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models import stage
 from keysync_jax.models.freezing import frozen_mask
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters import speech, table
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import speech, table
+from keysync_jax.core.errors import KeySyncError
 
 MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
 FULL = {"hubert": AudioEncoderConfig(), "wavlm": AudioEncoderConfig(kind="wavlm", normalize_waveform=False)}

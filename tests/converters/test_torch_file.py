@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters import torch_file, torch_write
-from converters.lazy import BFLOAT16, LazyTensor, Tensors, constant
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import torch_file, torch_write
+from keysync_jax.converters.lazy import BFLOAT16, LazyTensor, Tensors, constant
+from keysync_jax.core.errors import KeySyncError
 
 DATA = Path(__file__).parent / "data"
 BASE = np.arange(24, dtype=np.float32).reshape(4, 6)

@@ -1,4 +1,4 @@
-"""The verbs of `keysync_jax.data_cli`, as a user types them."""
+"""The verbs of `keysync_jax.cli.data_verbs`, as a user types them."""
 
 import argparse
 import dataclasses
@@ -8,14 +8,14 @@ import sys
 import pytest
 import tiny_shards as tiny
 
-from data_pipeline.shards import write_group
-from keysync_jax import data_cli
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.cli import data_verbs
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.shards import write_group
 
 
 def run(*words):
     parser = argparse.ArgumentParser()
-    data_cli.add_verbs(parser.add_subparsers(required=True))
+    data_verbs.add_verbs(parser.add_subparsers(required=True))
     args = parser.parse_args([str(w) for w in words])
     return args.run(args)
 
@@ -124,10 +124,10 @@ def test_a_runner_that_beam_does_not_know(tmp_path, tiny_model):
 def test_without_beam_one_line_says_what_to_install(tmp_path, tiny_model, monkeypatch):
     (tmp_path / "a.mp4").touch()
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    monkeypatch.delitem(sys.modules, "data_pipeline.prepare.jobs", raising=False)
-    import data_pipeline.prepare
+    monkeypatch.delitem(sys.modules, "keysync_jax.data_pipeline.prepare.jobs", raising=False)
+    import keysync_jax.data_pipeline.prepare as package
 
-    monkeypatch.delattr(data_pipeline.prepare, "jobs", raising=False)
+    monkeypatch.delattr(package, "jobs", raising=False)
     with pytest.raises(KeySyncError, match=r"keysync-jax\[data\]"):
         run("prepare", tmp_path, "-o", tmp_path / "out", "--model", tiny_model)
 

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 from broken_inputs import encode
 
-from converters import model_directory, sgm, speech, table
-from data_pipeline.prepare.features import Encoders
-from data_pipeline.prepare.groups import plan_features
-from data_pipeline.prepare.manifest import read_inputs
-from data_pipeline.prepare.run import prepare
-from data_pipeline.prepare.settings import Curation, Output
-from data_pipeline.source.clips import FrameStore
-from data_pipeline.source.masks import latent_masks
-from data_pipeline.synthetic import make_clip
 from keysync_jax.config import MaskConfig
-from keysync_jax.evaluation.parity import load_case
-from keysync_jax.inference.generate import stream_key
+from keysync_jax.converters import model_directory, sgm, speech, table
+from keysync_jax.data_pipeline.prepare.features import Encoders
+from keysync_jax.data_pipeline.prepare.groups import plan_features
+from keysync_jax.data_pipeline.prepare.manifest import read_inputs
+from keysync_jax.data_pipeline.prepare.run import prepare
+from keysync_jax.data_pipeline.prepare.settings import Curation, Output
+from keysync_jax.data_pipeline.source.clips import FrameStore
+from keysync_jax.data_pipeline.source.latent_masks import latent_masks
+from keysync_jax.data_pipeline.synthetic import make_clip
+from keysync_jax.inference.engine import stream_key
+from keysync_jax.verify.harness import load_case
 
 FLOAT16 = 2**-11  # half a step, relative
 # Encoder -> the golden waveform of 30 whole frames.

@@ -5,9 +5,9 @@ import json
 import pytest
 from broken_inputs import encode
 
-from data_pipeline.prepare.manifest import read_inputs
-from data_pipeline.synthetic import make_clip
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.prepare.manifest import read_inputs
+from keysync_jax.data_pipeline.synthetic import make_clip
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from broken_inputs import encode
 
-from data_pipeline.prepare import features, frame_table, work
-from data_pipeline.prepare.analyse import Tools, analyse
-from data_pipeline.prepare.frame_table import FrameTables
-from data_pipeline.prepare.item import Item
-from data_pipeline.prepare.settings import Curation
-from data_pipeline.prepare.sound import load_sound
-from data_pipeline.prepare.work import WorkFolder, file_digest
-from data_pipeline.synthetic import make_clip
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.prepare import features, frame_table, work
+from keysync_jax.data_pipeline.prepare.analyse import Tools, analyse
+from keysync_jax.data_pipeline.prepare.frame_table import FrameTables
+from keysync_jax.data_pipeline.prepare.item import Item
+from keysync_jax.data_pipeline.prepare.settings import Curation
+from keysync_jax.data_pipeline.prepare.sound import load_sound
+from keysync_jax.data_pipeline.prepare.work import WorkFolder, file_digest
+from keysync_jax.data_pipeline.synthetic import make_clip
 from keysync_jax.media import audio, video
 from keysync_jax.media.crop import Crop, extract
 

@@ -10,30 +10,27 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
+import prepare_kill
 import pytest
 from broken_inputs import EXPECTED, write_broken_inputs
 from tiny_shards import tree
 
-from data_pipeline import layout
-from data_pipeline.prepare import analyse as analyse_stage
-from data_pipeline.prepare import work
-from data_pipeline.prepare.groups import plan_features
-from data_pipeline.prepare.inspect import draw_clip, summary
-from data_pipeline.prepare.manifest import read_inputs
-from data_pipeline.prepare.run import prepare
-from data_pipeline.prepare.settings import Curation, Output
-from data_pipeline.source.clips import FrameStore
-from data_pipeline.source.mixture import DatasetChoice
-from data_pipeline.source.sample import SourceConfig, WindowReader
-from data_pipeline.source.windows import windows_for
-from data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
-from keysync_jax.errors import KeySyncError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scenarios"))
-import prepare_kill  # noqa: E402
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline import dataset_layout as layout
+from keysync_jax.data_pipeline.prepare import analyse as analyse_stage
+from keysync_jax.data_pipeline.prepare import work
+from keysync_jax.data_pipeline.prepare.groups import plan_features
+from keysync_jax.data_pipeline.prepare.inspect_dataset import draw_clip, summary
+from keysync_jax.data_pipeline.prepare.manifest import read_inputs
+from keysync_jax.data_pipeline.prepare.run import prepare
+from keysync_jax.data_pipeline.prepare.settings import Curation, Output
+from keysync_jax.data_pipeline.source.clips import FrameStore
+from keysync_jax.data_pipeline.source.mixture import DatasetChoice
+from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader
+from keysync_jax.data_pipeline.source.windows import windows_for
+from keysync_jax.data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
 
 CLIPS, FRAMES = 6, 30
 CURATION = Curation(crop_size=128)
@@ -165,7 +162,7 @@ def _pixels(path):
 
 
 def test_a_clip_whose_features_fail_is_reported_and_used_once_it_is_mended(place, tmp_path, monkeypatch):
-    from data_pipeline.prepare import sidecars
+    from keysync_jax.data_pipeline.prepare import sidecars
 
     items = [i for i in read_inputs(place / "videos" / "talkers" / "manifest.csv")][:3]
     absent = dataclasses.replace(items[0], emotion=str(tmp_path / "absent.json"))
@@ -235,10 +232,10 @@ def test_values_are_what_the_networks_say(place):
     import jax
     import jax.numpy as jnp
 
-    from converters import model_directory
-    from data_pipeline.prepare.item import derived_seed
-    from keysync_jax.inference.audio_features import AudioFeatures
-    from keysync_jax.inference.generate import stream_key
+    from keysync_jax.converters import model_directory
+    from keysync_jax.data_pipeline.prepare.item import derived_seed
+    from keysync_jax.encoders.audio_features import AudioFeatures
+    from keysync_jax.inference.engine import stream_key
     from keysync_jax.media import audio, video
     from keysync_jax.media.crop import Crop, extract
     from keysync_jax.models.vae import VAE

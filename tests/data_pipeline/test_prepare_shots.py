@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from broken_inputs import cut_up, encode
 
-from data_pipeline.prepare.face_track import FacesInFrame
-from data_pipeline.prepare.item import Item
-from data_pipeline.prepare.shots import CutFinder, check_package
-from data_pipeline.synthetic import make_clip
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.prepare.face_track import FacesInFrame
+from keysync_jax.data_pipeline.prepare.item import Item
+from keysync_jax.data_pipeline.prepare.shot_bounds import CutFinder, check_package
+from keysync_jax.data_pipeline.synthetic import make_clip
 from keysync_jax.media import video
 from keysync_jax.media.faces import Face, FaceBackend
 

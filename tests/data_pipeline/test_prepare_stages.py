@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from broken_inputs import encode
 
-from data_pipeline.prepare import quality, scorers, sidecars, torch_scorers
-from data_pipeline.prepare.analyse import Tools, analyse, item_key
-from data_pipeline.prepare.clips import Span, cut_long, usable_spans
-from data_pipeline.prepare.features import ClipWork, int16_sound
-from data_pipeline.prepare.frame_table import FrameTables
-from data_pipeline.prepare.groups import checked_float16
-from data_pipeline.prepare.item import Candidate, Item
-from data_pipeline.prepare.occluder import Sam2Masker
-from data_pipeline.prepare.settings import Curation, Output
-from data_pipeline.prepare.work import WorkFolder
-from data_pipeline.synthetic import make_clip
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.prepare import quality, scorers, sidecars, torch_scorers
+from keysync_jax.data_pipeline.prepare.analyse import Tools, analyse, item_key
+from keysync_jax.data_pipeline.prepare.features import ClipWork, int16_sound
+from keysync_jax.data_pipeline.prepare.frame_table import FrameTables
+from keysync_jax.data_pipeline.prepare.groups import checked_float16
+from keysync_jax.data_pipeline.prepare.item import Candidate, Item
+from keysync_jax.data_pipeline.prepare.occluder import Sam2Masker
+from keysync_jax.data_pipeline.prepare.settings import Curation, Output
+from keysync_jax.data_pipeline.prepare.spans import Span, cut_long, usable_spans
+from keysync_jax.data_pipeline.prepare.work import WorkFolder
+from keysync_jax.data_pipeline.synthetic import make_clip
 
 FRAMES = 40
 CURATION = Curation(crop_size=64)

@@ -10,17 +10,17 @@ import json
 import numpy as np
 import pytest
 
-from data_pipeline.prepare.groups import plan_features
-from data_pipeline.prepare.manifest import read_inputs
-from data_pipeline.prepare.run import prepare
-from data_pipeline.prepare.settings import Curation, Output
-from data_pipeline.prepare.torch_features import describe, open_encoder
-from data_pipeline.source.clips import FrameStore
-from data_pipeline.source.mixture import DatasetChoice
-from data_pipeline.source.sample import SourceConfig, WindowReader
-from data_pipeline.source.windows import InterpolationWindows
-from data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.prepare.groups import plan_features
+from keysync_jax.data_pipeline.prepare.manifest import read_inputs
+from keysync_jax.data_pipeline.prepare.run import prepare
+from keysync_jax.data_pipeline.prepare.settings import Curation, Output
+from keysync_jax.data_pipeline.prepare.torch_features import describe, open_encoder
+from keysync_jax.data_pipeline.source.clips import FrameStore
+from keysync_jax.data_pipeline.source.mixture import DatasetChoice
+from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader
+from keysync_jax.data_pipeline.source.windows import InterpolationWindows
+from keysync_jax.data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -179,8 +179,8 @@ def test_clicks_become_an_occluder_column_and_open_the_mask(tiny_model, sam2_wei
 
     smaller = functools.partial(build_sam.build_sam2_video_predictor, hydra_overrides_extra=["++model.image_size=256"])
     monkeypatch.setattr(build_sam, "build_sam2_video_predictor", smaller)
-    from data_pipeline.prepare.occluder import Sam2Masker
-    from keysync_jax.cli import main
+    from keysync_jax.cli.main import main
+    from keysync_jax.data_pipeline.prepare.occluder import Sam2Masker
     from keysync_jax.media.crop import Crop, extract
     from keysync_jax.media.masks import downsample
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from data_pipeline.records import (
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.records import (
     Column,
     audio_column,
     decode,
@@ -11,7 +12,6 @@ from data_pipeline.records import (
     latent_column,
     record_bytes,
 )
-from keysync_jax.errors import KeySyncError
 
 COLUMNS = (
     latent_column(4, 6), audio_column("wavlm", 5), landmarks_column(), Column("arousal", "float32", ()), Column("occluder", "bool", (4, 6)),

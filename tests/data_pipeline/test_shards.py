@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import tiny_shards as tiny
 
-from data_pipeline import layout
-from data_pipeline.layout import make_group, read_group
-from data_pipeline.records import Column
-from data_pipeline.shards import finish_group, prepare_group, verify_group, write_group, write_shard
-from data_pipeline.source.clips import FrameStore
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline import dataset_layout as layout
+from keysync_jax.data_pipeline.dataset_layout import make_group, read_group
+from keysync_jax.data_pipeline.records import Column
+from keysync_jax.data_pipeline.shards import finish_group, prepare_group, verify_group, write_group, write_shard
+from keysync_jax.data_pipeline.source.clips import FrameStore
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def clip_list():
 
 
 def python(code, *args):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "helpers"), *sys.path])}
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 

@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
-from data_pipeline.clip_index import Clip, assign_splits, dumps, loads, order_clips
-from data_pipeline.shard_plan import plan_shards
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.clip_index import Clip, assign_splits, dumps, loads, order_clips
+from keysync_jax.data_pipeline.shard_plan import plan_shards
 
 HALVES = {"train": 0.5, "test": 0.5}
 

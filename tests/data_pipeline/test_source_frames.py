@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from data_pipeline.source.frames import FrameConfig, FrameReader
-from data_pipeline.source.loader import Batches
-from data_pipeline.synthetic.clip import make_clip
-from data_pipeline.synthetic.dataset import SynthSettings, plan_clip, synth_dataset
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.source.frames import FrameConfig, FrameReader
+from keysync_jax.data_pipeline.source.loader import Batches
+from keysync_jax.data_pipeline.synthetic.clip import make_clip
+from keysync_jax.data_pipeline.synthetic.dataset import SynthSettings, plan_clip, synth_dataset
 
 SETTINGS = SynthSettings(seed=5, frames=12, size=64, validation_share=0.3, test_share=0.0)
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tiny_shards as tiny
 
-from data_pipeline.shards import write_group
-from data_pipeline.source import benchmark
-from data_pipeline.source.loader import Batches, BatchSource
-from data_pipeline.source.mixture import DatasetChoice
-from data_pipeline.source.sample import SourceConfig, WindowReader
-from data_pipeline.source.windows import InterpolationWindows, KeyframeWindows
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.shards import write_group
+from keysync_jax.data_pipeline.source import benchmark
+from keysync_jax.data_pipeline.source.loader import Batches, BatchSource
+from keysync_jax.data_pipeline.source.mixture import DatasetChoice
+from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader
+from keysync_jax.data_pipeline.source.windows import InterpolationWindows, KeyframeWindows
 
 
 @pytest.fixture(scope="module")

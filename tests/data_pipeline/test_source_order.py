@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from data_pipeline.clip_index import Clip, order_clips
-from data_pipeline.source import order
-from data_pipeline.source.mixture import ClipFilter, DatasetChoice, select
-from data_pipeline.source.order import BLOCK, Order
-from data_pipeline.source.windows import InterpolationWindows, KeyframeWindows, windows_for
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.clip_index import Clip, order_clips
+from keysync_jax.data_pipeline.source import order
+from keysync_jax.data_pipeline.source.mixture import ClipFilter, DatasetChoice, select
+from keysync_jax.data_pipeline.source.order import BLOCK, Order
+from keysync_jax.data_pipeline.source.windows import InterpolationWindows, KeyframeWindows, windows_for
 
 
 def test_keyframe_windows():

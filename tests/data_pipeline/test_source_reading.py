@@ -5,17 +5,17 @@ import numpy as np
 import pytest
 import tiny_shards as tiny
 
-from data_pipeline import records
-from data_pipeline.records import Column
-from data_pipeline.shard_plan import Piece
-from data_pipeline.shards import write_group
-from data_pipeline.source.clips import FrameStore
-from data_pipeline.source.masks import MIRROR, jitter_landmarks, latent_masks, mirror_landmarks
-from data_pipeline.source.mixture import ClipFilter, DatasetChoice
-from data_pipeline.source.sample import SourceConfig, WindowReader, check_stage, source_config
-from data_pipeline.source.windows import InterpolationWindows, KeyframeWindows
 from keysync_jax.config import MaskConfig, StageConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline import records
+from keysync_jax.data_pipeline.records import Column
+from keysync_jax.data_pipeline.shard_plan import Piece
+from keysync_jax.data_pipeline.shards import write_group
+from keysync_jax.data_pipeline.source.clips import FrameStore
+from keysync_jax.data_pipeline.source.latent_masks import MIRROR, jitter_landmarks, latent_masks, mirror_landmarks
+from keysync_jax.data_pipeline.source.mixture import ClipFilter, DatasetChoice
+from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader, check_stage, source_config
+from keysync_jax.data_pipeline.source.windows import InterpolationWindows, KeyframeWindows
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def write_one(root, change=None, **clip):
     original = records.encode_clip
     with pytest.MonkeyPatch.context() as patch:
         if change:
-            patch.setattr("data_pipeline.shards.encode_clip", lambda *a: (change(i, r) for i, r in enumerate(original(*a))))
+            patch.setattr("keysync_jax.data_pipeline.shards.encode_clip", lambda *a: (change(i, r) for i, r in enumerate(original(*a))))
         write_group(root, tiny.group(), tiny.load, tiny.clips((30,)))
     return reader(root, InterpolationWindows())
 

@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipeline.synthetic import TalkerOptions, make_clip
-from data_pipeline.synthetic.geometry import MAX_OPENING
-from keysync_jax.errors import UsageError
+from keysync_jax.core.errors import UsageError
+from keysync_jax.data_pipeline.synthetic import TalkerOptions, make_clip
+from keysync_jax.data_pipeline.synthetic.geometry import MAX_OPENING
 
 
 @pytest.fixture(scope="module")

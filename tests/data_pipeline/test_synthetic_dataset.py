@@ -17,11 +17,24 @@ import av
 import numpy as np
 import pytest
 
-from data_pipeline.synthetic import SynthSettings, TalkerOptions, dataset, make_clip, report, shards, synth_dataset, write_clip
-from data_pipeline.synthetic.dataset import MANIFEST_FIELDS, SPLITS, plan_clip
-from keysync_jax.cli import main
-from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.locking import only_process
+from keysync_jax.cli.main import main
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.locking import only_process
+from keysync_jax.data_pipeline.synthetic import (
+    SynthSettings,
+    TalkerOptions,
+    dataset,
+    make_clip,
+    synth_dataset,
+    write_clip,
+)
+from keysync_jax.data_pipeline.synthetic import (
+    talker_report as report,
+)
+from keysync_jax.data_pipeline.synthetic import (
+    talker_shards as shards,
+)
+from keysync_jax.data_pipeline.synthetic.dataset import MANIFEST_FIELDS, SPLITS, plan_clip
 
 SMALL = SynthSettings(seed=3, frames=12, size=64, silent_share=0.3, occluder_share=0.5)
 

@@ -1,6 +1,6 @@
 """A face detector takes the drawings for faces."""
 
-from data_pipeline.synthetic.detection import format_report, report_detection
+from keysync_jax.data_pipeline.synthetic.detection import format_report, report_detection
 
 
 def test_mediapipe_finds_the_faces_and_their_mouths():

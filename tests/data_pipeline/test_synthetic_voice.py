@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.synthetic.phonemes import (
+from keysync_jax.data_pipeline.synthetic.phonemes import (
     CONTROL_RATE,
     VOWELS,
     Articulation,
@@ -12,8 +12,8 @@ from data_pipeline.synthetic.phonemes import (
     audio_generator,
     sample_phonemes,
 )
-from data_pipeline.synthetic.report import audio_probe
-from data_pipeline.synthetic.voice import SAMPLE_RATE, formants, sample_voice, synthesize
+from keysync_jax.data_pipeline.synthetic.talker_report import audio_probe
+from keysync_jax.data_pipeline.synthetic.voice import SAMPLE_RATE, formants, sample_voice, synthesize
 
 
 def _held(opening: float, width: float, seconds: float = 0.6, **changes: float) -> Articulation:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import preconditioning, schedules, sigma_sampling
-from keysync_jax.errors import KeySyncError
 
 SIGMA = jnp.asarray(np.geomspace(2e-3, 700, 23), jnp.float32)
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import guidance, inpainting, sampler, schedules
 from keysync_jax.diffusion.inpainting import Conditions
-from keysync_jax.errors import KeySyncError
 
 B, T, H, W, D = 3, 4, 5, 6, 7
 

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import tiny_talker_model
 
-from converters import model_directory
-from data_pipeline.source.clips import FrameStore
-from data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
-from data_pipeline.synthetic.shards import write_shards
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import model_directory
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.locking import only_process
+from keysync_jax.data_pipeline.source.clips import FrameStore
+from keysync_jax.data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
+from keysync_jax.data_pipeline.synthetic.talker_shards import write_shards
 from keysync_jax.evaluation import ablations
 from keysync_jax.evaluation.ablations import Judged, Run
-from keysync_jax.locking import only_process
-from keysync_jax.training import runs
-from keysync_jax.training.export import parts_of
+from keysync_jax.training.export.export_run import parts_of
+from keysync_jax.training.start import runs
 
 TINY = f"stage.audio_feature_dim={tiny_talker_model.BANDS}"
 
@@ -110,7 +110,7 @@ def test_the_record_of_a_runs_settings_is_whole_when_its_writing_is_stopped(tmp_
 
 
 @pytest.mark.parametrize("words, status, message", [
-    (["--data", "nowhere"], 1, "--data 'nowhere' holds no shards; python -m data_pipeline.synthetic.shards makes them"),
+    (["--data", "nowhere"], 1, "--data 'nowhere' holds no shards; keysync data shards makes them"),
     (["--data", "empty"], 1, "--data 'empty' holds no shards"),
     (["--data", "file"], 1, "--data 'file' holds no shards"),
     (["--data", ""], 1, "--data '' holds no shards"),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.evaluation import lip_metrics, marks
 from keysync_jax.evaluation.lip_metrics import MouthTruth
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import tiny_talker_model
 
-from converters import model_directory
-from data_pipeline.synthetic.dataset import SynthSettings, plan_clip
-from keysync_jax import KeySyncPipeline, evaluate_cli
-from keysync_jax.cli import main
+from keysync_jax import KeySyncPipeline
+from keysync_jax.cli import evaluate_verbs
+from keysync_jax.cli.main import main
 from keysync_jax.config import MaskConfig
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.converters import model_directory
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.synthetic.dataset import SynthSettings, plan_clip
 from keysync_jax.evaluation import lip_metrics, marks, talkers, talkers_clips, talkers_model, talkers_report
 from keysync_jax.evaluation.talkers_model import Scales, TalkerModel, one_stage_windows
 from keysync_jax.media import video
@@ -400,7 +401,7 @@ def test_the_vae_gate(tiny, small_marks, monkeypatch):
 
 def _command(*words):
     parser = argparse.ArgumentParser()
-    evaluate_cli.add_evaluate(parser.add_subparsers())
+    evaluate_verbs.add_evaluate(parser.add_subparsers())
     args = parser.parse_args(["evaluate", *map(str, words)])
     return args.run(args)
 
@@ -477,4 +478,4 @@ def test_what_does_not_exist_is_named():
 
 def test_scales_of_both_stages():
     assert talkers_model.Scales((5, 2), (5, 2)).text == "5/2"
-    assert [s.text for s in evaluate_cli.parse_grid("5/2, 2.5/1.5:1/1")] == ["5/2", "2.5/1.5:1/1"]
+    assert [s.text for s in evaluate_verbs.parse_grid("5/2, 2.5/1.5:1/1")] == ["5/2", "2.5/1.5:1/1"]

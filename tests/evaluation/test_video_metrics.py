@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.synthetic import make_clip, write_clip
-from keysync_jax import evaluate_cli
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.cli import evaluate_verbs
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.synthetic import make_clip, write_clip
 from keysync_jax.evaluation import video_metrics, video_report
 from keysync_jax.evaluation.lip_metrics_plot import COLOURS, draw_curves, stack
 from keysync_jax.evaluation.video_metrics import FrameFigures
@@ -170,7 +170,7 @@ def test_outputs_are_whole_or_as_they_were(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
         with pytest.raises(KeySyncError, match=r"a\.json: the disk is full"):
-            evaluate_cli._write(str(table), {})
+            evaluate_verbs._write(str(table), {})
     with monkeypatch.context() as patch:
         patch.setattr(video_metrics.csv, "writer", lambda file, **_: full(file.name))
         with pytest.raises(KeySyncError, match=r"a\.csv: the disk is full"):
@@ -188,7 +188,7 @@ def test_outputs_are_whole_or_as_they_were(tmp_path, monkeypatch):
 
 def _command(*words):
     parser = argparse.ArgumentParser()
-    evaluate_cli.add_evaluate(parser.add_subparsers())
+    evaluate_verbs.add_evaluate(parser.add_subparsers())
     args = parser.parse_args(["evaluate", *map(str, words)])
     return args.run(args)
 

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.inference.analysis import analyse
 from keysync_jax.media.faces import Face, FaceBackend
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from keysync_jax import KeySyncPipeline
-from keysync_jax.cli import main
+from keysync_jax.cli.main import main
 from keysync_jax.config import MaskConfig
-from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.inference import job, latent_store
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.inference import dub as job
+from keysync_jax.inference import latent_store
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.media import audio, video
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media import audio
 
 CLICK_S = 1.0

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media import color, video, writer
 from keysync_jax.media.compositing import BlendSettings, Compositor, blend_region, seam_step
 from keysync_jax.media.orientation import Orientation

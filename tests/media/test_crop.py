@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media import crop as cropping
 from keysync_jax.media.crop import Crop, extract, fixed_crop, from_crop_space, to_crop_space
 

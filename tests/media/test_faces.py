@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.media import faces, landmarks
 from keysync_jax.media.faces import Face, open_backend
 

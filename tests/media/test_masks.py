@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from keysync_jax.config import MaskConfig
-from keysync_jax.errors import KeySyncError
-from keysync_jax.evaluation import parity
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media import masks
+from keysync_jax.verify import harness as parity
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "masks"
 

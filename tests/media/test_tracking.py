@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.media import tracking
 from keysync_jax.media.faces import Face
 from keysync_jax.media.tracking import FaceTable, Selection, fill_gaps, jitter, smooth_run

@@ -7,7 +7,7 @@ import clips
 import numpy as np
 import pytest
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media import color, video
 from keysync_jax.media.orientation import Orientation
 

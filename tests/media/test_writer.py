@@ -7,7 +7,7 @@ import clips
 import numpy as np
 import pytest
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.media import audio, video, writer
 
 RATES = [Fraction(24000, 1001), Fraction(25), Fraction(30000, 1001), Fraction(30), Fraction(60)]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keysync_jax.errors import UsageError
+from keysync_jax.core.errors import UsageError
 from keysync_jax.models import attention as module
 from keysync_jax.models.attention import attention, select
 

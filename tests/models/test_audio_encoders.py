@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import safetensors
 
-from converters import speech, table
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.errors import KeySyncError
-from keysync_jax.models import audio_encoder, log_mel, speech_layers
+from keysync_jax.converters import speech, table
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.models.speech import audio_encoder, log_mel, speech_layers
 
-FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "speech_hf.safetensors"
+FIXTURE = pathlib.Path(__file__).parents[1] / "helpers" / "fixtures" / "speech_hf.safetensors"
 TINY = {
     "hidden_size": 16,
     "num_layers": 2,

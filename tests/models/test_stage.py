@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models.initializers import random_params
 from keysync_jax.models.stage import StageModel, abstract_params, init_params, init_vae_params
 

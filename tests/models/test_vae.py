@@ -10,7 +10,7 @@ import pytest
 from flax.errors import ScopeParamNotFoundError
 
 from keysync_jax.config import VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models.stage import init_vae_params
 from keysync_jax.models.vae import VAE, sample_posterior
 

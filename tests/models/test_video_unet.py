@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from converters import sgm
 from keysync_jax.config import UNetConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import sgm
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models.initializers import random_params
 from keysync_jax.models.video_unet import VideoUNet
 

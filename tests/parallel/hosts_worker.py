@@ -3,7 +3,7 @@
 import sys
 import time
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.parallel import distributed
 
 

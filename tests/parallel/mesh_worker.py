@@ -19,11 +19,12 @@ from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.models.stage import init_params, init_vae_params
 from keysync_jax.parallel import sharding
 from keysync_jax.parallel.mesh import check_batch, train_mesh
-from keysync_jax.training import initial, plan
+from keysync_jax.planning import recipe_plan as plan
 from keysync_jax.training import state as states
 from keysync_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from keysync_jax.training.objective import DiffusionObjective
 from keysync_jax.training.optimizer import make_optimizer
+from keysync_jax.training.start import initial
 from keysync_jax.training.step import make_train_step
 
 UNET = UNetConfig(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.parallel import distributed
 
 WORKER = Path(__file__).with_name("hosts_worker.py")

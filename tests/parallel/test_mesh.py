@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.parallel import mesh as meshes
 from keysync_jax.parallel.sharding import data_share
 from keysync_jax.training.config import MeshConfig

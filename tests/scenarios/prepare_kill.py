@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_pipeline"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from broken_inputs import EXPECTED, write_broken_inputs  # noqa: E402
 
@@ -104,8 +104,8 @@ def main() -> None:
     folder = args.folder.resolve()
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "xla"))
-    from converters.initialize import initialize
-    from data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
+    from keysync_jax.converters.initialize import initialize
+    from keysync_jax.data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
 
     initialize("tiny", str(folder / "model"), force=True)
     synth_dataset(args.n, folder / "videos" / "talkers", SynthSettings(frames=args.frames, size=128), quiet=True)

@@ -218,7 +218,7 @@ def _keysync(*words: object) -> float:
       SystemExit: it failed.
     """
     code = (
-        "import resource, sys\nfrom keysync_jax.cli import main\nstatus = main(sys.argv[1:])\n"
+        "import resource, sys\nfrom keysync_jax.cli.main import main\nstatus = main(sys.argv[1:])\n"
         "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\nsys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)

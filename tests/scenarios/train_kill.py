@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import tiny_runs as tiny  # noqa: E402
 
@@ -219,7 +219,7 @@ from keysync_jax import recipes
 from keysync_jax.parallel.mesh import AXES
 from keysync_jax.parallel.sharding import state_shardings
 from keysync_jax.training import initial, state as states
-from keysync_jax.training.checkpoints import Checkpoints
+from keysync_jax.training.store.checkpoints import Checkpoints
 from keysync_jax.training.config import train_config
 from keysync_jax.training.optimizer import make_optimizer
 

@@ -20,12 +20,13 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from keysync_jax.errors import KeySyncError
-from keysync_jax.training import checkpoints, resume
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.training import resume
 from keysync_jax.training import state as states
-from keysync_jax.training.checkpoints import Checkpoints
-from keysync_jax.training.checksums import changed, checksums
 from keysync_jax.training.config import CheckpointConfig, TrainConfig
+from keysync_jax.training.store import checkpoints
+from keysync_jax.training.store.checkpoints import Checkpoints
+from keysync_jax.training.store.checksums import changed, checksums
 
 META = {"format": 1, "config": {}}
 KEEP = CheckpointConfig(every=1, keep_last=2, keep_every=4)

@@ -8,18 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from converters import model_directory, sgm, table
-from data_pipeline.source.windows import windows_for
-from keysync_jax import recipes
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig, to_dict
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.converters import model_directory, sgm, table
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.source.windows import windows_for
 from keysync_jax.models.freezing import frozen_mask
 from keysync_jax.models.stage import abstract_params, abstract_vae_params, init_params, init_vae_params
-from keysync_jax.training import lpips, state
+from keysync_jax.training import lpips, recipes, state
 from keysync_jax.training.config import OptimizerConfig, TrainConfig, train_config
-from keysync_jax.training.initial import split
 from keysync_jax.training.objective import DiffusionObjective, VaeObjective
 from keysync_jax.training.optimizer import make_optimizer
+from keysync_jax.training.start.initial import split
 from keysync_jax.training.step import make_train_step
 
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -1,26 +1,27 @@
 """Starting points: what a run takes from where, and what is drawn at random."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
+import checkpoints as weights
 import numpy as np
 import pytest
 import tiny_starts as tiny
 from tiny_runs import write_dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "converters"))
-import checkpoints as weights  # noqa: E402
-
-from converters import model_directory, sgm  # noqa: E402
-from converters.parts import part_table  # noqa: E402
-from converters.table import to_torch  # noqa: E402
-from keysync_jax import assets, recipes  # noqa: E402
-from keysync_jax.config import to_dict  # noqa: E402
-from keysync_jax.errors import KeySyncError  # noqa: E402
-from keysync_jax.training import checkpoints, data, initial, runs  # noqa: E402
-from keysync_jax.training.config import TrainConfig, train_config  # noqa: E402
-from keysync_jax.training.state import merge  # noqa: E402
+from keysync_jax import assets
+from keysync_jax.config import to_dict
+from keysync_jax.converters import model_directory, sgm
+from keysync_jax.converters.parts import part_table
+from keysync_jax.converters.table import to_torch
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.training import (
+    data,
+    recipes,
+)
+from keysync_jax.training.config import TrainConfig, train_config
+from keysync_jax.training.start import initial, runs
+from keysync_jax.training.state import merge
+from keysync_jax.training.store import checkpoints
 
 LABEL = "model.diffusion_model.label_emb.0.0.weight"
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"

@@ -9,11 +9,11 @@ import pytest
 import tiny_runs as tiny
 import train_entry
 
-from data_pipeline.source.mixture import DatasetChoice
-from data_pipeline.source.sample import SourceConfig, WindowReader
-from data_pipeline.source.windows import KeyframeWindows
-from keysync_jax import cli
-from keysync_jax.training.checkpoints import Checkpoints, read_config
+from keysync_jax.cli.main import main as cli
+from keysync_jax.data_pipeline.source.mixture import DatasetChoice
+from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader
+from keysync_jax.data_pipeline.source.windows import KeyframeWindows
+from keysync_jax.training.store.checkpoints import Checkpoints, read_config
 
 EVERY_STEP = ("checkpoint.every=1", "data.batch_size=2")
 
@@ -26,7 +26,7 @@ def dataset(tmp_path_factory):
 @pytest.fixture
 def keysync(monkeypatch, capsys):
     """`keysync train` on the tiny recipe with an accident at the batch of some step; gives (exit status, lines of stderr)."""
-    from data_pipeline.source.loader import Batches
+    from keysync_jax.data_pipeline.source.loader import Batches
 
     original = Batches.__next__
 

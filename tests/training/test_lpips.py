@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from lpips_case import FILE, images, weights
 
-from converters import torch_write
-from converters.lazy import LazyTensor, Tensors
+from keysync_jax.converters import torch_write
+from keysync_jax.converters.lazy import LazyTensor, Tensors
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion.loss import LossConfig, PixelTargets, prediction_loss
-from keysync_jax.errors import KeySyncError
 from keysync_jax.training import lpips
 from keysync_jax.training.config import TrainConfig, VaeLossConfig
 from keysync_jax.training.loop import make_objective

@@ -12,13 +12,16 @@ import object_store
 import pytest
 from etils import epath
 
-from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.training import jsonl, metrics, model_card, profiling
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.training import profiling
 from keysync_jax.training.config import DataConfig, TrainConfig
-from keysync_jax.training.metrics import LINE_WIDTH, Meter, MetricLog, due, duration, line, read_metrics
-from keysync_jax.training.pictures import draw_curve
+from keysync_jax.training.export import model_card
 from keysync_jax.training.profiling import ProfileWindow, Speed, parse_profile_steps
-from keysync_jax.training.watch import Watch
+from keysync_jax.training.store import jsonl
+from keysync_jax.training.watch import metrics
+from keysync_jax.training.watch.metrics import LINE_WIDTH, Meter, MetricLog, due, duration, line, read_metrics
+from keysync_jax.training.watch.pictures import draw_curve
+from keysync_jax.training.watch.watchers import Watch
 
 
 class Clock:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tiny_runs as tiny
 
-from converters import model_directory
-from keysync_jax.training.export import export
+from keysync_jax.converters import model_directory
+from keysync_jax.training.export.export_run import export
 
 SMALL = ("data.batch_size=2",)
 STEPS = 30

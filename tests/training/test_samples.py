@@ -12,20 +12,20 @@ import tiny_runs
 from etils import epath
 from PIL import Image
 
-from converters import model_directory
-from data_pipeline.synthetic import make_clip, write_clip
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.converters import model_directory
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.synthetic import make_clip, write_clip
 from keysync_jax.models.stage import init_params, init_vae_params
 from keysync_jax.parallel.mesh import AXES
-from keysync_jax.training import pictures
 from keysync_jax.training.config import CheckpointConfig, DataConfig, InitConfig, LogConfig, OptimizerConfig, TrainConfig
 from keysync_jax.training.loop import train
-from keysync_jax.training.metrics import MetricLog, read_metrics
-from keysync_jax.training.pictures import Item
-from keysync_jax.training.samples import Samples
 from keysync_jax.training.state import TrainState
-from keysync_jax.training.validation import open_reader
+from keysync_jax.training.watch import pictures
+from keysync_jax.training.watch.metrics import MetricLog, read_metrics
+from keysync_jax.training.watch.pictures import Item
+from keysync_jax.training.watch.samples import Samples
+from keysync_jax.training.watch.validation import open_reader
 
 FRAMES = 3
 STAGE = StageConfig(

@@ -16,9 +16,9 @@ from keysync_jax.models.stage import StageModel, abstract_params, init_params
 from keysync_jax.models.transformer import SpatialVideoTransformer
 from keysync_jax.training import state as states
 from keysync_jax.training.config import OptimizerConfig, TrainConfig
-from keysync_jax.training.initial import split
 from keysync_jax.training.objective import DiffusionObjective
 from keysync_jax.training.optimizer import learning_rate, make_optimizer
+from keysync_jax.training.start.initial import split
 from keysync_jax.training.step import make_train_step, step_key
 
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

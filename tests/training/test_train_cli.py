@@ -7,14 +7,15 @@ import pytest
 import tiny_starts as tiny
 from tiny_runs import write_dataset
 
-from data_pipeline.source.clips import FrameStore
-from keysync_jax import recipes
-from keysync_jax.cli import main
+from keysync_jax.cli.main import main
 from keysync_jax.config import to_dict
-from keysync_jax.errors import KeySyncError, UsageError
-from keysync_jax.locking import only_process
-from keysync_jax.training import checkpoints, loop, runs
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.locking import only_process
+from keysync_jax.data_pipeline.source.clips import FrameStore
+from keysync_jax.training import loop, recipes
 from keysync_jax.training.config import train_config
+from keysync_jax.training.start import runs
+from keysync_jax.training.store import checkpoints
 
 
 @pytest.fixture
@@ -205,7 +206,7 @@ def test_nan_in_a_record(keysync, recipe_file, tmp_path, monkeypatch):
 
     def reader(self, group, split):
         found = original(self, group, split)
-        monkeypatch.setattr("data_pipeline.source.clips._finite", lambda value: not (np.asarray(value).shape == (2, tiny.MELS)))
+        monkeypatch.setattr("keysync_jax.data_pipeline.source.clips._finite", lambda value: not (np.asarray(value).shape == (2, tiny.MELS)))
         return found
 
     monkeypatch.setattr(FrameStore, "_reader", reader)

@@ -11,19 +11,21 @@ import pytest
 import tiny_starts as tiny
 from rich.console import Console
 
-from converters import model_directory, safetensors_file, sgm, torch_file
-from converters.lazy import Tensors
-from converters.parts import Part, part_table
-from data_pipeline.prepare.groups import plan_features
-from data_pipeline.prepare.settings import Output
-from data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.errors import KeySyncError, UsageError
+from keysync_jax.converters import model_directory, safetensors_file, sgm, torch_file
+from keysync_jax.converters.lazy import Tensors
+from keysync_jax.converters.parts import Part, part_table
+from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.prepare.groups import plan_features
+from keysync_jax.data_pipeline.prepare.settings import Output
+from keysync_jax.data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
 from keysync_jax.models.vae import VAE, sample_posterior
-from keysync_jax.training import checkpoints, initial, jsonl, model_card, runs, vae_scale
 from keysync_jax.training.config import DataConfig, TrainConfig
-from keysync_jax.training.export import ExportOptions, export, parse_steps
+from keysync_jax.training.export import model_card
+from keysync_jax.training.export.export_run import ExportOptions, export, parse_steps
 from keysync_jax.training.loop import train
+from keysync_jax.training.start import initial, runs, vae_scale
+from keysync_jax.training.store import checkpoints, jsonl
 
 NAME = "model/diffusion_model/out_2/bias"
 
@@ -217,7 +219,7 @@ def test_options_of_a_vae_run(vae_run, tmp_path):
 
 
 def test_the_command_tells_apart_what_can_be_no_source(model, tmp_path, capsys):
-    from keysync_jax.cli import main
+    from keysync_jax.cli.main import main
 
     for source, status, words in (
         (model, 2, "--format is needed to export a model directory"),
@@ -379,7 +381,7 @@ def test_stand_in_has_the_real_signatures():
 
 
 def test_push_uploads_the_directory_with_its_card(hub, run, tmp_path, capsys):
-    from keysync_jax.cli import main
+    from keysync_jax.cli.main import main
 
     words = ["export", str(run), "-o", str(tmp_path / "lips"), "--push", "hub:someone/lips@v1", "--private", "--licence", "mit"]
     assert main(words) == 0
@@ -392,7 +394,7 @@ def test_push_uploads_the_directory_with_its_card(hub, run, tmp_path, capsys):
 
 
 def test_nothing_is_pushed_when_the_export_fails(hub, run, tmp_path, capsys):
-    from keysync_jax.cli import main
+    from keysync_jax.cli.main import main
 
     assert main(["export", str(run), "--step", "9", "-o", str(tmp_path / "out"), "--push", "hub:someone/lips"]) == 1
     assert hub.calls == []

@@ -7,16 +7,17 @@ import pytest
 import tiny_runs
 from scipy import stats
 
-from data_pipeline.synthetic import make_clip, write_clip
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
-from keysync_jax.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.synthetic import make_clip, write_clip
 from keysync_jax.models.stage import init_params, init_vae_params
 from keysync_jax.parallel.mesh import AXES
-from keysync_jax.training import data, validation
+from keysync_jax.training import data
 from keysync_jax.training.config import DataConfig, DropoutConfig, InitConfig, LogConfig, TrainConfig
 from keysync_jax.training.objective import DiffusionObjective, VaeObjective
 from keysync_jax.training.state import TrainState
-from keysync_jax.training.validation import SEED, Validation, bucket_normals, open_reader
+from keysync_jax.training.watch import validation
+from keysync_jax.training.watch.validation import SEED, Validation, bucket_normals, open_reader
 
 UNET = UNetConfig(
     in_channels=9, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,), num_head_channels=32,

@@ -6,10 +6,11 @@ import object_store
 import pytest
 
 from keysync_jax.config import to_dict
-from keysync_jax.errors import KeySyncError
-from keysync_jax.training import checkpoints, initial, runs
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.training.config import TrainConfig
-from keysync_jax.training.workdir import absolute, as_os_error, beside_training
+from keysync_jax.training.start import initial, runs
+from keysync_jax.training.store import checkpoints
+from keysync_jax.training.store.workdir import absolute, as_os_error, beside_training
 
 
 def test_an_object_store_is_no_folder_of_this_machine(tmp_path, monkeypatch):

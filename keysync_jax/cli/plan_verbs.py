@@ -1,0 +1,146 @@
+"""`keysync plan`: what a recipe needs on given devices."""
+
+from __future__ import annotations
+
+import json
+
+from keysync_jax.cli.verbs import add_verb
+
+_EXAMPLES = """\
+  keysync plan --config keyframe --topology h200x8 --config.mesh.fsdp=8 --config.data.batch_size=32
+  keysync plan --config keyframe --topology v5e:4x4 --config.mesh.fsdp=16 --config.data.batch_size=16 --config.remat=full
+  keysync plan --config keyframe --topology v5e:4x4 --config.mesh.fsdp=16 --config.remat=full --compile    (needs libtpu)
+  keysync plan --config keyframe --topology h200 --config.optimizer.accumulate=16 --compile    (needs jax[cuda13], no GPU)
+  keysync plan --config interpolation --topology cpu:8 --json"""
+
+_TOPOLOGY = (
+    "v5e:4x4, v5p:2x2x2 (TPU chips), h200x8, a100x8 (GPUs) or cpu:8; with --config.mesh.slices=N this is one slice (or host) and the plan "
+    "is for N of them"
+)
+
+
+def add_plan(verbs) -> None:
+    """Add `keysync plan`."""
+    p = add_verb(verbs, "plan", _plan, "memory, FLOPs and time of a recipe on devices you need not have", _EXAMPLES)
+    p.add_argument("--config", required=True, metavar="NAME", help="recipe: a shipped name, a .py file, or a run's config.json")
+    p.add_argument("--config.KEY", dest="_", metavar="VALUE", help="set a key of the recipe, for example --config.mesh.fsdp=8")
+    p.add_argument("--topology", required=True, metavar="T", help=_TOPOLOGY)
+    p.add_argument(
+        "--compile", nargs="?", const="memory", choices=["memory", "whole"],
+        help="compile the step for the topology (libtpu or JAX's CUDA plugin): until its memory is placed, or to the end (at full size "
+        "over an hour for TPUs)",
+    )  # fmt: skip
+    p.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _plan(args) -> int:
+    import jax
+
+    from keysync_jax.planning import ahead_of_time, compile_targets
+    from keysync_jax.planning import recipe_plan as plans
+    from keysync_jax.training import recipes
+    from keysync_jax.training.config import train_config
+
+    # Shapes need no device: none is taken from a training beside the plan, and libtpu does not complain that this is no TPU.
+    jax.config.update("jax_platforms", "cpu")
+    topology = plans.parse_topology(args.topology)
+    config = train_config(recipes.load(args.config, args.overrides), args.config)
+    if args.compile:
+        compile_targets.check(topology)  # said before anything else
+    plan = plans.make_plan(config, topology)
+    if not args.json:
+        _print(plan, config)
+    compiled = ahead_of_time.compile_step(config, topology, whole=args.compile == "whole") if args.compile else None
+    if args.json:
+        more = {} if compiled is None else {"compiled": compiled._asdict() | {"total": compiled.total}}
+        print(json.dumps(plans.as_json(plan) | more, indent=2))
+    elif compiled is not None:
+        _print_compiled(compiled, topology, config.mesh.slices)
+    return 0
+
+
+def _print(plan, config) -> None:
+    from rich.console import Console
+
+    from keysync_jax.parallel.sharding import rows_table
+
+    console, topology = Console(highlight=False), plan.topology
+    mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items())
+    device = topology.device
+    held = f", {device.memory / 2**30:.0f} GiB each" if device.memory else ""
+    slices = f" ({config.mesh.slices} slices of {topology.name})" if config.mesh.slices > 1 else ""
+    devices = f"{plan.devices} x {device.name}{held}{slices}"
+    console.print(f"{devices}; mesh {mesh}; batch {plan.batch_size} ({config.dtype}, remat {config.remat})")
+    trained, frozen = plan.parameters["trained"], plan.parameters["frozen"]
+    console.print(f"{trained:,} parameters are trained, {frozen:,} are frozen")
+    for note in plan.notes:
+        console.print(note)
+    console.print()
+    console.print(rows_table(plan.rows, f"train state on {mesh}"))
+    console.print(_flops_table(plan))
+    console.print(_memory_table(plan, config))
+    if plan.peak is None:
+        console.print(f"no peak is known of {device.name} in {config.dtype}, so no least time")
+    else:
+        console.print(
+            f"least time of a step: {plan.compute_seconds:.4g} s at {plan.peak.flops / 1e12:.0f} TFLOP/s, the peak of {plan.peak.name}, "
+            f"+ {plan.update_seconds:.4g} s to move the {plan.update_bytes / 1e9:.3g} GB of an update at full bandwidth "
+            f"= at most {plan.steps_per_second:.3g} steps/s, {plan.steps_per_second * plan.batch_size:.3g} samples/s"
+        )
+    console.print(f"(traced in {plan.seconds:.0f} s)")
+
+
+def _flops_table(plan):
+    from rich.table import Table
+
+    table = Table(title="TFLOP (counted in the traced program, 2 per multiply-add)", title_justify="left")
+    table.add_column("part")
+    for name in ("per sample", "per step"):
+        table.add_column(name, justify="right")
+    labels = {
+        "forward": "forward", "backward": "backward", "pixels": "pixel loss", "recompute": "recomputed by the backward pass",
+        "pixels_recompute": "recomputed for the pixel loss",
+    }  # fmt: skip
+    for name, value in plan.flops._asdict().items():
+        if value or name in ("forward", "backward"):
+            table.add_row(labels[name], f"{value / plan.batch_size / 1e12:.4g}", f"{value / 1e12:.4g}")
+    table.add_section()
+    table.add_row("model (for MFU)", f"{plan.flops.model / plan.batch_size / 1e12:.4g}", f"{plan.flops.model / 1e12:.4g}")
+    table.add_row("all", f"{plan.flops.total / plan.batch_size / 1e12:.4g}", f"{plan.flops.total / 1e12:.4g}")
+    return table
+
+
+def _memory_table(plan, config):
+    from rich.table import Table
+
+    from keysync_jax.parallel.sharding import gib
+
+    table = Table(title="GiB per device", title_justify="left")
+    for name, justify in (("part", "left"), ("GiB", "right"), ("", "left")):
+        table.add_column(name, justify=justify)
+    memory = plan.memory
+    table.add_row("train state", gib(memory.state), "exact, from the shardings")
+    table.add_row("batch", gib(memory.batch), "exact")
+    twice = ", twice: their sum and a microbatch's" if config.optimizer.accumulate > 1 else ""
+    table.add_row("gradients", gib(memory.gradients), f"estimated: laid out as the parameters{twice}")
+    table.add_row("gathered parameters", gib(memory.gathered), "estimated: the two largest blocks")
+    waiting = f"{gib(memory.residuals)} of them wait for the backward pass"
+    table.add_row("activations", gib(memory.activations), f"estimated before fusion; {waiting}")
+    table.add_section()
+    of = plan.topology.device.memory
+    doubt = "may not fit" + ("; --compile knows" if plan.topology.device.platform == "tpu" else "")
+    verdict = "" if not of else f"of {of / 2**30:.1f} GiB: " + ("fits" if memory.total < 0.95 * of else doubt)
+    table.add_row("all", gib(memory.total), verdict)
+    return table
+
+
+def _print_compiled(compiled, topology, slices) -> None:
+    from keysync_jax.parallel.sharding import gib
+
+    code = "the program's own bytes not counted" if compiled.code is None else f"program {gib(compiled.code)}"
+    name = topology.name if slices == 1 else f"{slices} slices of {topology.name}"
+    print(
+        f"compiled for {name} in {compiled.seconds:.0f} s; GiB per device: arguments {gib(compiled.arguments)}, "
+        f"temporaries {gib(compiled.temporaries)}, {code}; together {gib(compiled.total)} of {topology.device.memory / 2**30:.1f}: "
+        f"{'fits' if compiled.total <= topology.device.memory else 'does not fit'}"
+    )

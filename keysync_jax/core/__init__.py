@@ -1,0 +1,1 @@
+"""What every room stands on: errors, files, locks, processes, progress, settings of the machine. Imports no JAX at the top."""

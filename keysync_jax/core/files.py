@@ -1,0 +1,89 @@
+"""Local files that appear whole or not at all, and the folders they go to."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from keysync_jax.core.errors import KeySyncError, UsageError
+
+
+def local_folder(path: str | os.PathLike) -> Path:
+    """The folder to write to, which need not exist.
+
+    Raises:
+      UsageError: nothing, or an object store.
+      KeySyncError: there is a file where a folder must be.
+    """
+    text = os.fspath(path)
+    if not text or "://" in text:
+        raise UsageError(f"output {text!r} is no local folder; name one")
+    folder = Path(text)
+    there = next((each for each in (folder, *folder.parents) if each.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise KeySyncError(f"{there} is a file; name a folder")
+    return folder
+
+
+def check_target(path: str | os.PathLike, name: str = "") -> Path:
+    """Refuses, before the work, a file that could not be written after it.
+
+    Args:
+      path: of the file.
+      name: of the option that asks for it, for the message.
+
+    Returns:
+      The path, resolved.
+
+    Raises:
+      UsageError: a folder, or something else that a file must not replace.
+      KeySyncError: in a folder that does not exist, or without permission.
+    """
+    target, said = Path(path).resolve(), f"{name} {path}".lstrip()
+    if not target.parent.is_dir():
+        raise KeySyncError(f"{said}: the folder {target.parent} does not exist; create it first")
+    if target.is_dir():
+        raise UsageError(f"{said} is a folder; name a file in it")
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{said} is no ordinary file, and is not replaced; name another")
+    if not all(os.access(each, os.W_OK) for each in (target.parent, target) if each.exists()):
+        raise KeySyncError(f"{said} cannot be written: permission denied")
+    return target
+
+
+def temporary_beside(path: Path, suffix: str = "") -> Path:
+    """Where the file that shall become `path` is written: its own for every target and process, and no name that is too long.
+
+    Args:
+      path: the target.
+      suffix: that the temporary file shall have.
+    """
+    # A name may be as long as a file's name can be, so the temporary one has a part of it and a checksum.
+    return path.with_name(f".{path.name[:40]}.{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.part{suffix}")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file next to `path`, then rename it; nothing half-written ever bears the final name.
+
+    Raises:
+      KeySyncError: the disk is full or the folder cannot be written to.
+    """
+    temporary = temporary_beside(path, path.suffix)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, None):  # None: NumPy, which says how much it could write
+            raise KeySyncError(f"cannot write {path}: the disk is full; free space or choose another folder") from error
+        raise KeySyncError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """`write_atomically` of UTF-8 text."""
+    write_atomically(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))

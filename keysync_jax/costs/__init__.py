@@ -1,0 +1,1 @@
+"""What a traced program costs: FLOPs and activations. Imports JAX only."""

@@ -1,0 +1,1 @@
+"""The verb `demo`: a drawn clip, dubbed and judged."""

@@ -1,0 +1,108 @@
+"""What a dub did, per shot, as JSON that a person or a batch system can act on."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import resource
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from keysync_jax import __version__
+from keysync_jax.diffusion import schedules
+from keysync_jax.inference.analysis import Analysis, Shot
+from keysync_jax.inference.engine import StageSettings
+from keysync_jax.inference.options import DubOptions
+from keysync_jax.inference.timeline import MODEL_RATE, Run, model_frame
+from keysync_jax.media.audio import AudioClip
+
+
+def build(
+    model: dict[str, Any], analysis: Analysis, runs: Sequence[Run], result: dict[str, Any], voice: AudioClip, num_audio_frames: int,
+    options: DubOptions, steps: int, scales: dict[str, StageSettings], seconds: dict[str, float],
+) -> dict[str, Any]:  # fmt: skip
+    """The report; frame numbers are those of the source, times are seconds, boxes are upright pixels."""
+    blended = set(result["frames"])
+    info = analysis.info
+    video_end = float(analysis.times[-1])
+    notes = [*analysis.notes, *voice.notes, *result["notes"]]
+    voice_end = num_audio_frames / MODEL_RATE
+    if voice_end < video_end:
+        notes.append(f"the voice ends at {voice_end:.2f} s, before the video: the source mouth stays from there on")
+    elif voice.duration_s > video_end + 1:
+        notes.append(f"the voice is {voice.duration_s - video_end:.2f} s longer than the video and is cut at its end")
+    return {
+        "keysync_jax": __version__,
+        "source": {
+            "path": str(info.path),
+            "size": [info.display_width, info.display_height],
+            "rotation": info.rotation,
+            "pixel_format": info.pix_fmt,
+            "rate": str(info.average_rate),
+            "frames": analysis.num_frames,
+        },
+        "audio": {"seconds": voice.duration_s, "rate": voice.source_rate, "channels": voice.source_channels, "output": result["audio"]},
+        "model": model,
+        "settings": {
+            **dataclasses.asdict(options),
+            "steps": steps,
+            "evaluations": len(schedules.ays_sigmas(steps)) - 1,  # ten steps are eleven
+            "guidance": {name: {"audio": float(s.audio_scale), "identity": float(s.identity_scale)} for name, s in scales.items()},
+        },
+        "frames_dubbed": len(blended),
+        "shots": [_shot(shot, runs, blended, analysis, num_audio_frames) for shot in analysis.shots],
+        "notes": notes,
+        "seconds": seconds,
+        "peak_memory_mib": peak_memory_mib(),
+        "devices": [str(device) for device in jax.local_devices()],
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")},
+    }
+
+
+def _shot(shot: Shot, runs: Sequence[Run], blended: set[int], analysis: Analysis, num_audio_frames: int) -> dict[str, Any]:
+    frames = range(shot.start, shot.stop)
+    planned = [run for run in runs if run.shot == shot.index]
+    skipped = []
+    for frame in frames:
+        if frame in blended:
+            continue
+        if not shot.faces.detected[frame - shot.start]:
+            reason = "no face detected"
+        elif model_frame(analysis.times[frame]) >= num_audio_frames:
+            reason = "the voice has ended"
+        else:
+            reason = "outside the window plan"
+        if skipped and skipped[-1]["reason"] == reason and skipped[-1]["frames"][1] == frame:
+            skipped[-1]["frames"][1] = frame + 1
+        else:
+            skipped.append({"frames": [frame, frame + 1], "reason": reason})
+    crop = shot.crop
+    return {
+        "frames": [shot.start, shot.stop],
+        "time": [float(analysis.times[shot.start]), float(analysis.times[shot.stop - 1])],
+        "face_box": None if crop is None else [crop.x0, crop.y0, crop.x0 + crop.side, crop.y0 + crop.side],
+        "dubbed": sum(f in blended for f in frames),
+        "runs": [{"frames": [r.start, r.stop], "model_frames": r.num_frames} for r in planned],
+        "skipped": skipped,
+    }
+
+
+def peak_memory_mib() -> int:
+    """Largest resident size of this process so far."""
+    unit = 1024 * 1024 if platform.system() == "Darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
+def summary(report: dict[str, Any], output: str) -> str:
+    """One or two lines for the terminal."""
+    lines = [
+        f"{output}: {report['frames_dubbed']} of {report['source']['frames']} frames dubbed in {len(report['shots'])} shot(s); "
+        f"audio {report['audio']['output']}; {sum(report['seconds'].values()):.1f} s"
+    ]
+    for number, shot in enumerate(report["shots"]):
+        for part in shot["skipped"]:
+            lines.append(f"  shot {number}: frames {part['frames'][0]}–{part['frames'][1] - 1} kept as they are: {part['reason']}")
+    return "\n".join(lines + [f"  note: {note}" for note in report["notes"]])

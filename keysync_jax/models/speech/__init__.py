@@ -1,0 +1,1 @@
+"""Speech encoders, one file each."""

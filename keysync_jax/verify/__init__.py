@@ -1,0 +1,1 @@
+"""The verb `verify`: reference cases through our code, number by number."""

@@ -1,0 +1,46 @@
+import json
+
+import pytest
+
+from keysync_jax.config import StageConfig, from_dict
+from keysync_jax.core.errors import UsageError
+from keysync_jax.training import recipes
+
+
+def test_shipped_stages_are_the_released_ones():
+    keyframe = from_dict(StageConfig, recipes.load("keyframe").stage.to_dict())
+    interpolation = from_dict(StageConfig, recipes.load("interpolation").stage.to_dict())
+    assert (keyframe.audio_encoder, keyframe.unet.in_channels) == ("hubert", 8)
+    assert (interpolation.audio_encoder, interpolation.unet.in_channels) == ("wavlm", 9)
+
+
+def test_overrides():
+    config = recipes.load("keyframe", ["--config.stage.unet.model_channels=64", "--config.stage.audio_encoder=log_mel"])
+    assert config.stage.unet.model_channels == 64
+    assert config.stage.audio_encoder == "log_mel"
+
+
+@pytest.mark.parametrize(
+    "override", ["--config.stage.unet.modl=64", "--config.stage.unet.model_channels=wide", "--config.stage.num_frames"]
+)
+def test_bad_overrides(override):
+    with pytest.raises(UsageError):
+        recipes.load("keyframe", [override])
+
+
+def test_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'a': {'b': 1}})\n")
+    assert recipes.load(str(path), ["--config.a.b=3"]).a.b == 3
+    with pytest.raises(UsageError, match="keyframe"):
+        recipes.load("no_such_recipe")
+
+
+def test_a_stored_recipe_of_an_older_version_can_be_given_the_keys_it_lacks(tmp_path):
+    values = recipes.load("tiny_test").to_dict()
+    del values["optimizer"]["max_skipped"], values["log"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    config = recipes.load(str(path), ["--config.optimizer.max_skipped=3", "--config.log.samples=1"])
+    assert config.optimizer.max_skipped == 3 and config.log.samples == 1
+    assert config.optimizer.learning_rate == values["optimizer"]["learning_rate"]
