@@ -8,8 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 
+from keysync_jax.cli import weights_verbs
 from keysync_jax.cli.main import main
-from keysync_jax.cli.main import main as cli
 from keysync_jax.media.audio import save_wav
 
 
@@ -172,7 +172,7 @@ def test_a_name_that_the_terminal_cannot_show_does_not_fail_the_job(monkeypatch)
     """What `ls` shows as caf?.mp4 (a file name that is no UTF-8), and a dash on an ASCII terminal."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", out)
-    monkeypatch.setattr(cli, "_inspect", lambda args: print("caf\udce9.mp4: frames 1–2"))
+    monkeypatch.setattr(weights_verbs, "_inspect", lambda args: print("caf\udce9.mp4: frames 1–2"))
     assert main(["inspect", "x"]) == 0
     out.flush()
     assert out.buffer.getvalue() == b"caf\\udce9.mp4: frames 1\\u20132\n"

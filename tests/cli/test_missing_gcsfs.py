@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from keysync_jax.cli.main import main as cli
+from keysync_jax.cli import main as cli
+from keysync_jax.cli import weights_verbs
 
 
 @pytest.fixture
@@ -36,6 +37,6 @@ def test_one_line_says_what_to_install(words, without_gcsfs, tmp_path, monkeypat
 
 @pytest.mark.parametrize("missing", ["import absent_package", "from json import absent_name"])
 def test_other_imports_keep_their_traceback(missing, monkeypatch):
-    monkeypatch.setattr(cli, "_inspect", lambda args: exec(missing))
+    monkeypatch.setattr(weights_verbs, "_inspect", lambda args: exec(missing))
     with pytest.raises(ImportError, match="absent"):
         cli.main(["inspect", "gs://bucket/a"])

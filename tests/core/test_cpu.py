@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from keysync_jax.cli.main import main as cli
+from keysync_jax.cli import main as cli
 from keysync_jax.core import cpu
 from keysync_jax.data_pipeline.prepare import features
 

@@ -65,7 +65,7 @@ def main(argv):
     for hook in argv[:split]:
         name, _, value = hook.partition("=")
         HOOKS[name](value)
-    from keysync_jax.cli.main import main as cli
+    from keysync_jax.cli import main as cli
 
     return cli.main(argv[split + 1 :])
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from keysync_jax.cli.main import main as cli
+from keysync_jax.cli import main as cli
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.costs import flops
 from keysync_jax.models.attention import attention
@@ -250,7 +250,7 @@ def test_it_needs_neither_readers_nor_media():
         "import sys\n"
         "for name in ('ml_collections', 'grain', 'av', 'cv2', 'orbax', 'soundfile', 'soxr', 'tensorflow', 'torch', 'apache_beam'):\n"
         "    sys.modules[name] = None\n"
-        "from keysync_jax.cli import main\n"
+        "from keysync_jax.cli.main import main\n"
         "from keysync_jax.planning import bench\n"
         "bench.gpu_set()\n"
         "rooms = ('keysync_jax.data_pipeline', 'keysync_jax.converters', 'keysync_jax.media')\n"

@@ -9,7 +9,7 @@ import pytest
 import tiny_runs as tiny
 import train_entry
 
-from keysync_jax.cli.main import main as cli
+from keysync_jax.cli import main as cli
 from keysync_jax.data_pipeline.source.mixture import DatasetChoice
 from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader
 from keysync_jax.data_pipeline.source.windows import KeyframeWindows

@@ -1,0 +1,63 @@
+"""`keysync dub`."""
+
+from __future__ import annotations
+
+import sys
+
+from keysync_jax import assets
+from keysync_jax.cli.verbs import add_verb, stop_on_sigterm
+from keysync_jax.core.errors import UsageError
+
+_MODEL_HELP = "model directory, local, gs:// or hub:owner/name (made by keysync convert or keysync init)"
+
+
+def add_dub(verbs) -> None:
+    """Add `keysync dub`."""
+    p = add_verb(
+        verbs, "dub", _dub, "dub a video with a new voice track",
+        "  keysync dub talk.mp4 voice.wav -o dubbed.mp4 --model DIR --report report.json\n"
+        "  keysync dub talk.mov voice.m4a -o dubbed.mkv --model hub:owner/name --lossless",
+    )  # fmt: skip
+    p.add_argument("video", metavar="VIDEO", help="any container, size, rate, rotation; constant or variable frame rate")
+    p.add_argument("audio", metavar="AUDIO", help="the new voice: an audio file, or a video whose track is used")
+    p.add_argument("-o", "--output", required=True, metavar="OUT", help="output file: .mp4, .mkv or .mov")
+    p.add_argument("--model", metavar="DIR", help=f"{_MODEL_HELP}, or demo: the bundled model, which draws cartoon mouths")
+    p.add_argument("--report", metavar="JSON", help="write what was done to each shot, timings and settings")
+    model = p.add_argument_group("generation")
+    model.add_argument("--seed", type=int, default=23, help="noise seed; the same seed gives the same bytes (default 23)")
+    model.add_argument("--steps", type=int, metavar="N", help="sampler steps, at least 10 (default: the model's own, 10)")
+    model.add_argument("--audio-scale", type=float, metavar="X", help="audio guidance (default: the model's own, 5.0)")
+    model.add_argument("--identity-scale", type=float, metavar="X", help="identity guidance (default: the model's own, 2.0)")
+    model.add_argument("--mask", choices=["box", "full", "mouth", "heart", "face"], help="region to regenerate (default: the model's own)")
+    model.add_argument("--reference-windows", action="store_true", help="the PyTorch reference's window plan, which drops the tail")
+    model.add_argument("--dtype", choices=["float32", "bfloat16"], help="network compute type (default: float32 on CPU, else bfloat16)")
+    model.add_argument("--microbatch", type=int, default=1, metavar="N", help="windows per device and call (default 1)")
+    face = p.add_argument_group("faces")
+    face.add_argument("--faces", choices=["mediapipe", "fan"], default="mediapipe", help="landmark detector (fan: needs the torch extra)")
+    face.add_argument("--face-weights", metavar="DIR", help="folder with FAN's weight files")
+    face.add_argument("--face", default="largest", metavar="WHICH", help="largest, center, left, right or X,Y in pixels")
+    video = p.add_argument_group("output")
+    video.add_argument("--crf", type=int, metavar="N", help="quality, 0 to 51, lower is better (default 16)")
+    video.add_argument("--lossless", action="store_true", help="encode losslessly: pixels outside the mouth region stay bit-equal")
+
+
+def _dub(args) -> int:
+    if args.model is None:
+        raise UsageError(assets.NO_MODEL)
+    from keysync_jax.core.compile_cache import use_compile_cache
+    from keysync_jax.inference.options import DubOptions
+    from keysync_jax.inference.pipeline import KeySyncPipeline
+
+    if args.model == assets.NAME:
+        print(f"keysync: {assets.WARNING}", file=sys.stderr)
+    stop_on_sigterm()
+    use_compile_cache()
+    options = DubOptions(
+        seed=args.seed, steps=args.steps, audio_scale=args.audio_scale, identity_scale=args.identity_scale, mask=args.mask,
+        reference_windows=args.reference_windows, faces=args.faces, face_weights=args.face_weights, face=args.face,
+        crf=args.crf, lossless=args.lossless,
+    )  # fmt: skip
+    pipeline = KeySyncPipeline.from_pretrained(args.model, dtype=args.dtype, microbatch=args.microbatch)
+    result = pipeline(args.video, args.audio, args.output, options=options, report=args.report, progress=True)
+    print(result.summary)
+    return 0
