@@ -23,7 +23,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from keysync_jax import __version__
 from keysync_jax import config as configs
 from keysync_jax.config import AUDIO_ENCODERS, AudioEncoderConfig, StageConfig, VAEConfig
 from keysync_jax.converters import hub, safetensors_file
@@ -46,6 +45,7 @@ from keysync_jax.converters.shapes import check_encoder
 from keysync_jax.converters.staging import staged
 from keysync_jax.converters.table import Table, to_flax
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.version import __version__
 
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "model.safetensors"
 FORMAT, VERSION = "keysync-jax", 1

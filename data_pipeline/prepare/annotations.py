@@ -22,7 +22,7 @@ from typing import Any
 
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.prepare.item import Item
-from keysync_jax.data_pipeline.prepare.manifest import VIDEO_SUFFIXES, find_sidecar, finite_number
+from keysync_jax.data_pipeline.prepare.manifest_fields import VIDEO_SUFFIXES, find_sidecar, finite_number
 
 HDTF_SETS = ("RD", "WDA", "WRA")
 _CELEBV = {"celebvhq": "celebv-hq", "celebvtext": "celebv-text"}

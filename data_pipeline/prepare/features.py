@@ -6,7 +6,7 @@ import io
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,7 @@ from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.dataset_layout import BASE, Group
 from keysync_jax.data_pipeline.prepare import sidecars
 from keysync_jax.data_pipeline.prepare.groups import FeaturePlan, checked_float16
-from keysync_jax.data_pipeline.prepare.item import Candidate, Item, derived_seed
+from keysync_jax.data_pipeline.prepare.item import ClipWork, Item, derived_seed
 from keysync_jax.data_pipeline.prepare.sound import load_sound
 from keysync_jax.data_pipeline.records import AUDIO_PREFIX, LANDMARKS, LATENT, SOUND
 from keysync_jax.encoders.audio_features import SAMPLES_PER_FRAME
@@ -27,16 +27,6 @@ from keysync_jax.media.crop import Crop, extract
 MICROBATCH = 4
 _CPU_THREADS = "4"  # likewise
 _FAR = 50  # frames that are decoded on the way to the next clip rather than opening the file again
-
-
-class ClipWork(NamedTuple):
-    """A clip whose values are wanted: the curated clip, its source frames and landmarks, the groups to compute, the video's keyframes."""
-
-    clip: Candidate
-    sources: np.ndarray
-    landmarks: np.ndarray
-    groups: tuple[Group, ...]
-    keyframes: tuple[video.Keyframe, ...] = ()
 
 
 class EncoderError(KeySyncError):

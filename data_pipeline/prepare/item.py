@@ -1,4 +1,4 @@
-"""What goes in (`Item`), what comes out of curation (`Candidate`, `Drop`), as plain JSON values."""
+"""What goes in (`Item`), what comes out of curation (`Candidate`, `Drop`), as plain JSON values, and what is then computed (`ClipWork`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import dataclasses
 import hashlib
 import re
 from typing import Any, NamedTuple
+
+import numpy as np
+
+from keysync_jax.data_pipeline.dataset_layout import Group
+from keysync_jax.media import video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,3 +127,13 @@ class DropError(Exception):
 
     def __reduce__(self):
         return DropError, (self.stage, self.reason, self.detail, self.seconds)
+
+
+class ClipWork(NamedTuple):
+    """A clip whose values are wanted: the curated clip, its source frames and landmarks, the groups to compute, the video's keyframes."""
+
+    clip: Candidate
+    sources: np.ndarray
+    landmarks: np.ndarray
+    groups: tuple[Group, ...]
+    keyframes: tuple[video.Keyframe, ...] = ()

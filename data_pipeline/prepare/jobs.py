@@ -32,7 +32,7 @@ from keysync_jax.data_pipeline.prepare import work_state as state
 from keysync_jax.data_pipeline.prepare.analyse import Analysis, Tools
 from keysync_jax.data_pipeline.prepare.frame_table import FrameTables
 from keysync_jax.data_pipeline.prepare.groups import FeaturePlan
-from keysync_jax.data_pipeline.prepare.item import Candidate, Drop, Item
+from keysync_jax.data_pipeline.prepare.item import Candidate, ClipWork, Drop, Item
 from keysync_jax.data_pipeline.prepare.settings import Curation
 from keysync_jax.data_pipeline.prepare.shot_bounds import check_package
 from keysync_jax.data_pipeline.prepare.work import file_digest
@@ -192,7 +192,7 @@ def encode_item(
       EncoderError: a network cannot be opened. OSError: a disk is full or cannot be written to.
     """
     drops: list[Drop] = []
-    work: list[feature_stages.ClipWork] = []
+    work: list[ClipWork] = []
     clips = [c for c in state.candidates(analysis) if only is None or c.id in only]
     clips = [c for c in clips if any(written.get(g.name, {}).get(c.id) != c.fingerprint for g in plan.groups)]
     stored: set[str] = set()
@@ -221,7 +221,7 @@ def encode_item(
     return drops
 
 
-def _open(clips: list[Candidate], work: list[feature_stages.ClipWork], stored: set[str], drops: list[Drop]) -> list[Candidate]:
+def _open(clips: list[Candidate], work: list[ClipWork], stored: set[str], drops: list[Drop]) -> list[Candidate]:
     """Clips that an error leaves without their values: those at work, or all when the error came before the work was laid out."""
     settled = stored | {drop.clip for drop in drops}
     return [clip for clip in ([entry.clip for entry in work] or clips) if clip.id not in settled]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,19 +12,14 @@ from typing import Any
 
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.clip_index import check_split
+from keysync_jax.data_pipeline.prepare.annotations import read_annotations
 from keysync_jax.data_pipeline.prepare.item import Item
+from keysync_jax.data_pipeline.prepare.manifest_fields import SIDECARS, VIDEO_SUFFIXES, find_sidecar, finite_number
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".3gp")
 LIST_SUFFIXES = (".txt", ".lst", ".list")
 FIELDS = ("path", "speaker", "split", "source", "consent", "licence", "start", "stop", "box", "landmarks", "emotion", "occluder")
 _OTHER_TABLES = (".jsonl", ".ndjson", ".tsv", ".yaml", ".yml", ".parquet", ".xlsx")  # would else be taken for a video
 _ALIASES = {"license": "licence", "video": "path", "file": "path", "start_time": "start", "end_time": "stop", "end": "stop"}
-# Sidecars found beside a video when the manifest names none, in this order.
-_SIDECARS = {
-    "landmarks": (".landmarks.npy", ".landmarks.npz"),
-    "emotion": (".emotion.npz", ".emotion.json"),
-    "occluder": (".occluder.npz", ".occluder.json"),
-}
 
 
 def read_inputs(path: str | os.PathLike, annotations: str | None = None, source: str = "") -> list[Item]:
@@ -63,8 +57,6 @@ def _read(path: Path, annotations: str | None) -> list[Item]:
     if not path.exists():
         raise UsageError(f"{path} does not exist; give a folder, a video, a list, or a .csv or .json manifest")
     if annotations is not None:
-        from keysync_jax.data_pipeline.prepare.annotations import read_annotations
-
         return list(read_annotations(Path(annotations), path))
     if path.is_dir():
         return [_item({"path": name}, path, str(path)) for name in _videos(path)]
@@ -138,7 +130,7 @@ def _item(values: Any, folder: Path, where: str) -> Item:
         raise KeySyncError(f"{where}: start and stop are seconds, box is x0 y0 x1 y1 as fractions of the picture") from None
     if fields["start"] < 0 or (fields["stop"] is not None and fields["stop"] <= fields["start"]):
         raise KeySyncError(f"{where}: start {fields['start']:g} and stop {fields['stop']} are no time range")
-    for key in _SIDECARS:
+    for key in SIDECARS:
         given = row.pop(key, None)
         if given and not isinstance(given, str):
             raise KeySyncError(f"{where}: {key} is {given!r}; it must be the path of a file")
@@ -151,29 +143,12 @@ def _item(values: Any, folder: Path, where: str) -> Item:
     return Item(**fields)
 
 
-def find_sidecar(video: Path, kind: str) -> str:
-    """Path of a video's sidecar of a kind, "" when it has none. Drawn talkers carry their emotion in `.truth.json`."""
-    for suffix in _SIDECARS[kind]:
-        path = video.with_name(video.stem + suffix)
-        if path.exists():
-            return str(path)
-    truth = video.with_name(video.stem + ".truth.json")
-    return str(truth) if kind == "emotion" and truth.exists() else ""
-
-
 def _box(value: str | Sequence[float]) -> tuple[float, float, float, float]:
     x0, y0, x1, y1 = (finite_number(v) for v in (value.replace(",", " ").split() if isinstance(value, str) else value))
     # A face may stick out of the picture; numbers far outside are pixels.
     if not (-1 <= x0 < x1 <= 2 and -1 <= y0 < y1 <= 2):
         raise ValueError(value)
     return x0, y0, x1, y1
-
-
-def finite_number(value: Any) -> float:
-    """A finite number. Raises ValueError or TypeError for anything else."""
-    if not math.isfinite(out := float(value)):
-        raise ValueError(value)
-    return out
 
 
 def _plain(name: str) -> str:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.data_pipeline.prepare.item import Item
+from keysync_jax.data_pipeline.prepare.item import ClipWork, Item
 from keysync_jax.media.crop import Crop, extract
 from keysync_jax.media.masks import downsample
 
 if TYPE_CHECKING:
-    from keysync_jax.data_pipeline.prepare.features import ClipWork
     from keysync_jax.data_pipeline.prepare.occluder import Sam2Masker
 
 

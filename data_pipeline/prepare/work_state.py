@@ -14,10 +14,10 @@ from etils import epath
 from keysync_jax.data_pipeline import dataset_layout as layout
 from keysync_jax.data_pipeline.clip_index import Clip
 from keysync_jax.data_pipeline.dataset_layout import BASE, Group
-from keysync_jax.data_pipeline.prepare.features import ClipWork, entry_name
+from keysync_jax.data_pipeline.prepare.features import entry_name
 from keysync_jax.data_pipeline.prepare.frame_table import unpack_keyframes
 from keysync_jax.data_pipeline.prepare.groups import FeaturePlan
-from keysync_jax.data_pipeline.prepare.item import Candidate, Drop, Item
+from keysync_jax.data_pipeline.prepare.item import Candidate, ClipWork, Drop, Item
 from keysync_jax.data_pipeline.prepare.work import Entry, WorkFolder
 from keysync_jax.data_pipeline.shards import check_settings
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from keysync_jax import __version__
 from keysync_jax.diffusion import schedules
 from keysync_jax.inference.analysis import Analysis, Shot
 from keysync_jax.inference.engine import StageSettings
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.inference.timeline import MODEL_RATE, Run, model_frame
 from keysync_jax.media.audio import AudioClip
+from keysync_jax.version import __version__
 
 
 def build(

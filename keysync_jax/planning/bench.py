@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from keysync_jax import __version__
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.core.errors import KeySyncError, UsageError, in_one_line
 from keysync_jax.core.files import check_target, write_text
@@ -44,6 +43,7 @@ from keysync_jax.training.config import OptimizerConfig, TrainConfig
 from keysync_jax.training.objective import DiffusionObjective
 from keysync_jax.training.optimizer import make_optimizer
 from keysync_jax.training.step import make_train_step
+from keysync_jax.version import __version__
 
 TASKS = ("unet", "train", "attention")
 # "medium" is small enough for a CPU to compare and has all levels of the full network: 59.7 M parameters.

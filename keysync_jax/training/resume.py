@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from keysync_jax import __version__
 from keysync_jax.config import to_dict
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.training.config import TrainConfig, with_defaults
+from keysync_jax.version import __version__
 
 META_FORMAT = 1
 

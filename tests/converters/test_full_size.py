@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 CONVERT = """
 import json, resource, sys
 sys.modules["torch"] = None
-from converters.convert import convert
+from keysync_jax.converters.convert import convert
 start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 *sources, out = sys.argv[1:]
 result = convert(sources, out, allow_missing=["interpolation", "audio/hubert"])

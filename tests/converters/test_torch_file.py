@@ -319,8 +319,8 @@ def test_copying_a_file_holds_one_tensor_at_a_time(tmp_path):
     script = """
 import resource, sys
 import numpy as np
-from converters import safetensors_file, torch_file, torch_write
-from converters.lazy import LazyTensor, Tensors
+from keysync_jax.converters import safetensors_file, torch_file, torch_write
+from keysync_jax.converters.lazy import LazyTensor, Tensors
 folder = sys.argv[1]
 big = LazyTensor((1_500_000,), np.dtype(np.float32), lambda: np.ones(1_500_000, np.float32))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

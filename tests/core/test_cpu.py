@@ -62,7 +62,7 @@ def test_memory_is_kept_between_steps():
     """Working memory that is allocated again in another thread, as XLA does, is not cleared by the kernel again."""
     script = """
 import ctypes, resource, sys, threading
-from keysync_jax import cpu
+from keysync_jax.core import cpu
 if sys.argv[1] == "yes":
     cpu.prepare()
 libc = ctypes.CDLL(None)

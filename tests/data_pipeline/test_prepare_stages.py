@@ -12,10 +12,10 @@ from broken_inputs import encode
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.prepare import quality, scorers, sidecars, torch_scorers
 from keysync_jax.data_pipeline.prepare.analyse import Tools, analyse, item_key
-from keysync_jax.data_pipeline.prepare.features import ClipWork, int16_sound
+from keysync_jax.data_pipeline.prepare.features import int16_sound
 from keysync_jax.data_pipeline.prepare.frame_table import FrameTables
 from keysync_jax.data_pipeline.prepare.groups import checked_float16
-from keysync_jax.data_pipeline.prepare.item import Candidate, Item
+from keysync_jax.data_pipeline.prepare.item import Candidate, ClipWork, Item
 from keysync_jax.data_pipeline.prepare.occluder import Sam2Masker
 from keysync_jax.data_pipeline.prepare.settings import Curation, Output
 from keysync_jax.data_pipeline.prepare.spans import Span, cut_long, usable_spans

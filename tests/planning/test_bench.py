@@ -132,7 +132,7 @@ def test_with_a_budget_the_device_is_left_to_the_cases():
     """A parent that holds the device leaves its cases no memory. Such a setting is refused once JAX has started its devices."""
     code = (
         "import jax\n"
-        "from keysync_jax import bench\n"
+        "from keysync_jax.planning import bench\n"
         "(found,) = bench.run_all([bench.Case('attention', repeats=1, warmup=0)], budget=300)['results']\n"
         "jax.config.update('jax_num_cpu_devices', 2)\n"
         "print('error' in found, jax.device_count())"

@@ -22,9 +22,9 @@ from broken_inputs import EXPECTED, write_broken_inputs  # noqa: E402
 
 _RUN = """
 import json, sys
-from data_pipeline.prepare.manifest import read_inputs
-from data_pipeline.prepare.run import prepare
-from data_pipeline.prepare.settings import Curation, Output
+from keysync_jax.data_pipeline.prepare.manifest import read_inputs
+from keysync_jax.data_pipeline.prepare.run import prepare
+from keysync_jax.data_pipeline.prepare.settings import Curation, Output
 if __name__ == "__main__":
     folder, output, model, workers, size = sys.argv[1:6]
     items = read_inputs(folder)

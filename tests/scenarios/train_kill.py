@@ -215,10 +215,11 @@ def meshes(folder: Path, dataset: str) -> None:
 _RESTORE = """
 import sys
 import jax, numpy as np
-from keysync_jax import recipes
+from keysync_jax.training import recipes
 from keysync_jax.parallel.mesh import AXES
 from keysync_jax.parallel.sharding import state_shardings
-from keysync_jax.training import initial, state as states
+from keysync_jax.training import state as states
+from keysync_jax.training.start import initial
 from keysync_jax.training.store.checkpoints import Checkpoints
 from keysync_jax.training.config import train_config
 from keysync_jax.training.optimizer import make_optimizer

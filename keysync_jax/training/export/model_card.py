@@ -11,7 +11,6 @@ from typing import Any
 
 from etils import epath
 
-from keysync_jax import __version__
 from keysync_jax.config import to_dict
 from keysync_jax.converters import hub
 from keysync_jax.converters.model_directory import ModelDirectory
@@ -19,6 +18,7 @@ from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.start.runs import RunWeights
 from keysync_jax.training.store import jsonl
+from keysync_jax.version import __version__
 
 CARD, RECORDS = "README.md", "training"
 COMMANDS, METRICS = "commands.jsonl", "metrics.jsonl"
