@@ -15,8 +15,8 @@ from keysync_jax.converters.containers import Source
 from keysync_jax.converters.differences import compare
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import DECODER, ENCODER, Part, part_table
-from keysync_jax.converters.table import Table
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.weights.table import Table
 
 _KL_ENCODER = re.compile(r"(conditioner\.embedders\.\d+\.encoder)\.encoder\.conv_in\.weight")
 

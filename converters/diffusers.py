@@ -17,8 +17,8 @@ from typing import Any
 from keysync_jax.config import SVD_LATENT_SCALE, UNetConfig, VAEConfig
 from keysync_jax.converters import sgm
 from keysync_jax.converters.lazy import LazyTensor, Tensors
-from keysync_jax.converters.table import Table
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.weights.table import Table
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

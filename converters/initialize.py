@@ -108,7 +108,7 @@ def _random(table, seed: int, constants: dict[str, float]) -> Tensors:
 
 
 def _random_encoder(config: AudioEncoderConfig, seed: int) -> Tensors:
-    from keysync_jax.models.speech import audio_encoder
+    from keysync_jax.speech import audio_encoder
 
     params = audio_encoder.init_params(config, np.random.default_rng([seed, len(config.kind)]))
     return from_params(speech.audio_table(config), params, config.kind)

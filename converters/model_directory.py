@@ -43,9 +43,9 @@ from keysync_jax.converters.parts import (
 from keysync_jax.converters.safetensors_file import Written
 from keysync_jax.converters.shapes import check_encoder
 from keysync_jax.converters.staging import staged
-from keysync_jax.converters.table import Table, to_flax
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.version import __version__
+from keysync_jax.weights.table import Table, to_flax
 
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "model.safetensors"
 FORMAT, VERSION = "keysync-jax", 1

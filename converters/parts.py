@@ -10,7 +10,7 @@ from keysync_jax import config as configs
 from keysync_jax.config import AudioEncoderConfig, StageConfig, VAEConfig
 from keysync_jax.converters import sgm, speech
 from keysync_jax.converters.lazy import Tensors
-from keysync_jax.converters.table import Table
+from keysync_jax.weights.table import Table
 
 STAGES = ("keyframe", "interpolation")
 DECODER = "first_stage_model.decoder."

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.converters.table import Entry, Table, conv, fold, linear, norm, raw
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.weights.table import Entry, Table, conv, fold, linear, norm, raw
 
 
 def audio_table(config: AudioEncoderConfig) -> Table:

@@ -30,8 +30,8 @@ import numpy as np
 
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.models.speech import audio_encoder
-from keysync_jax.models.speech.speech_layers import Moments
+from keysync_jax.speech import audio_encoder
+from keysync_jax.speech.speech_layers import Moments
 
 SAMPLE_RATE = 16000
 SAMPLES_PER_FRAME = 640  # 25 video frames a second

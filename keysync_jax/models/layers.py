@@ -1,7 +1,7 @@
 """Small pieces shared by the networks: layers with torch's conventions, sinusoidal embeddings, resampling, blending.
 
 Everything is channels last. Parameters are float32; `dtype` is the type of the computation, and normalisation statistics are
-always float32. Names follow the reference's state dict (see `converters.table`), so they are given explicitly.
+always float32. Names follow the reference's state dict (see `weights.table`), so they are given explicitly.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.converters import speech, table
+from keysync_jax.converters import speech
 from keysync_jax.encoders import audio_features
 from keysync_jax.encoders.audio_features import AudioFeatures
 from keysync_jax.verify.harness import Case, runner
+from keysync_jax.weights import table
 
 
 @runner("hubert")

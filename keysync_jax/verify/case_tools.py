@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from keysync_jax.converters.table import Table, to_flax
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.weights.table import Table, to_flax
 
 
 def to_video(x: np.ndarray, frames: int) -> np.ndarray:

@@ -15,7 +15,6 @@ import numpy as np
 
 from keysync_jax.config import StageConfig, UNetConfig
 from keysync_jax.converters import sgm, sgm_config
-from keysync_jax.converters.table import linear, prefixed, to_flax
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models import conditioning, layers
 from keysync_jax.models.conditioning import AudioEmbedder
@@ -26,6 +25,7 @@ from keysync_jax.models.vae import VAE
 from keysync_jax.models.video_unet import VideoUNet
 from keysync_jax.verify.case_tools import apply, apply_with_blocks, from_images, from_video, params_of, to_images, to_video
 from keysync_jax.verify.harness import Case, runner
+from keysync_jax.weights.table import linear, prefixed, to_flax
 
 Tensors = dict[str, np.ndarray]
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keysync_jax.converters import sgm, table
+from keysync_jax.converters import sgm
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import guidance, sampler, schedules, sigma_sampling
 from keysync_jax.diffusion.inpainting import Conditions
@@ -20,6 +20,7 @@ from keysync_jax.models.vae import VAE
 from keysync_jax.verify.case_tools import from_images, from_video, params_of, to_images, to_video
 from keysync_jax.verify.diffusion_cases import SCALINGS, WEIGHTINGS, guidance_from, resolve, trajectory_tensors
 from keysync_jax.verify.harness import DEFAULT_RELATIVE_TOLERANCE, Case, runner
+from keysync_jax.weights import table
 
 # The reference's names of the conditions, and ours.
 _CONDITIONS = {"cond_frames": "concat", "audio_emb": "crossattn", "gt": "gt", "masks": "masks"}

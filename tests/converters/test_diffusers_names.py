@@ -9,8 +9,8 @@ from checkpoints import SVD, VAE, draw, same
 from keysync_jax.config import UNetConfig, VAEConfig
 from keysync_jax.converters import diffusers, sgm
 from keysync_jax.converters.parts import part_table
-from keysync_jax.converters.table import prefixed
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.weights.table import prefixed
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.converters import speech, table
+from keysync_jax.converters import speech
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.weights import table
 
 MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
 FULL = {"hubert": AudioEncoderConfig(), "wavlm": AudioEncoderConfig(kind="wavlm", normalize_waveform=False)}

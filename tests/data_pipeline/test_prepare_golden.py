@@ -5,7 +5,7 @@ import pytest
 from broken_inputs import encode
 
 from keysync_jax.config import MaskConfig
-from keysync_jax.converters import model_directory, sgm, speech, table
+from keysync_jax.converters import model_directory, sgm, speech
 from keysync_jax.data_pipeline.prepare.features import Encoders
 from keysync_jax.data_pipeline.prepare.groups import plan_features
 from keysync_jax.data_pipeline.prepare.manifest import read_inputs
@@ -16,6 +16,7 @@ from keysync_jax.data_pipeline.source.latent_masks import latent_masks
 from keysync_jax.data_pipeline.synthetic import make_clip
 from keysync_jax.inference.engine import stream_key
 from keysync_jax.verify.harness import load_case
+from keysync_jax.weights import table
 
 FLOAT16 = 2**-11  # half a step, relative
 # Encoder -> the golden waveform of 30 whole frames.

@@ -14,7 +14,7 @@ from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.encoders import audio_features
 from keysync_jax.encoders.audio_features import AudioFeatures, calculate_splits, plan_windows, standardise
-from keysync_jax.models.speech import audio_encoder
+from keysync_jax.speech import audio_encoder
 
 SIZES = {
     "hidden_size": 16,

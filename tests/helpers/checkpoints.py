@@ -11,7 +11,7 @@ from keysync_jax.converters import diffusers, safetensors_file, sgm, speech, tor
 from keysync_jax.converters.initialize import configurations
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import kl_table, part_table
-from keysync_jax.converters.table import prefixed
+from keysync_jax.weights.table import prefixed
 
 STAGES, VAE, ENCODERS = configurations("tiny")
 HUBERT, WAVLM = ENCODERS

@@ -12,8 +12,9 @@ import torch
 import trajectory as setup
 from diffusers import UNetSpatioTemporalConditionModel
 
-from keysync_jax.converters import diffusers, sgm, table
+from keysync_jax.converters import diffusers, sgm
 from keysync_jax.models.stage import init_params
+from keysync_jax.weights import table
 
 PREFIX = f"{sgm.UNET_PREFIX}."
 

@@ -10,9 +10,10 @@ import pytest
 import safetensors
 
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.converters import speech, table
+from keysync_jax.converters import speech
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.models.speech import audio_encoder, log_mel, speech_layers
+from keysync_jax.speech import audio_encoder, log_mel, speech_layers
+from keysync_jax.weights import table
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "helpers" / "fixtures" / "speech_hf.safetensors"
 TINY = {

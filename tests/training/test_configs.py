@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig, to_dict
-from keysync_jax.converters import model_directory, sgm, table
+from keysync_jax.converters import model_directory, sgm
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.source.windows import windows_for
 from keysync_jax.models.freezing import frozen_mask
@@ -20,6 +20,7 @@ from keysync_jax.training.objective import DiffusionObjective, VaeObjective
 from keysync_jax.training.optimizer import make_optimizer
 from keysync_jax.training.start.initial import split
 from keysync_jax.training.step import make_train_step
+from keysync_jax.weights import table
 
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 RECIPES = sorted({name for base in recipes.names() for name in (base, *(f"{base}:{preset}" for preset in recipes.presets(base)))})

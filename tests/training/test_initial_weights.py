@@ -12,7 +12,6 @@ from keysync_jax import assets
 from keysync_jax.config import to_dict
 from keysync_jax.converters import model_directory, sgm
 from keysync_jax.converters.parts import part_table
-from keysync_jax.converters.table import to_torch
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.training import (
     data,
@@ -22,6 +21,7 @@ from keysync_jax.training.config import TrainConfig, train_config
 from keysync_jax.training.start import initial, runs
 from keysync_jax.training.state import merge
 from keysync_jax.training.store import checkpoints
+from keysync_jax.weights.table import to_torch
 
 LABEL = "model.diffusion_model.label_emb.0.0.weight"
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"

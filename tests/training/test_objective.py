@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keysync_jax.config import StageConfig, UNetConfig
-from keysync_jax.converters import sgm, table
+from keysync_jax.converters import sgm
 from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.models.stage import abstract_params, init_params
 from keysync_jax.training.config import DropoutConfig, TrainConfig
@@ -17,6 +17,7 @@ from keysync_jax.training.start.initial import split
 from keysync_jax.verify import harness as parity
 from keysync_jax.verify.case_tools import to_images
 from keysync_jax.verify.stage_cases import Engine, build_engine
+from keysync_jax.weights import table
 
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # The reference's loss settings and how many frames they decode.

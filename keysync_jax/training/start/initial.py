@@ -448,7 +448,7 @@ def _redrawn(config: TrainConfig, keys: Sequence[str]) -> list[str]:
 
 
 def _to_flax(table: Any, tensors: Any) -> Tree:
-    from keysync_jax.converters.table import to_flax
+    from keysync_jax.weights.table import to_flax
 
     params = to_flax(table, tensors, tensors.source, np.float32)
     # Leaves that needed no change are still views of the file: copied, so that they outlive it.

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.models.speech import log_mel
-from keysync_jax.models.speech.hubert import Hubert
-from keysync_jax.models.speech.log_mel import LogMel
-from keysync_jax.models.speech.speech_layers import Geometry, convolution_geometry
-from keysync_jax.models.speech.wavlm import WavLM
+from keysync_jax.speech import log_mel
+from keysync_jax.speech.hubert import Hubert
+from keysync_jax.speech.log_mel import LogMel
+from keysync_jax.speech.speech_layers import Geometry, convolution_geometry
+from keysync_jax.speech.wavlm import WavLM
 
 MODULES: dict[str, type[nn.Module]] = {"hubert": Hubert, "wavlm": WavLM, "log_mel": LogMel}
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.models.speech import speech_layers as layers
-from keysync_jax.models.speech.speech_layers import Moments
+from keysync_jax.speech import speech_layers as layers
+from keysync_jax.speech.speech_layers import Moments
 
 Array = jax.Array
 

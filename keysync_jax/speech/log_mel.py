@@ -14,7 +14,7 @@ import numpy as np
 
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.models.speech.speech_layers import Geometry
+from keysync_jax.speech.speech_layers import Geometry
 
 Array = jax.Array
 

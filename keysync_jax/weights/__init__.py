@@ -1,0 +1,1 @@
+"""Names of weights: which torch tensor is which parameter, and how their layouts differ."""
