@@ -69,7 +69,7 @@ class Encoders:
 
     def _vae(self):
         from keysync_jax.core.compile_cache import use_compile_cache
-        from keysync_jax.inference.engine import LatentCoder
+        from keysync_jax.encoders.latents import LatentCoder
         from keysync_jax.parallel.mesh import data_mesh
 
         use_compile_cache()

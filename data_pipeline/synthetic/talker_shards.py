@@ -57,7 +57,7 @@ def write_shards(manifest: str | Path, output: str, model: str, *, microbatch: i
     """
     from keysync_jax.converters import model_directory
     from keysync_jax.encoders.audio_features import AudioFeatures
-    from keysync_jax.inference.engine import LatentCoder
+    from keysync_jax.encoders.latents import LatentCoder
     from keysync_jax.parallel.mesh import data_mesh
 
     rows = _rows(Path(manifest))

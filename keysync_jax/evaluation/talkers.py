@@ -19,11 +19,11 @@ from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.synthetic.clip import FPS, TalkerClip
 from keysync_jax.data_pipeline.synthetic.measure import MouthMeasure, measure_mouth
+from keysync_jax.encoders.latents import LatentCoder
 from keysync_jax.evaluation import lip_metrics, marks, talkers_clips, talkers_model
 from keysync_jax.evaluation.lip_metrics import MouthTruth, mean_and_error
 from keysync_jax.evaluation.talkers_clips import HeldOut
 from keysync_jax.evaluation.talkers_model import MODES, Scales, TalkerModel
-from keysync_jax.inference.engine import LatentCoder
 from keysync_jax.media import crop as cropping
 from keysync_jax.parallel.mesh import data_mesh
 

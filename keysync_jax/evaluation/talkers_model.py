@@ -20,8 +20,9 @@ from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.synthetic.clip import TalkerClip
 from keysync_jax.encoders.audio_features import AudioFeatures
-from keysync_jax.inference.engine import LatentCoder, StageSampler, StageSettings, Window
-from keysync_jax.inference.window_plan import KeyframeWindow, Plan, Slot, WindowSizes, make_plan
+from keysync_jax.encoders.latents import LatentCoder
+from keysync_jax.inference.engine import StageSampler, StageSettings, Window
+from keysync_jax.inference.window_plan import KeyframeWindow, Slot, WindowPlan, WindowSizes, make_plan
 from keysync_jax.media import color, masks
 from keysync_jax.media import crop as cropping
 from keysync_jax.media.compositing import Compositor
@@ -206,7 +207,7 @@ class TalkerModel:
         rows, columns = (np.clip(index, -1, cells) + 1 for index in (rows, columns))
         return ~padded[:, rows[:, None], columns[None, :]]
 
-    def _plan(self, frames: int) -> Plan:
+    def _plan(self, frames: int) -> WindowPlan:
         return make_plan(frames, self._sizes.segment, keyframe_window=self._sizes.keyframes)
 
     def _first_stage(
@@ -224,7 +225,7 @@ class TalkerModel:
         return out
 
     def _second_stage(
-        self, clips: Sequence[Prepared], heard: Sequence[dict], plans: Sequence[Plan], keyframes: list[dict[int, np.ndarray]],
+        self, clips: Sequence[Prepared], heard: Sequence[dict], plans: Sequence[WindowPlan], keyframes: list[dict[int, np.ndarray]],
         settings: StageSettings, tick,
     ) -> list[dict[int, np.ndarray]]:  # fmt: skip
         work = [(c, k, s) for c, plan in enumerate(plans) for k, s in enumerate(plan.segments)]

@@ -19,14 +19,15 @@ from keysync_jax.config import MaskConfig, StageConfig
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import schedules
 from keysync_jax.encoders.audio_features import AudioFeatures
+from keysync_jax.encoders.latents import LatentCoder
 from keysync_jax.inference import dub_report as reporting
 from keysync_jax.inference.analysis import Analysis, analyse
-from keysync_jax.inference.engine import LatentCoder, StageSampler, StageSettings, Window
+from keysync_jax.inference.engine import StageSampler, StageSettings, Window
 from keysync_jax.inference.latent_store import LatentStore
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.inference.phases import StageProgress
 from keysync_jax.inference.timeline import Run, make_run
-from keysync_jax.inference.window_plan import Plan, WindowSizes, make_plan
+from keysync_jax.inference.window_plan import WindowPlan, WindowSizes, make_plan
 from keysync_jax.media import audio as audio_io
 from keysync_jax.media import crop as cropping
 from keysync_jax.media import faces, masks, video
@@ -61,7 +62,7 @@ class _Piece(NamedTuple):
     """A run with its window plan and the place of its first frame in the output store."""
 
     run: Run
-    plan: Plan
+    plan: WindowPlan
     offset: int
 
 

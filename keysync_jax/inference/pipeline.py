@@ -16,8 +16,9 @@ from keysync_jax.converters import model_directory
 from keysync_jax.core.errors import UsageError
 from keysync_jax.core.files import check_target, write_text
 from keysync_jax.encoders.audio_features import AudioFeatures
+from keysync_jax.encoders.latents import LatentCoder
 from keysync_jax.inference import dub as job
-from keysync_jax.inference.engine import LatentCoder, StageSampler
+from keysync_jax.inference.engine import StageSampler
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.inference.phases import StageProgress
 from keysync_jax.parallel.mesh import data_mesh

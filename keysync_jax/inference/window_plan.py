@@ -64,7 +64,7 @@ class Segment(NamedTuple):
         return range(self.start, self.start + self.num_outputs)
 
 
-class Plan(NamedTuple):
+class WindowPlan(NamedTuple):
     """How a clip of `num_frames_out` output frames is generated. Segment k lies between keyframes k and k + 1."""
 
     num_frames_out: int
@@ -96,7 +96,7 @@ def make_plan(
     keyframe_window: int | None = None,
     reference: bool = False,
     identity_slot: bool | None = None,
-) -> Plan:
+) -> WindowPlan:
     """Plan of a clip.
 
     Args:
@@ -145,7 +145,7 @@ def make_plan(
         )
         for k in range(num_segments)
     )
-    return Plan(num_frames_out, windows, segments)
+    return WindowPlan(num_frames_out, windows, segments)
 
 
 def _place(keyframes: list[Slot], window: int, reference: bool, identity_slot: bool) -> list[Slot]:
@@ -178,7 +178,7 @@ def reference_max_frames(seconds: float) -> int:
     return frames + (_REFERENCE_FRAMES - frames) % step
 
 
-def output_frames(plan: Plan) -> Iterator[tuple[int, int, int]]:
+def output_frames(plan: WindowPlan) -> Iterator[tuple[int, int, int]]:
     """(output frame, segment, position in the segment) of every frame of the result, in order."""
     for number, segment in enumerate(plan.segments):
         for position, frame in enumerate(segment.outputs):

@@ -7,8 +7,8 @@ from typing import Any
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.inference.window_plan import (
     REFERENCE_FPS,
-    Plan,
     Segment,
+    WindowPlan,
     make_plan,
     num_usable_frames,
     output_frames,
@@ -50,7 +50,7 @@ def _usable(run: dict[str, Any]) -> int:
     return num_usable_frames(run["n_video"], run["n_audio"], None if until is None else reference_max_frames(until))
 
 
-def describe(plan: Plan, window: int) -> dict[str, Any]:
+def describe(plan: WindowPlan, window: int) -> dict[str, Any]:
     """The plan in the words of the reference's records."""
     slots = [slot for keyframe_window in plan.keyframe_windows for slot in keyframe_window.slots]
     padding = _num_padding(plan)
@@ -84,7 +84,7 @@ def describe(plan: Plan, window: int) -> dict[str, Any]:
     }
 
 
-def _num_padding(plan: Plan) -> int:
+def _num_padding(plan: WindowPlan) -> int:
     """Copies of the last slot that fill the row up: what follows the last kept keyframe, less a surplus identity slot."""
     slots = plan.keyframe_windows[-1].slots
     discarded = next((i for i, slot in enumerate(reversed(slots)) if slot.keep), len(slots))
@@ -93,7 +93,7 @@ def _num_padding(plan: Plan) -> int:
     return discarded
 
 
-def _calls(plan: Plan, window: int) -> tuple[list[dict], list[dict]]:
+def _calls(plan: WindowPlan, window: int) -> tuple[list[dict], list[dict]]:
     """What the two stages are called with, chunk by chunk; a chunk that completes no segment is not run."""
     keyframe_calls, interpolation_calls = [], []
     done, carried = 0, []
@@ -133,7 +133,7 @@ def _segment(number: int, segment: Segment, window: int) -> dict[str, Any]:
     return {"global_window": number, "audio_idx": frames, "gt_idx": frames, **keyframes}
 
 
-def _provenance(plan: Plan, window: int) -> list[str]:
+def _provenance(plan: WindowPlan, window: int) -> list[str]:
     """Which generated frame every output frame shows: keyframes come from the keyframe stage, the others from their segment."""
     names = []
     for _, number, position in output_frames(plan):

@@ -14,7 +14,7 @@ from keysync_jax.data_pipeline.prepare.settings import Curation, Output
 from keysync_jax.data_pipeline.source.clips import FrameStore
 from keysync_jax.data_pipeline.source.latent_masks import latent_masks
 from keysync_jax.data_pipeline.synthetic import make_clip
-from keysync_jax.inference.engine import stream_key
+from keysync_jax.diffusion.noise import stream_key
 from keysync_jax.verify.harness import load_case
 from keysync_jax.weights import table
 

@@ -234,8 +234,8 @@ def test_values_are_what_the_networks_say(place):
 
     from keysync_jax.converters import model_directory
     from keysync_jax.data_pipeline.prepare.item import derived_seed
+    from keysync_jax.diffusion.noise import stream_key
     from keysync_jax.encoders.audio_features import AudioFeatures
-    from keysync_jax.inference.engine import stream_key
     from keysync_jax.media import audio, video
     from keysync_jax.media.crop import Crop, extract
     from keysync_jax.models.vae import VAE

@@ -28,7 +28,7 @@ from keysync_jax.data_pipeline.source.sample import WindowReader
 from keysync_jax.diffusion import sampler, schedules
 from keysync_jax.diffusion.guidance import AudioIdentityGuidance
 from keysync_jax.diffusion.inpainting import Conditions
-from keysync_jax.inference.engine import stream_key
+from keysync_jax.diffusion.noise import stream_key
 from keysync_jax.models import conditioning
 from keysync_jax.models.stage import StageModel
 from keysync_jax.models.vae import VAE
