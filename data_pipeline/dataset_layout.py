@@ -21,6 +21,7 @@ from typing import Any
 
 from etils import epath
 
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.clip_index import INDEX_FILE, Clip, loads
 from keysync_jax.data_pipeline.records import Column
@@ -33,7 +34,6 @@ MANIFEST_FILE = "MANIFEST.sha256"
 SUCCESS_FILE = "_SUCCESS"
 CHECKSUM_DIR = "checksums"
 COLUMNS_DIR = "columns"
-FRAME_RATE = 25
 # Latents and audio tokens are noise to a compressor: zstd saves 7 % and doubles the time to fetch a record (docs/data_format.md).
 WRITER_OPTIONS = "group_size:1,uncompressed"
 

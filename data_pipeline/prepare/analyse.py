@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from keysync_jax.core.clock import FRAME_RATE, SAMPLES_PER_FRAME
 from keysync_jax.data_pipeline.prepare import quality
 from keysync_jax.data_pipeline.prepare.face_track import FacesInFrame, ShotTrack, track_shots
 from keysync_jax.data_pipeline.prepare.frame_table import FrameTables, pack_keyframes
@@ -22,13 +23,11 @@ from keysync_jax.data_pipeline.prepare.probe import Probed, probe
 from keysync_jax.data_pipeline.prepare.settings import ANALYSIS_VERSION, Curation
 from keysync_jax.data_pipeline.prepare.spans import Span, cut_long, usable_spans
 from keysync_jax.data_pipeline.prepare.work import digest, file_digest
-from keysync_jax.encoders.audio_features import SAMPLES_PER_FRAME
 from keysync_jax.inference.timeline import model_frame
 from keysync_jax.media.crop import extract, fixed_crop, to_crop_space
 from keysync_jax.media.faces import FaceBackend
 from keysync_jax.media.tracking import jitter
 
-FPS = 25
 _THUMBNAIL = 96  # pixels, for the report's contact sheet
 _FEWEST_SEEN = 0.02  # of a shot's frames with a face; fewer are chance finds
 
@@ -221,7 +220,7 @@ def _check(curation: Curation, m: dict[str, float]) -> tuple[str, str, str] | No
 
 
 def _drop(item: Item, result: Analysis, clip: str, stage: str, reason: str, detail: str, span: Span) -> None:
-    result.drops.append(Drop(item.path, item.id, clip, stage, reason, detail, span.num_frames / FPS))
+    result.drops.append(Drop(item.path, item.id, clip, stage, reason, detail, span.num_frames / FRAME_RATE))
 
 
 def _clip_id(item: Item, first: int) -> str:

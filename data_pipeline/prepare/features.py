@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from keysync_jax.core import cpu
+from keysync_jax.core.clock import SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.dataset_layout import BASE, Group
 from keysync_jax.data_pipeline.prepare import sidecars
@@ -19,7 +20,6 @@ from keysync_jax.data_pipeline.prepare.groups import FeaturePlan, checked_float1
 from keysync_jax.data_pipeline.prepare.item import ClipWork, Item, derived_seed
 from keysync_jax.data_pipeline.prepare.sound import load_sound
 from keysync_jax.data_pipeline.records import AUDIO_PREFIX, LANDMARKS, LATENT, SOUND
-from keysync_jax.encoders.audio_features import SAMPLES_PER_FRAME
 from keysync_jax.media import video
 from keysync_jax.media.crop import Crop, extract
 

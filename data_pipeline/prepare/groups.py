@@ -10,6 +10,7 @@ from etils import epath
 
 from keysync_jax.config import AudioEncoderConfig, VAEConfig, to_dict
 from keysync_jax.converters import model_directory
+from keysync_jax.core.clock import SAMPLE_RATE, SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.dataset_layout import BASE, Group, make_group
 from keysync_jax.data_pipeline.prepare.settings import FEATURES_VERSION, Output
@@ -24,7 +25,6 @@ from keysync_jax.data_pipeline.records import (
     latent_column,
     record_bytes,
 )
-from keysync_jax.encoders.audio_features import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 _LOG_MEL = AudioEncoderConfig(kind="log_mel", hidden_size=80)
 # Bytes per pixel of a JPEG crop, measured on talking heads at quality 95; only decides how many frames share a shard.

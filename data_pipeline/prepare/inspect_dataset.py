@@ -13,8 +13,8 @@ from etils import epath
 from PIL import Image
 
 from keysync_jax.config import MaskConfig
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.data_pipeline import dataset_layout as layout
 from keysync_jax.data_pipeline.clip_index import Clip
 from keysync_jax.data_pipeline.records import JPEG, LANDMARKS, LATENT, SOUND
 from keysync_jax.data_pipeline.source.clips import FrameStore
@@ -36,7 +36,8 @@ def summary(root: str | os.PathLike) -> dict[str, Any]:
         own = [c for c in store.clips if c.split == name]
         frames = sum(c.num_frames for c in own)
         splits[name] = {
-            "clips": len(own), "speakers": len({c.speaker_key for c in own}), "frames": frames, "hours": round(frames / 25 / 3600, 4),
+            "clips": len(own), "speakers": len({c.speaker_key for c in own}), "frames": frames,
+            "hours": round(frames / FRAME_RATE / 3600, 4),
             "shortest": min(c.num_frames for c in own), "longest": max(c.num_frames for c in own),
             "keyframe_clips": sum(c.num_frames >= 171 for c in own),
         }  # fmt: skip
@@ -111,8 +112,8 @@ def draw_clip(root: str | os.PathLike, clip_id: str, output: str | os.PathLike, 
         ("mask", drawn),
         ("latent", [_grey(z[..., 0], size) for z in latents]),
     ]
-    times = [n / layout.FRAME_RATE for n in numbers]
-    picture = draw_strip(rows, times, _sound(store, clip), clip.num_frames / layout.FRAME_RATE, sound_label="voice")
+    times = [n / FRAME_RATE for n in numbers]
+    picture = draw_strip(rows, times, _sound(store, clip), clip.num_frames / FRAME_RATE, sound_label="voice")
     out = io.BytesIO()
     picture.save(out, "png")
     path.write_bytes(out.getvalue())

@@ -22,6 +22,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.utils import shared
 
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline import shards as shard_writer
 from keysync_jax.data_pipeline.dataset_layout import Group
@@ -217,7 +218,7 @@ def encode_item(
         if isinstance(error, OSError) and error.errno in _DISK:
             raise
         log.error("%s: %s", item.path, traceback.format_exc())
-        drops += [_internal(item, clip.id, "features", error, clip.num_frames / 25) for clip in _open(clips, work, stored, drops)]
+        drops += [_internal(item, clip.id, "features", error, clip.num_frames / FRAME_RATE) for clip in _open(clips, work, stored, drops)]
     return drops
 
 
@@ -228,7 +229,7 @@ def _open(clips: list[Candidate], work: list[ClipWork], stored: set[str], drops:
 
 
 def _feature_drop(item: Item, clip: Candidate, detail: str) -> Drop:
-    return Drop(item.path, item.id, clip.id, "features", "bad_features", detail, clip.num_frames / 25)
+    return Drop(item.path, item.id, clip.id, "features", "bad_features", detail, clip.num_frames / FRAME_RATE)
 
 
 def _internal(item: Item, clip: str, stage: str, error: Exception, seconds: float = 0.0) -> Drop:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.data_pipeline import dataset_layout as layout
 from keysync_jax.data_pipeline.clip_index import Clip
 from keysync_jax.data_pipeline.prepare import scorers
@@ -98,7 +99,7 @@ def _dataset(clips: Sequence[Clip]) -> dict[str, Any]:
             frames = sum(c.num_frames for c in own)
             out[kind][value or "(no source)"] = {
                 "clips": len(own), "videos": len({c.video for c in own}), "speakers": len({c.speaker_key for c in own}),
-                "hours": round(frames / 25 / 3600, 4), "mean_seconds": round(frames / 25 / len(own), 2),
+                "hours": round(frames / FRAME_RATE / 3600, 4), "mean_seconds": round(frames / FRAME_RATE / len(own), 2),
                 "keyframe_clips": sum(c.num_frames >= 171 for c in own),
             }  # fmt: skip
     return out
@@ -134,7 +135,7 @@ def _funnel(items: Sequence[Item], analyses: Mapping[str, Entry | None], dropped
 
 
 def _histograms(clips: Sequence[Clip]) -> dict[str, Any]:
-    values: dict[str, list[float]] = {"length (s)": [c.num_frames / 25 for c in clips]}
+    values: dict[str, list[float]] = {"length (s)": [c.num_frames / FRAME_RATE for c in clips]}
     for clip in clips:
         for name, value in clip.scores.items():
             values.setdefault(name, []).append(float(value))
@@ -220,7 +221,7 @@ def _contact_sheet(
             if clip in reasons:
                 gone.append((clip, f"{reasons[clip].reason}: {reasons[clip].detail}", picture, False))
             elif clip in index:
-                kept.append((clip, f"{index[clip].num_frames / 25:.1f} s, {index[clip].split}", picture, True))
+                kept.append((clip, f"{index[clip].num_frames / FRAME_RATE:.1f} s, {index[clip].split}", picture, True))
     return [*_spread(kept), *_spread(gone)]
 
 

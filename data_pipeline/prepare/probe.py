@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keysync_jax.core.clock import FRAME_RATE, SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.prepare.frame_table import FrameTables, damage_in
 from keysync_jax.data_pipeline.prepare.item import DropError, Item
 from keysync_jax.data_pipeline.prepare.shot_bounds import CutFinder
 from keysync_jax.data_pipeline.prepare.sound import load_sound
-from keysync_jax.encoders.audio_features import SAMPLES_PER_FRAME
 from keysync_jax.media import video
 from keysync_jax.media.faces import Face
 
@@ -53,7 +53,7 @@ class Probed(NamedTuple):
     @property
     def seconds(self) -> float:
         """Length of the used range."""
-        return float(sum(self.times[b - 1] - self.times[a] for a, b in self.shots)) + len(self.shots) / 25
+        return float(sum(self.times[b - 1] - self.times[a] for a, b in self.shots)) + len(self.shots) / FRAME_RATE
 
 
 def probe(item: Item, min_rate: float, tables: FrameTables, faces_in: Callable[[video.Frame], list[Face]]) -> Probed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from keysync_jax.core.clock import SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError
 
 VIEWS_PER_PICTURE = 3  # paper A.1: first, middle and last frame, three random crops each
@@ -65,7 +66,7 @@ def silence_share(samples: np.ndarray, frames: int) -> float:
     Raises:
       KeySyncError: fewer samples than the frames need.
     """
-    if len(samples) < 640 * frames or frames < 1:
-        raise KeySyncError(f"{len(samples)} samples do not cover {frames} frames of 640")
-    rms = np.sqrt(np.square(samples[: 640 * frames].reshape(frames, 640), dtype=np.float64).mean(axis=1))
+    if len(samples) < SAMPLES_PER_FRAME * frames or frames < 1:
+        raise KeySyncError(f"{len(samples)} samples do not cover {frames} frames of {SAMPLES_PER_FRAME}")
+    rms = np.sqrt(np.square(samples[: SAMPLES_PER_FRAME * frames].reshape(frames, SAMPLES_PER_FRAME), dtype=np.float64).mean(axis=1))
     return float((rms < SILENCE).mean())

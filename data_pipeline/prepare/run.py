@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.core.locking import only_process
 from keysync_jax.data_pipeline import dataset_layout as layout
@@ -118,7 +119,7 @@ def prepare(
     index = layout.read_clips(output)
     frames = sum(clip.num_frames for clip in index)
     where = os.fspath(epath.Path(output) / "report.html")
-    return Summary(len(index), frames / layout.FRAME_RATE / 3600, len(dropped), where, time.monotonic() - began)
+    return Summary(len(index), frames / FRAME_RATE / 3600, len(dropped), where, time.monotonic() - began)
 
 
 def gather(items: Sequence[Item], analyses: dict[str, Entry | None], folders: Folders) -> tuple[list[Clip], list[Drop]]:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from keysync_jax.core.clock import SAMPLE_RATE, SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.prepare.work import digest, file_digest
-from keysync_jax.encoders.audio_features import HUBERT_VARIANCE_EPS, SAMPLE_RATE, num_frames, standardise
+from keysync_jax.encoders.audio_features import HUBERT_VARIANCE_EPS, num_frames, standardise
 
 _WHISPER_SECONDS = 30  # what Whisper's encoder reads at once
 
@@ -71,7 +72,7 @@ def open_encoder(kind: str, folder: str) -> Callable[[np.ndarray], np.ndarray]:
 
     def wav2vec2(samples: np.ndarray) -> np.ndarray:
         frames = num_frames(len(samples))
-        wav = np.pad(standardise(samples, unbiased=True, eps=HUBERT_VARIANCE_EPS), (0, frames * 640 - len(samples)))
+        wav = np.pad(standardise(samples, unbiased=True, eps=HUBERT_VARIANCE_EPS), (0, frames * SAMPLES_PER_FRAME - len(samples)))
         with torch.inference_mode():
             tokens = model(torch.from_numpy(wav[None]).to(device)).last_hidden_state[0].float().cpu().numpy()
         return _pairs(tokens, frames)

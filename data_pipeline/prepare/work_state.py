@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.data_pipeline import dataset_layout as layout
 from keysync_jax.data_pipeline.clip_index import Clip
 from keysync_jax.data_pipeline.dataset_layout import BASE, Group
@@ -138,7 +139,7 @@ def index_clip(item: Item, candidate: Candidate, facts: Mapping[str, Any]) -> Cl
     extra = {"crop": list(candidate.crop), "first_frame": candidate.first, "item": item.id, **item.extra}
     return Clip(
         id=candidate.id, num_frames=candidate.num_frames, split=item.split, speaker=item.speaker, source=item.source, video=item.name,
-        start_time=candidate.first / layout.FRAME_RATE, licence=item.licence, consent=item.consent, scores=candidate.scores, extra=extra,
+        start_time=candidate.first / FRAME_RATE, licence=item.licence, consent=item.consent, scores=candidate.scores, extra=extra,
         fingerprint=candidate.fingerprint,
     )  # fmt: skip
 

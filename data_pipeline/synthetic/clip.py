@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from keysync_jax.core.clock import FRAME_RATE, SAMPLE_RATE
 from keysync_jax.core.errors import UsageError
 from keysync_jax.data_pipeline.synthetic.draw import render
 from keysync_jax.data_pipeline.synthetic.geometry import camera_of, landmarks_of, mouth_of
@@ -15,9 +16,8 @@ from keysync_jax.data_pipeline.synthetic.identity import sample_identity
 from keysync_jax.data_pipeline.synthetic.motion import sample_motion
 from keysync_jax.data_pipeline.synthetic.occluders import OCCLUDERS, add_occluder
 from keysync_jax.data_pipeline.synthetic.phonemes import Phoneme, articulate, at_frames, sample_phonemes
-from keysync_jax.data_pipeline.synthetic.voice import SAMPLE_RATE, sample_voice, synthesize
+from keysync_jax.data_pipeline.synthetic.voice import sample_voice, synthesize
 
-FPS = 25
 MIN_SIZE, MAX_SIZE = 48, 4096
 MAX_FRAMES = 15_000  # ten minutes: the voice is made in one piece
 _MAX_BYTES = 4 << 30  # of a clip's frames, which are all in memory
@@ -111,7 +111,7 @@ class TalkerClip:
     identity: dict[str, Any]
     seeds: dict[str, int]
     options: TalkerOptions
-    fps: int = FPS
+    fps: int = FRAME_RATE
     sample_rate: int = SAMPLE_RATE
 
 
@@ -149,21 +149,21 @@ def make_clip(
         if value < 0:
             raise UsageError(f"{name} seed must be a non-negative integer, not {value}")
     check_extent(frames, size)
-    seconds = frames / FPS
+    seconds = frames / FRAME_RATE
     phonemes: list[Phoneme] = []
     if not options.silent:
         phonemes = sample_phonemes(
             seeds["audio"], seconds, pause_share=options.pause_share, long_silence=options.long_silence, laughter=options.laughter
         )
     articulation = articulate(phonemes, seconds, seeds["audio"])
-    samples = synthesize(articulation, sample_voice(seeds["audio"], options.room_db), seeds["audio"], frames * SAMPLE_RATE // FPS)
+    samples = synthesize(articulation, sample_voice(seeds["audio"], options.room_db), seeds["audio"], frames * SAMPLE_RATE // FRAME_RATE)
     identity = sample_identity(seeds["identity"])
     motion = sample_motion(seeds["motion"], frames, amount=options.motion, emotion=options.emotion)
     camera = camera_of(identity, size)
     mouth = mouth_of(identity, at_frames(articulation.opening, frames), at_frames(articulation.width, frames), motion.valence)
     pictures = render(identity, camera, motion, mouth)
     occluder = None if options.occluder is None else add_occluder(pictures, options.occluder, identity, camera, seeds["motion"])
-    centres = (np.arange(frames) + 0.5) / FPS
+    centres = (np.arange(frames) + 0.5) / FRAME_RATE
     closed = np.zeros(frames, bool)
     for item in phonemes:
         if item.closure:

@@ -20,12 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import local_folder, write_atomically, write_text
 from keysync_jax.core.locking import only_process
 from keysync_jax.core.processes import end_with_parent
 from keysync_jax.core.progress import Bars
-from keysync_jax.data_pipeline.synthetic.clip import FPS, TalkerOptions, check_extent, make_clip
+from keysync_jax.data_pipeline.synthetic.clip import TalkerOptions, check_extent, make_clip
 from keysync_jax.data_pipeline.synthetic.occluders import OCCLUDERS
 from keysync_jax.data_pipeline.synthetic.write import TRUTH_FILE, check_clip, check_suffix, sidecar, write_clip
 
@@ -252,4 +253,4 @@ def synth_dataset(
             task = progress.add_task("drawing talkers", total=n, completed=n - len(todo))
             for _ in _run(todo, folder, settings, workers):
                 progress.advance(task)
-        return SynthSummary(_write_manifest(folder, plans), len(todo), n - len(todo), n * settings.frames / FPS)
+        return SynthSummary(_write_manifest(folder, plans), len(todo), n - len(todo), n * settings.frames / FRAME_RATE)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keysync_jax.core.clock import FRAME_RATE
+
 _TAG = 0x3071
 
 
@@ -27,7 +29,7 @@ class Motion(NamedTuple):
     arousal: np.ndarray
 
 
-def _wander(rng: np.random.Generator, frames: int, fastest: float, fps: int = 25) -> np.ndarray:
+def _wander(rng: np.random.Generator, frames: int, fastest: float, fps: int = FRAME_RATE) -> np.ndarray:
     """Smooth random curve of about unit deviation: sinusoids of random phase between 0.05 Hz and `fastest` Hz."""
     time = np.arange(frames) / fps
     frequency = np.exp(rng.uniform(np.log(0.05), np.log(fastest), 6))

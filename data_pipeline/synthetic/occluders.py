@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.data_pipeline.synthetic.geometry import Camera
 from keysync_jax.data_pipeline.synthetic.identity import Identity
 
@@ -27,7 +28,7 @@ def _path(rng: np.random.Generator, frames: int) -> tuple[np.ndarray, np.ndarray
     up = np.clip((time - enter) / ramp, 0, 1)
     down = np.clip((leave - time) / ramp, 0, 1)
     presence = np.minimum(up, down)
-    seconds = np.arange(frames) / 25
+    seconds = np.arange(frames) / FRAME_RATE
     drift = [0.05 * np.sin(2 * np.pi * rng.uniform(0.15, 0.5) * seconds + rng.uniform(0, 6.28)) for _ in range(2)]
     return presence * presence * (3 - 2 * presence), drift[0], drift[1]
 

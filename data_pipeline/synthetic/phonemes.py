@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keysync_jax.core.clock import FRAME_RATE
+
 CONTROL_RATE = 200  # articulation samples per second
 REST_WIDTH = 0.45
 _TAG = 0xA0D10
@@ -219,7 +221,7 @@ def articulate(phonemes: list[Phoneme], seconds: float, pitch_seed: int) -> Arti
     return Articulation(*(a.astype(np.float32) for a in arrays))
 
 
-def at_frames(trajectory: np.ndarray, frames: int, fps: int = 25) -> np.ndarray:
+def at_frames(trajectory: np.ndarray, frames: int, fps: int = FRAME_RATE) -> np.ndarray:
     """Value at the centre of every video frame, [N] -> [frames]: the middle of the 40 ms of sound that belongs to the frame."""
     time = (np.arange(frames) + 0.5) / fps
     return np.interp(time, (np.arange(len(trajectory)) + 0.5) / CONTROL_RATE, trajectory).astype(np.float32)

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from keysync_jax.core.clock import FRAME_RATE, SAMPLE_RATE
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.data_pipeline.synthetic.clip import FPS, TalkerClip, make_clip
+from keysync_jax.data_pipeline.synthetic.clip import TalkerClip, make_clip
 from keysync_jax.data_pipeline.synthetic.measure import measure_mouth
 from keysync_jax.data_pipeline.synthetic.motion import sample_motion
 from keysync_jax.data_pipeline.synthetic.phonemes import articulate, at_frames, sample_phonemes
-from keysync_jax.data_pipeline.synthetic.voice import SAMPLE_RATE, sample_voice, synthesize
+from keysync_jax.data_pipeline.synthetic.voice import sample_voice, synthesize
 
 MAX_CLIPS = 10_000  # the seeds of the figures lie that far apart
 STILL_LANDMARKS = (0, 1, 2, 14, 15, 16, *range(17, 48))  # jaw sides, brows, nose, eyes
@@ -123,7 +124,7 @@ def _mel_filters(bands: int, fft: int) -> np.ndarray:
 
 def log_mel(samples: np.ndarray, bands: int = 40) -> np.ndarray:
     """Log-mel spectrum of every frame's own 640 samples, [S] -> [S / 640, bands]."""
-    hop = SAMPLE_RATE // FPS
+    hop = SAMPLE_RATE // FRAME_RATE
     power = np.abs(np.fft.rfft(samples.reshape(-1, hop) * np.hanning(hop), 1024, axis=1)) ** 2
     return np.log(power @ _mel_filters(bands, 1024).T + 1e-8)
 
@@ -143,9 +144,9 @@ def audio_probe(train: int = 100, held_out: int = 24, *, frames: int = 180, feat
     def gather(seeds: range) -> tuple[np.ndarray, np.ndarray]:
         mels, mouths = [], []
         for seed in seeds:
-            seconds = frames / FPS
+            seconds = frames / FRAME_RATE
             art = articulate(sample_phonemes(seed, seconds), seconds, seed)
-            mels.append(log_mel(synthesize(art, sample_voice(seed), seed, frames * SAMPLE_RATE // FPS)))
+            mels.append(log_mel(synthesize(art, sample_voice(seed), seed, frames * SAMPLE_RATE // FRAME_RATE)))
             mouths.append(np.stack([at_frames(art.opening, frames), at_frames(art.width, frames)], axis=1))
         return np.stack(mels), np.stack(mouths)
 

@@ -11,9 +11,9 @@ import dataclasses
 
 import numpy as np
 
+from keysync_jax.core.clock import SAMPLE_RATE
 from keysync_jax.data_pipeline.synthetic.phonemes import CONTROL_RATE, Articulation, audio_generator
 
-SAMPLE_RATE = 16000
 _HOP = SAMPLE_RATE // CONTROL_RATE
 _WINDOW = 4 * _HOP
 _FFT = 8 * _HOP  # twice the window: formants ring into the padding instead of wrapping around

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from keysync_jax.core.clock import FRAME_RATE, SAMPLE_RATE
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import write_atomically, write_text
-from keysync_jax.data_pipeline.synthetic.clip import FPS, TalkerClip
-from keysync_jax.data_pipeline.synthetic.voice import SAMPLE_RATE
+from keysync_jax.data_pipeline.synthetic.clip import TalkerClip
 
 # Container, audio codec and its sample format by file name suffix.
 _CONTAINERS = {".mp4": ("mp4", "aac", "fltp"), ".mkv": ("matroska", "pcm_s16le", "s16")}
@@ -151,7 +151,7 @@ def check_clip(path: Path, *, occluder: bool = False) -> tuple[int, int]:
         if frames.dtype != np.uint8 or frames.ndim != 4 or len(frames) < 1 or frames.shape[1:] != (frames.shape[2], frames.shape[2], 3):
             raise KeySyncError(f"{path} holds {frames.dtype} {frames.shape}; frames are uint8 (T, size, size, 3)")
         count, size = frames.shape[:2]
-        _check_numbers(sidecar(path, VOICE_FILE), (count * SAMPLE_RATE // FPS,))
+        _check_numbers(sidecar(path, VOICE_FILE), (count * SAMPLE_RATE // FRAME_RATE,))
     else:
         count, size = _video_extent(path)
     _check_numbers(sidecar(path, LANDMARK_FILE), (count, 68, 2))
@@ -191,6 +191,6 @@ def _video_extent(path: Path) -> tuple[int, int]:
         with av.open(str(path.absolute())) as video:
             stream = video.streams.video[0]
             # Matroska does not say how many frames there are.
-            return stream.frames or round((video.duration or 0) * FPS / av.time_base), stream.width
+            return stream.frames or round((video.duration or 0) * FRAME_RATE / av.time_base), stream.width
     except (av.error.FFmpegError, OSError, IndexError) as error:
         raise KeySyncError(f"{path} is no whole video ({error})") from error

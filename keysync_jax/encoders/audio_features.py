@@ -29,12 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from keysync_jax.config import AudioEncoderConfig
+from keysync_jax.core.clock import SAMPLE_RATE, SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.speech import audio_encoder
 from keysync_jax.speech.speech_layers import Moments
 
-SAMPLE_RATE = 16000
-SAMPLES_PER_FRAME = 640  # 25 video frames a second
 TOKENS_PER_FRAME = 2
 BLOCK_TOKENS = 300  # the convolutional part's unit of work, 6 s
 

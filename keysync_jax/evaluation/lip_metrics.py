@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keysync_jax.core.clock import SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError
 
 OPEN = 0.2  # a mouth is open above this share of the speaker's maximum
 MAX_LAG = 5  # frames searched on either side
 FEWEST = 8  # frames a correlation needs: two points always correlate by ±1, unrelated series of three or four often nearly so
-SAMPLES_PER_FRAME = 640  # 16 kHz at 25 fps
 _LOUDNESS_FLOOR_DB = -80.0
 _LOUDNESS_DEGREE = 3
 

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keysync_jax.converters.model_directory import ModelDirectory
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError, UsageError
-from keysync_jax.data_pipeline.synthetic.clip import FPS, TalkerClip
+from keysync_jax.data_pipeline.synthetic.clip import TalkerClip
 from keysync_jax.data_pipeline.synthetic.measure import MouthMeasure, measure_mouth
 from keysync_jax.encoders.latents import LatentCoder
 from keysync_jax.evaluation import lip_metrics, marks, talkers_clips, talkers_model
@@ -62,7 +63,7 @@ class TalkerTest:
 
     @property
     def frames(self) -> int:
-        return round(self.seconds * FPS)
+        return round(self.seconds * FRAME_RATE)
 
     @property
     def num_silent(self) -> int:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError, UsageError
-from keysync_jax.data_pipeline.synthetic.clip import FPS, TalkerClip, TalkerOptions, make_clip
+from keysync_jax.data_pipeline.synthetic.clip import TalkerClip, TalkerOptions, make_clip
 from keysync_jax.data_pipeline.synthetic.measure import MouthMeasure, measure_mouth
 from keysync_jax.data_pipeline.synthetic.phonemes import articulate, at_frames, sample_phonemes
 from keysync_jax.evaluation import lip_metrics
@@ -118,7 +119,7 @@ def measure(clip: TalkerClip, frames: np.ndarray | None = None) -> MouthMeasure:
 
 def _scripted_open(audio_seed: int, frames: int) -> float:
     """Share of frames in which the script of a voice opens the mouth (without drawing it)."""
-    seconds = frames / FPS
+    seconds = frames / FRAME_RATE
     options = TalkerOptions()
     phonemes = sample_phonemes(audio_seed, seconds, pause_share=options.pause_share, long_silence=options.long_silence)
     opening = at_frames(articulate(phonemes, seconds, audio_seed).opening, frames)

@@ -17,6 +17,7 @@ import numpy as np
 
 from keysync_jax.config import StageConfig
 from keysync_jax.converters.model_directory import ModelDirectory
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.synthetic.clip import TalkerClip
 from keysync_jax.encoders.audio_features import AudioFeatures
@@ -277,7 +278,8 @@ def array_info(size: int) -> VideoInfo:
     """Description of square RGB pictures held in memory, for the compositor."""
     return VideoInfo(
         path="", width=size, height=size, rotation=0, orientation=Orientation(), display_matrix=(), display_width=size, display_height=size,
-        average_rate=Fraction(25), time_base=Fraction(1, 25), pix_fmt="gbrp", source_pix_fmt="gbrp", codec="rawvideo", color_space=0,
+        average_rate=Fraction(FRAME_RATE), time_base=Fraction(1, FRAME_RATE),
+        pix_fmt="gbrp", source_pix_fmt="gbrp", codec="rawvideo", color_space=0,
         color_range=color.FULL_RANGE, color_primaries=1, color_transfer=1, duration_s=None, frames=None, has_audio=False,
         start_time=Fraction(0), sample_aspect_ratio=Fraction(1), interlaced=False, planes=color.plane_format("gbrp", 0, 2, size, size),
     )  # fmt: skip

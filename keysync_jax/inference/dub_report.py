@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.diffusion import schedules
 from keysync_jax.inference.analysis import Analysis, Shot
 from keysync_jax.inference.engine import StageSettings
 from keysync_jax.inference.options import DubOptions
-from keysync_jax.inference.timeline import MODEL_RATE, Run, model_frame
+from keysync_jax.inference.timeline import Run, model_frame
 from keysync_jax.media.audio import AudioClip
 from keysync_jax.version import __version__
 
@@ -29,7 +30,7 @@ def build(
     info = analysis.info
     video_end = float(analysis.times[-1])
     notes = [*analysis.notes, *voice.notes, *result["notes"]]
-    voice_end = num_audio_frames / MODEL_RATE
+    voice_end = num_audio_frames / FRAME_RATE
     if voice_end < video_end:
         notes.append(f"the voice ends at {voice_end:.2f} s, before the video: the source mouth stays from there on")
     elif voice.duration_s > video_end + 1:

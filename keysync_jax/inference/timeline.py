@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-MODEL_RATE = 25  # frames per second the network was trained at (paper A.1)
+from keysync_jax.core.clock import FRAME_RATE
 
 
 class Run(NamedTuple):
@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
 def model_frame(time: Fraction) -> int:
     """The model frame nearest to `time` seconds (halves go up)."""
-    return math.floor(time * MODEL_RATE + Fraction(1, 2))
+    return math.floor(time * FRAME_RATE + Fraction(1, 2))
 
 
 def make_run(shot: int, start: int, stop: int, times: Sequence[Fraction], num_audio_frames: int) -> Run:
@@ -51,7 +51,7 @@ def make_run(shot: int, start: int, stop: int, times: Sequence[Fraction], num_au
     sources = []
     at = start
     for k in range(first, min(last + 1, num_audio_frames)):
-        instant = Fraction(k, MODEL_RATE)
+        instant = Fraction(k, FRAME_RATE)
         while at + 1 < stop and abs(times[at + 1] - instant) <= abs(times[at] - instant):
             at += 1
         sources.append(at)

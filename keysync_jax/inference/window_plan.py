@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from keysync_jax.config import StageConfig
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError
 
 # The reference rounds a requested duration with these whatever its window length is.
 _REFERENCE_FRAMES = 14
-REFERENCE_FPS = 25
 
 
 class Slot(NamedTuple):
@@ -174,7 +174,7 @@ def num_usable_frames(num_video: int, num_audio: int, max_frames: int | None = N
 def reference_max_frames(seconds: float) -> int:
     """Frames after which the reference stops for a requested duration: the next number that fills whole segments of 14."""
     step = _REFERENCE_FRAMES - 1
-    frames = int(seconds * REFERENCE_FPS)
+    frames = int(seconds * FRAME_RATE)
     return frames + (_REFERENCE_FRAMES - frames) % step
 
 

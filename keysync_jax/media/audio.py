@@ -23,6 +23,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from keysync_jax.core.clock import SAMPLE_RATE
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.core.files import temporary_beside
 
@@ -90,7 +91,7 @@ def probe_audio(path: str | os.PathLike) -> AudioInfo:
         return AudioInfo(context.name, context.sample_rate, context.channels, context.layout.name, duration, context.bit_rate or None)
 
 
-def load_audio(path: str | os.PathLike, sample_rate: int = 16000) -> AudioClip:
+def load_audio(path: str | os.PathLike, sample_rate: int = SAMPLE_RATE) -> AudioClip:
     """Decodes a file's audio to mono at `sample_rate`.
 
     A file that breaks off or is damaged inside gives what can be decoded, with a note; missing stretches inside become silence, so

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from keysync_jax.config import AudioEncoderConfig
+from keysync_jax.core.clock import SAMPLE_RATE
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.speech.speech_layers import Geometry
 
 Array = jax.Array
 
-SAMPLE_RATE = 16000
 HOP = 320  # 20 ms
 WINDOW = 400  # 25 ms, centred in its hop: token i sees samples [320 i - 40, 320 i + 360)
 FFT = 1024  # zero-padded, so that the narrow low bands hold at least one bin

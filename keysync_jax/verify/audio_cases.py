@@ -8,6 +8,7 @@ import numpy as np
 
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.converters import speech
+from keysync_jax.core.clock import SAMPLE_RATE, SAMPLES_PER_FRAME
 from keysync_jax.encoders import audio_features
 from keysync_jax.encoders.audio_features import AudioFeatures
 from keysync_jax.verify.harness import Case, runner
@@ -59,7 +60,7 @@ def _features(case: Case, config: AudioEncoderConfig) -> tuple[AudioFeatures, Au
     params = table.to_flax(speech.audio_table(config), case.weights, str(case.folder))
     # The reference's offline path is one pass whatever the length.
     longest = max(len(wav) for _, quantity, wav in _wanted(case) if quantity != "emb_raw_pipeline")
-    offline = AudioFeatures(config, params, window_seconds=max(24.0, longest / audio_features.SAMPLE_RATE + 1))
+    offline = AudioFeatures(config, params, window_seconds=max(24.0, longest / SAMPLE_RATE + 1))
     return offline, AudioFeatures(config, params, reference_chunking=True)
 
 
@@ -73,7 +74,7 @@ def _wanted(case: Case) -> Iterator[tuple[str, str, np.ndarray]]:
 
 def _embedding(key: str, quantity: str, wav: np.ndarray, offline: AudioFeatures, raw: AudioFeatures) -> dict[str, np.ndarray]:
     if quantity == "raw_frames":
-        return {key: audio_features.pad_to_frames(wav).reshape(-1, audio_features.SAMPLES_PER_FRAME)}
+        return {key: audio_features.pad_to_frames(wav).reshape(-1, SAMPLES_PER_FRAME)}
     if quantity == "emb_offline":
         return {key: offline.offline(wav)}
     if quantity == "emb_raw_pipeline":

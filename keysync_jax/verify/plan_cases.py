@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from keysync_jax.core.clock import FRAME_RATE, SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.inference.window_plan import (
-    REFERENCE_FPS,
-    Segment,
-    WindowPlan,
-    make_plan,
-    num_usable_frames,
-    output_frames,
-    reference_max_frames,
-)
+from keysync_jax.inference.window_plan import Segment, WindowPlan, make_plan, num_usable_frames, output_frames, reference_max_frames
 from keysync_jax.verify.harness import Case, runner
 
 # The reference generates this many keyframe windows, then the segments they complete, then goes on.
 WINDOWS_PER_CHUNK = 2
-SAMPLES_PER_FRAME = 640  # 16 kHz audio at 25 fps
 
 
 @runner("pipeline_windows")
@@ -46,7 +38,7 @@ def _usable(run: dict[str, Any]) -> int:
         raise KeySyncError(f"segments overlap by one frame, not by {run['overlap']}")
     until = run["compute_until"]
     if until == "end":  # the reference takes ten times the video's length, which never cuts
-        until = run["n_video"] * 10 // REFERENCE_FPS
+        until = run["n_video"] * 10 // FRAME_RATE
     return num_usable_frames(run["n_video"], run["n_audio"], None if until is None else reference_max_frames(until))
 
 
@@ -78,7 +70,7 @@ def describe(plan: WindowPlan, window: int) -> dict[str, Any]:
             "n_frames": plan.num_frames_out,
             "source_frame_idx": [frame for frame, _, _ in output_frames(plan)],
             "audio_samples": plan.num_frames_out * SAMPLES_PER_FRAME,
-            "frame_rate": REFERENCE_FPS,
+            "frame_rate": FRAME_RATE,
             "provenance": _provenance(plan, window),
         },
     }

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from keysync_jax.core.clock import SAMPLE_RATE
 from keysync_jax.data_pipeline.synthetic.phonemes import (
     CONTROL_RATE,
     VOWELS,
@@ -13,7 +14,7 @@ from keysync_jax.data_pipeline.synthetic.phonemes import (
     sample_phonemes,
 )
 from keysync_jax.data_pipeline.synthetic.talker_report import audio_probe
-from keysync_jax.data_pipeline.synthetic.voice import SAMPLE_RATE, formants, sample_voice, synthesize
+from keysync_jax.data_pipeline.synthetic.voice import formants, sample_voice, synthesize
 
 
 def _held(opening: float, width: float, seconds: float = 0.6, **changes: float) -> Articulation:

@@ -2,7 +2,8 @@ from fractions import Fraction
 
 import pytest
 
-from keysync_jax.inference.timeline import MODEL_RATE, make_run, model_frame
+from keysync_jax.core.clock import FRAME_RATE
+from keysync_jax.inference.timeline import make_run, model_frame
 
 
 def times(rate, count, start=Fraction(0)):
@@ -21,10 +22,10 @@ def test_error_stays_below_half_a_frame_for_ten_minutes(rate):
     run = make_run(0, 0, len(ts), ts, 10**6)
     for frame, t in enumerate(ts):
         row = run.row(t)
-        assert abs(Fraction(run.first + row, MODEL_RATE) - t) <= Fraction(1, 2 * MODEL_RATE)
+        assert abs(Fraction(run.first + row, FRAME_RATE) - t) <= Fraction(1, 2 * FRAME_RATE)
         # The picture that conditioned that model frame is this frame or a neighbour no further than half a source interval.
-        assert abs(ts[run.sources[row]] - Fraction(run.first + row, MODEL_RATE)) <= max(
-            Fraction(1, 2 * MODEL_RATE), Fraction(1, 2) / rate
+        assert abs(ts[run.sources[row]] - Fraction(run.first + row, FRAME_RATE)) <= max(
+            Fraction(1, 2 * FRAME_RATE), Fraction(1, 2) / rate
         ), frame
 
 

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image, ImageOps
 
 from keysync_jax.config import VAEConfig
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.data_pipeline.source.frames import FrameReader
 from keysync_jax.data_pipeline.source.sample import WindowReader
 from keysync_jax.diffusion import sampler, schedules
@@ -44,7 +45,6 @@ from keysync_jax.training.watch.pictures import Item
 from keysync_jax.training.watch.validation import SEED, shards
 
 SAMPLES = "samples"
-_FPS = 25
 _VIDEO_FRAMES = 14  # frames of each video that an autoencoder is shown
 
 
@@ -156,7 +156,7 @@ class _StageSamples:
         self._batch = {name: data.step_arrays(found)[name] for name in ("latents", "audio", "masks", "cond_frames")}
         self._batch["index"] = np.arange(count, dtype=np.int32)
         spacing = reader.config.windows.spacing
-        self.rate, self.times = Fraction(_FPS, spacing), [spacing * i / _FPS for i in range(stage.num_frames)]
+        self.rate, self.times = Fraction(FRAME_RATE, spacing), [spacing * i / FRAME_RATE for i in range(stage.num_frames)]
         self.what = f"generating {count} windows of {stage.num_frames} frames"
         self.caption = f"guidance audio {stage.audio_scale:g} identity {stage.identity_scale:g}, {config.log.sample_steps} steps"
         # Whose decoder draws: the one that the pixel loss decodes with, else the one of the model directory.
@@ -263,7 +263,7 @@ class _AutoencoderSamples:
 
     error = "l1"
     moving_rows = (0, 1)
-    rate = Fraction(_FPS)
+    rate = Fraction(FRAME_RATE)
     caption = "each frame alone"
 
     def __init__(self, config: TrainConfig, reader: FrameReader, mesh: Mesh, say: Callable[[str], None], vae: VAEConfig | None):
@@ -271,7 +271,7 @@ class _AutoencoderSamples:
         self._mesh, self._count = mesh, count
         videos = [reader.sample(0, row * per_video, 1)[1] for row in range(count)]
         self._images = np.stack([_beginning(reader, video) for video in videos])
-        self.times = [i / _FPS for i in range(_VIDEO_FRAMES)]
+        self.times = [i / FRAME_RATE for i in range(_VIDEO_FRAMES)]
         self.what = f"decoding {count} videos of {_VIDEO_FRAMES} frames"
         model = VAE(config.vae, dtype=jnp.dtype(config.dtype), attention=config.attention)
 
