@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 
-NORM_GROUPS = 32  # groups of every GroupNorm in the U-Net and the autoencoder
+NORM_GROUPS = 32  # groups of a GroupNorm unless a config says otherwise (small networks do)
 
 
 def batch_over_mesh(x: Array) -> Array:

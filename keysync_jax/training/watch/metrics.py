@@ -133,8 +133,10 @@ def read_metrics(workdir: epath.PathLike) -> dict[int, dict[str, Any]]:
 
 
 class _Events:
-    """TensorBoard's file. It is written here and now: the thread behind tensorboardX's `SummaryWriter` dies of a full disk, and then the
-    run would stand still before its full queue; and what is still in that queue, a process that is killed takes along.
+    """TensorBoard's file, written at once and without tensorboardX's `SummaryWriter`, which writes from a thread behind a queue.
+
+    That thread dies when the disk is full, and the run would then wait for ever on the full queue. A process that is killed would also
+    lose what the queue still holds.
 
     Raises:
       ImportError: tensorboardX, or what it needs for `gs://`, is not installed.
