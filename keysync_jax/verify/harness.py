@@ -40,7 +40,7 @@ from keysync_jax.core.errors import KeySyncError
 from keysync_jax.core.progress import Bars
 
 # Every module that registers runners; imported when the first case is run.
-RUNNER_MODULES = tuple(f"keysync_jax.evaluation.parity_{part}" for part in ("models", "diffusion", "stages", "audio", "masks", "plan"))
+RUNNER_MODULES = tuple(f"keysync_jax.verify.{part}_cases" for part in ("model", "diffusion", "stage", "audio", "mask", "plan"))
 
 # Relative part of the stored tolerances, applied to a tensor that has no tolerance of its own.
 DEFAULT_RELATIVE_TOLERANCE = 2e-5
