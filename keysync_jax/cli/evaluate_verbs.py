@@ -166,7 +166,7 @@ def _vae(args) -> list[dict]:
 
 def _talkers(args) -> list[dict]:
     from keysync_jax.evaluation import talkers, talkers_report
-    from keysync_jax.evaluation.talkers_model import TalkerModel
+    from keysync_jax.evaluation.talkers_model import TalkerModel, parse_grid
 
     if args.keyframes_only and args.one_stage:
         raise UsageError("--keyframes-only and --one-stage contradict each other; give one")
@@ -203,26 +203,6 @@ def _given(value: float | None, default: float, option: str) -> float:
     if value is not None and not 0 <= value < 100:
         raise UsageError(f"{option} {value} is out of range; choose 0 to 100")
     return default if value is None else value
-
-
-def parse_grid(text: str):
-    """ "5/2,2.5/1.5:1/1" to guidance scales: audio/identity, for both stages or keyframe:interpolation.
-
-    Raises:
-      UsageError: it does not read like that.
-    """
-    from keysync_jax.evaluation.talkers_model import Scales
-
-    out = []
-    for item in text.split(","):
-        try:
-            pairs = [tuple(float(part) for part in pair.split("/")) for pair in item.strip().split(":")]
-        except ValueError:
-            pairs = []
-        if len(pairs) not in (1, 2) or any(len(pair) != 2 or not all(0 <= v < 100 for v in pair) for pair in pairs):
-            raise UsageError(f"--guidance-grid {item.strip()!r} must read like 5/2 or 5/2:2.5/1.5 (audio/identity, keyframe:interpolation)")
-        out.append(Scales(pairs[0], pairs[-1]))
-    return out
 
 
 def _open(path: str):

@@ -36,7 +36,7 @@ from keysync_jax.data_pipeline.dataset_layout import GROUP_FILE
 from keysync_jax.evaluation import talkers, talkers_clips, talkers_report
 from keysync_jax.evaluation.lip_metrics import mean_and_error
 from keysync_jax.evaluation.talkers import TalkerTest
-from keysync_jax.evaluation.talkers_model import TalkerModel
+from keysync_jax.evaluation.talkers_model import TalkerModel, parse_grid
 from keysync_jax.training import recipes
 from keysync_jax.training.config import TrainConfig, train_config
 from keysync_jax.training.data import make_reader
@@ -277,8 +277,6 @@ def judge(name: str, sources: Sequence[Path], folder: Path, clips: int, seed: in
     Raises:
       KeySyncError: no source has a part that is needed, or non-finite values.
     """
-    from keysync_jax.cli.evaluate_verbs import parse_grid
-
     entry, cache = JUDGED[name], folder / f"{name}.json"
     test = TalkerTest(clips=clips, silent_clips=clips if entry.silent else 0, seed=seed, mode=entry.mode)
     judged = {"test": dataclasses.asdict(test), "guidance": list(entry.guidance), "models": [_digest(path) for path in sources]}

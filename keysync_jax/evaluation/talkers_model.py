@@ -18,7 +18,7 @@ import numpy as np
 from keysync_jax.config import StageConfig
 from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.core.clock import FRAME_RATE
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.synthetic.clip import TalkerClip
 from keysync_jax.encoders.audio_features import AudioFeatures
 from keysync_jax.encoders.latents import LatentCoder
@@ -48,6 +48,24 @@ class Scales:
     def text(self) -> str:
         first, second = (f"{audio:g}/{identity:g}" for audio, identity in (self.keyframe, self.interpolation))
         return first if first == second else f"{first}:{second}"
+
+
+def parse_grid(text: str) -> list[Scales]:
+    """ "5/2,2.5/1.5:1/1" to guidance scales: audio/identity, for both stages or keyframe:interpolation.
+
+    Raises:
+      UsageError: it does not read like that.
+    """
+    out = []
+    for item in text.split(","):
+        try:
+            pairs = [tuple(float(part) for part in pair.split("/")) for pair in item.strip().split(":")]
+        except ValueError:
+            pairs = []
+        if len(pairs) not in (1, 2) or any(len(pair) != 2 or not all(0 <= v < 100 for v in pair) for pair in pairs):
+            raise UsageError(f"--guidance-grid {item.strip()!r} must read like 5/2 or 5/2:2.5/1.5 (audio/identity, keyframe:interpolation)")
+        out.append(Scales(pairs[0], pairs[-1]))
+    return out
 
 
 class Prepared(NamedTuple):

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from keysync_jax.core.errors import KeySyncError
 
-if TYPE_CHECKING:
-    from keysync_jax.training.config import MeshConfig
-
 DATA_AXIS, FSDP_AXIS, TENSOR_AXIS = AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = (DATA_AXIS, FSDP_AXIS)  # samples lie over these together
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices as `data x fsdp x tensor`; -1 takes what is left. `slices` > 1 lays `data` over the slices of a TPU pod."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    slices: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        if not all(n == -1 or n >= 1 for n in sizes) or sizes.count(-1) > 1:
+            raise KeySyncError(f"mesh {sizes}: positive sizes, at most one of them -1")
+        if self.slices < 1:
+            raise KeySyncError(f"mesh.slices is {self.slices}; it must be at least 1")
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -100,12 +115,12 @@ def device_array(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
         raise KeySyncError(f"mesh {named} does not fit the {len(devices)} {devices[0].device_kind} devices: {reason}") from error
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """How many parts a batch is cut into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape)
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int = 1) -> None:
     """Makes sure that every device has the same number of samples in every microbatch.
 
     Raises:

@@ -69,7 +69,7 @@ class Memory(NamedTuple):
         return self.state + self.batch + self.gradients + self.gathered + self.activations
 
 
-class Plan(NamedTuple):
+class RecipePlan(NamedTuple):
     """See `make_plan`. FLOPs are those of one step over all devices; seconds those of a step.
 
     Attributes:
@@ -175,7 +175,7 @@ def _stand_in_lpips() -> lpips.Lpips:
     return lpips.Lpips(tuple(convolutions), tuple(np.ones(width, np.float32) for width in _VGG_WIDTHS))
 
 
-def make_plan(config: TrainConfig, topology: Topology) -> Plan:
+def make_plan(config: TrainConfig, topology: Topology) -> RecipePlan:
     """Traces the recipe's step abstractly; seconds at full size.
 
     Args:
@@ -208,7 +208,7 @@ def make_plan(config: TrainConfig, topology: Topology) -> Plan:
     trained = _count(params)
     # Read parameters, two moments, gradient and average; write all but the gradient.
     update = 4 * trained * (9 if program.state.ema is not None else 7)
-    return Plan(
+    return RecipePlan(
         topology=topology,
         devices=devices,
         mesh=dict(zip(meshes.AXES, sizes, strict=True)),
@@ -298,7 +298,7 @@ def lower_step(config: TrainConfig, mesh: Mesh, platform: str | None = None) -> 
         return traced.lower(lowering_platforms=(_LOWERED_FOR[platform],)) if platform else traced.lower()
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: RecipePlan) -> dict[str, Any]:
     """Plain values, bytes and FLOPs in full."""
     return plan._asdict() | {
         "topology": plan.topology._asdict() | {"device": plan.topology.device.name, "memory": plan.topology.device.memory},

@@ -18,6 +18,7 @@ from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.diffusion.sigma_sampling import P_MEAN, P_STD
 from keysync_jax.models import attention
 from keysync_jax.models.remat import Remat
+from keysync_jax.parallel.mesh import MeshConfig as MeshConfig  # recipes of users import it from here
 
 
 def _require(condition: bool, message: str) -> None:
@@ -97,21 +98,6 @@ class VaeLossConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             _require(getattr(self, field.name) >= 0, f"vae_loss.{field.name} is {getattr(self, field.name)}; it must not be negative")
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices as `data x fsdp x tensor`; -1 takes what is left. `slices` > 1 lays `data` over the slices of a TPU pod."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    slices: int = 1
-
-    def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor)
-        _require(all(n == -1 or n >= 1 for n in sizes) and sizes.count(-1) <= 1, f"mesh {sizes}: positive sizes, at most one of them -1")
-        _require(self.slices >= 1, f"mesh.slices is {self.slices}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

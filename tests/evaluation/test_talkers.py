@@ -478,4 +478,4 @@ def test_what_does_not_exist_is_named():
 
 def test_scales_of_both_stages():
     assert talkers_model.Scales((5, 2), (5, 2)).text == "5/2"
-    assert [s.text for s in evaluate_verbs.parse_grid("5/2, 2.5/1.5:1/1")] == ["5/2", "2.5/1.5:1/1"]
+    assert [s.text for s in talkers_model.parse_grid("5/2, 2.5/1.5:1/1")] == ["5/2", "2.5/1.5:1/1"]

@@ -7,8 +7,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.parallel import mesh as meshes
+from keysync_jax.parallel.mesh import MeshConfig
 from keysync_jax.parallel.sharding import data_share
-from keysync_jax.training.config import MeshConfig
 
 
 def devices(count, slices=1, hosts=1, platform="tpu"):

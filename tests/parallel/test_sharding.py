@@ -85,8 +85,7 @@ def test_table_names_every_part(full_size):
 
 
 def test_global_batch_on_one_device():
-    from keysync_jax.parallel.mesh import train_mesh
-    from keysync_jax.training.config import MeshConfig
+    from keysync_jax.parallel.mesh import MeshConfig, train_mesh
 
     batch = {"x": np.arange(8, dtype=np.float32).reshape(4, 2)}
     out = sharding.global_batch(train_mesh(MeshConfig(), jax.devices()[:1]), batch)
