@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError, first_line
 
 PREFIX = "hub:"
 _PATTERN = re.compile(r"hub:(?P<repo>[^/@\s]+/[^/@\s]+)(?:/(?P<inside>[^@\s]+?))?/?(?:@(?P<revision>\S+))?")
@@ -57,8 +57,7 @@ def resolve(path: str, patterns: Sequence[str] | None = None) -> str:
     try:
         folder = snapshot_download(where.repo, revision=where.revision, allow_patterns=wanted)
     except (OSError, ValueError, EntryNotFoundError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise KeySyncError(f"cannot download {path}: {reason} (check the name and the network, or give a local path)") from None
+        raise KeySyncError(f"cannot download {path}: {first_line(error)} (check the name and the network, or give a local path)") from None
     from etils import epath
 
     found = epath.Path(folder) / where.inside

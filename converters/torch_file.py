@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from keysync_jax.converters.lazy import BFLOAT16, LazyTensor, constant
-from keysync_jax.converters.torch_pickle import Storage, first_line, unpickle
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.converters.torch_pickle import Storage, unpickle
+from keysync_jax.core.errors import KeySyncError, first_line
 
 _MAX_PICKLE = 512 * 2**20  # bytes of data.pkl; a full-size checkpoint with optimizer state has a few MB
 _MAX_DIMENSIONS = 32

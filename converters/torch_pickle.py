@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from keysync_jax.converters.lazy import BFLOAT16, LazyTensor
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError, in_one_line
 
 STORAGE_TYPES: dict[str, np.dtype] = {
     "FloatStorage": np.dtype("<f4"),
@@ -106,14 +106,9 @@ def unpickle(data: bytes, storages: Storages) -> Any:
     except KeySyncError:
         raise
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
-        raise KeySyncError(f"{path}: its pickle is damaged ({type(error).__name__}: {first_line(error)})") from None
+        raise KeySyncError(f"{path}: its pickle is damaged ({in_one_line(error)})") from None
     except (MemoryError, RecursionError) as error:
         raise KeySyncError(f"{path}: its pickle asks for more memory than a checkpoint needs ({type(error).__name__})") from None
-
-
-def first_line(error: BaseException) -> str:
-    """The part of an error message that fits one line."""
-    return str(error).splitlines()[0] if str(error) else "no details"
 
 
 @dataclasses.dataclass

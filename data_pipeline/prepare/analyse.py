@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import resource
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from keysync_jax.core.clock import FRAME_RATE, SAMPLES_PER_FRAME
+from keysync_jax.core.memory import peak_bytes
 from keysync_jax.data_pipeline.prepare import quality
 from keysync_jax.data_pipeline.prepare.face_track import FacesInFrame, ShotTrack, track_shots
 from keysync_jax.data_pipeline.prepare.frame_table import FrameTables, pack_keyframes
@@ -76,7 +76,7 @@ def analyse(item: Item, curation: Curation, tools: Tools) -> Analysis:
     except DropError as drop:
         result.candidates.clear()
         result.drops.append(Drop(item.path, item.id, "", drop.stage, drop.reason, drop.detail, drop.seconds))
-    result.facts["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    result.facts["peak_memory_mb"] = round(peak_bytes() / 2**20, 1)
     return result
 
 

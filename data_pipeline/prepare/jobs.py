@@ -12,7 +12,6 @@ import functools
 import logging
 import os
 import re
-import resource
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.utils import shared
 
 from keysync_jax.core.clock import FRAME_RATE
-from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError, first_line
+from keysync_jax.core.memory import peak_bytes
 from keysync_jax.data_pipeline import shards as shard_writer
 from keysync_jax.data_pipeline.dataset_layout import Group
 from keysync_jax.data_pipeline.prepare import analyse as curation_stages
@@ -151,7 +151,7 @@ class Encode(beam.DoFn):
 
 def _encoded(drops: list[Drop], seconds: dict[str, float], before: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is kept of an item's encoding; kinds of work that an earlier run did keep the time that they took then."""
-    memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    memory = round(peak_bytes() / 2**20, 1)
     if before is not None:
         seconds = {k: max(seconds.get(k, 0.0), before["seconds"].get(k, 0.0)) for k in {**before["seconds"], **seconds}}
         memory = max(memory, before["peak_memory_mb"])
@@ -256,7 +256,7 @@ class WriteShard(beam.DoFn):
             self._folders.shard_errors.save(name, "", {"message": str(error)})
             return
         if not done.skipped:
-            memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+            memory = round(peak_bytes() / 2**20, 1)
             figures = {"bytes": done.shard.bytes, "records": shard.num_records, "peak_memory_mb": memory}
             values = {"seconds": time.perf_counter() - start, **figures}
             self._folders.shard_times.save(name, "", values)
@@ -353,7 +353,7 @@ def _pipeline(flags: Sequence[str]) -> beam.Pipeline:
         try:
             return beam.Pipeline(options=options)
         except (ValueError, ImportError, AttributeError) as error:  # no such runner
-            raise UsageError(f"Apache Beam takes no runner {runner!r}: {str(error).splitlines()[0]}") from error
+            raise UsageError(f"Apache Beam takes no runner {runner!r}: {first_line(error)}") from error
     # Beam's own choice for "DirectRunner" first looks for another runner's binary on the network; this is the engine it falls back to.
     from apache_beam.portability.api import beam_provision_api_pb2
     from apache_beam.runners.portability.fn_api_runner import fn_runner

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError, in_one_line
 from keysync_jax.data_pipeline.prepare.item import Item
 from keysync_jax.media import video
 
@@ -47,7 +47,7 @@ class Sam2Masker:
         try:
             self._predictor = build_sam2_video_predictor(f"configs/sam2.1/sam2.1_{size}.yaml", weights, device=device)
         except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise KeySyncError(f"{weights} is not a SAM 2.1 checkpoint of size {size} ({_brief(error)})") from error
+            raise KeySyncError(f"{weights} is not a SAM 2.1 checkpoint of size {size} ({in_one_line(error)})") from error
         # Filling holes needs a compiled extension that the wheel lacks: off, so that every machine gives the same mask.
         self._predictor.fill_hole_area = 0
 
@@ -91,7 +91,3 @@ class Sam2Masker:
             for reverse in (False, True):
                 for frame, _, logits in self._predictor.propagate_in_video(state, reverse=reverse):
                     masks[frame] |= (logits[0, 0] > 0).cpu().numpy()
-
-
-def _brief(error: Exception) -> str:
-    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from keysync_jax.core.clock import SAMPLE_RATE, SAMPLES_PER_FRAME
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError, first_line
 from keysync_jax.data_pipeline.prepare.work import digest, file_digest
 from keysync_jax.encoders.audio_features import HUBERT_VARIANCE_EPS, num_frames, standardise
 
@@ -59,7 +59,7 @@ def open_encoder(kind: str, folder: str) -> Callable[[np.ndarray], np.ndarray]:
     try:
         model, loaded = kinds[kind].from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise KeySyncError(f"{folder} cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
+        raise KeySyncError(f"{folder} cannot be loaded as {kind}: {first_line(error)}") from error
     # transformers would fill up what is missing with random numbers. The mask embedding is used in training only.
     lacking = sorted(k for k in loaded["missing_keys"] if not k.startswith("decoder.") and not k.endswith("masked_spec_embed"))
     if lacking:

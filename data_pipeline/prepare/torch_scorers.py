@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError, first_line
 
 # ImageNet statistics, which HyperIQA's backbone was trained with.
 _MEAN, _STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
@@ -28,8 +28,9 @@ class _Script:
         try:
             self._module = torch.jit.load(path, map_location=self._device).eval()
         except (RuntimeError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise KeySyncError(f"{path} is not a TorchScript file ({first}); export the network with torch.jit.script or trace") from error
+            raise KeySyncError(
+                f"{path} is not a TorchScript file ({first_line(error)}); export the network with torch.jit.script or trace"
+            ) from error
         self._path = path
 
     def _run(self, *arrays: np.ndarray):

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.memory import peak_bytes
 from keysync_jax.data_pipeline.clip_index import Clip
 from keysync_jax.data_pipeline.dataset_layout import WRITER_OPTIONS, make_group
 from keysync_jax.data_pipeline.prepare.settings import Output
@@ -105,7 +105,7 @@ def measure(reader: WindowReader, batch_size: int = 16, seconds: float = 5.0, th
     return {
         "windows_per_s": round(count / wall, 1), "cpu_ms_per_window": round(1e3 * cpu / count, 2), "windows": count, "threads": threads,
         "workers": workers, "batch": batch_size, "load": round(os.getloadavg()[0], 1),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)),
+        "peak_mb": round(peak_bytes() / 2**20),
     }  # fmt: skip
 
 

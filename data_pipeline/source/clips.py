@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError, first_line
 from keysync_jax.data_pipeline import dataset_layout as layout
 from keysync_jax.data_pipeline.clip_index import Clip
 from keysync_jax.data_pipeline.dataset_layout import BASE, COLUMNS_DIR, GroupFile
@@ -170,9 +170,8 @@ class _RecordReader:
                 try:
                     reader.read([position - first])
                 except (RuntimeError, ValueError, IndexError) as one:
-                    reason = str(one).splitlines()[0]
                     where = self.where(clip, position - clip.first_record)
-                    raise KeySyncError(f"{where} cannot be read: {reason}; restore the shard or write it again") from None
+                    raise KeySyncError(f"{where} cannot be read: {first_line(one)}; restore the shard or write it again") from None
             raise KeySyncError(f"{self.where(clip, positions[0] - clip.first_record)} cannot be read: {error}") from None
 
     def _open_shard(self, index: int) -> Any:
@@ -193,8 +192,10 @@ class _RecordReader:
 
 def _allow_open_files(count: int) -> None:
     """Raise this process's soft limit of open files when many shards are to stay open (the usual 1024 is soon reached)."""
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 4 * count + 256
     if soft == resource.RLIM_INFINITY or soft >= needed:

@@ -13,7 +13,13 @@ class UsageError(KeySyncError):
     """The command was put together wrongly (unknown name, impossible option value): exit status 2."""
 
 
-def in_one_line(error: BaseException) -> str:
+def first_line(error: BaseException, limit: int = 500) -> str:
+    """The first line of what an error says, at most `limit` characters of it; the name of its type where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:limit]
+
+
+def in_one_line(error: BaseException, limit: int = 500) -> str:
     """What went wrong, for a report: our own words as they are, others after the name of their type."""
-    text = str(error) if isinstance(error, KeySyncError) else f"{type(error).__name__}: {error}"
-    return text.splitlines()[0][:500]
+    needs_name = str(error).strip() and not isinstance(error, KeySyncError)
+    return f"{type(error).__name__}: {first_line(error, limit)}"[:limit] if needs_name else first_line(error, limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,9 +46,18 @@ def only_process(folder: str, refusal: str, *, wait_s: float = 0.0, say: Callabl
 
 
 def _take(file: IO[str]) -> bool:
+    held = PermissionError if sys.platform == "win32" else BlockingIOError
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if sys.platform == "win32":  # each system has a module of its own
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except held:
         return False
     except OSError:  # a file system without locks
         return True

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import platform
-import resource
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from keysync_jax.core.clock import FRAME_RATE
+from keysync_jax.core.memory import peak_bytes
 from keysync_jax.diffusion import schedules
 from keysync_jax.inference.analysis import Analysis, Shot
 from keysync_jax.inference.engine import StageSettings
@@ -57,7 +56,7 @@ def build(
         "shots": [_shot(shot, runs, blended, analysis, num_audio_frames) for shot in analysis.shots],
         "notes": notes,
         "seconds": seconds,
-        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_mib": round(peak_bytes() / 2**20),
         "devices": [str(device) for device in jax.local_devices()],
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")},
     }
@@ -89,12 +88,6 @@ def _shot(shot: Shot, runs: Sequence[Run], blended: set[int], analysis: Analysis
         "runs": [{"frames": [r.start, r.stop], "model_frames": r.num_frames} for r in planned],
         "skipped": skipped,
     }
-
-
-def peak_memory_mib() -> int:
-    """Largest resident size of this process so far."""
-    unit = 1024 * 1024 if platform.system() == "Darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def summary(report: dict[str, Any], output: str) -> str:

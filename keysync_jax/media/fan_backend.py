@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError, first_line
 from keysync_jax.media.faces import Face, FaceBackend, check_frame
 
 INSTALL = "install it with: pip install 'keysync-jax[torch]' && pip install --no-deps face-alignment==1.5.0"
@@ -49,7 +49,7 @@ class FanBackend(FaceBackend):
             import face_alignment
             import torch
         except ImportError as error:
-            raise KeySyncError(f"the FAN face backend needs the face-alignment package ({_first_line(error)}); {INSTALL}") from error
+            raise KeySyncError(f"the FAN face backend needs the face-alignment package ({first_line(error)}); {INSTALL}") from error
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = None if weights is None else _check_weights(weights)
@@ -68,7 +68,7 @@ class FanBackend(FaceBackend):
         except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
             where = f"in {folder}" if folder is not None else "in torch's cache, and downloading them failed"
             # Torch answers a file that is no pickle with advice to load it unsafely: not to be passed on.
-            reason = "not a file of torch weights" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+            reason = "not a file of torch weights" if isinstance(error, pickle.UnpicklingError) else first_line(error)
             raise KeySyncError(
                 f"FAN's weights {FAN_WEIGHTS} and {DETECTOR_WEIGHTS} could not be loaded {where}: {reason}; "
                 "put both files into a folder and name it with --face-weights"
@@ -90,7 +90,7 @@ class FanBackend(FaceBackend):
                 warnings.simplefilter("ignore", UserWarning)
                 points = self._net.get_landmarks_from_image(rgb, detected_faces=full)
         except RuntimeError as error:
-            raise KeySyncError(f"FAN failed on a {rgb.shape[1]}x{rgb.shape[0]} frame: {_first_line(error)}") from error
+            raise KeySyncError(f"FAN failed on a {rgb.shape[1]}x{rgb.shape[0]} frame: {first_line(error)}") from error
         # The package counts pixels from their centres, this one from the corner of the first.
         faces = [
             Face.from_landmarks(np.asarray(p)[:, :2] + 0.5, min(1.0, float(box[4]) if len(box) > 4 else 1.0))
@@ -124,7 +124,3 @@ def _weights_from(hub, folder: pathlib.Path | None) -> Iterator[None]:
             yield
         finally:
             hub.set_dir(before)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

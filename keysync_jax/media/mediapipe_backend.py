@@ -17,7 +17,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError, first_line
 from keysync_jax.media import landmarks as lm
 from keysync_jax.media.faces import Face, FaceBackend, box_iou, check_frame
 
@@ -192,7 +192,7 @@ class MediaPipeBackend(FaceBackend):
         try:
             return graph.process(image)
         except (RuntimeError, ValueError) as error:
-            raise KeySyncError(f"mediapipe's face {which} failed: {_first_line(error)}") from error
+            raise KeySyncError(f"mediapipe's face {which} failed: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -215,10 +215,6 @@ def _captured_stderr() -> Iterator[None]:
             sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def region_of(mesh: np.ndarray) -> Region:
@@ -303,7 +299,7 @@ def _open_graphs():
         from mediapipe.python.solution_base import PacketDataType, SolutionBase
         from mediapipe.python.solutions.face_detection import FaceDetection
     except ImportError as error:
-        raise KeySyncError(f"face landmarks need mediapipe {VERSION} ({_first_line(error)}); {INSTALL}") from error
+        raise KeySyncError(f"face landmarks need mediapipe {VERSION} ({first_line(error)}); {INSTALL}") from error
     version = getattr(mediapipe, "__version__", "unknown")
     if version != VERSION:
         raise KeySyncError(f"face landmarks need mediapipe {VERSION}, whose wheel holds the models; {version} is installed: {INSTALL}")
@@ -313,5 +309,5 @@ def _open_graphs():
         config = text_format.Parse(MESH_GRAPH, calculator_pb2.CalculatorGraphConfig())
         mesh = SolutionBase(graph_config=config, outputs=["mesh", "presence"], stream_type_hints=hints)
     except (RuntimeError, ValueError, OSError, AttributeError, text_format.ParseError) as error:
-        raise KeySyncError(f"mediapipe {VERSION} does not start: {_first_line(error)}; {INSTALL}") from error
+        raise KeySyncError(f"mediapipe {VERSION} does not start: {first_line(error)}; {INSTALL}") from error
     return detector, mesh

@@ -16,7 +16,7 @@ import os
 import jax
 import jax.numpy as jnp
 
-from keysync_jax.core.errors import UsageError
+from keysync_jax.core.errors import UsageError, in_one_line
 
 Array = jax.Array
 
@@ -122,7 +122,7 @@ def _probe(kernel: str, length: int, num_keys: int, heads: int, head_dim: int, d
     try:
         jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(q, kv, kv).compile()
     except _PROBE_ERRORS as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return in_one_line(error, 200)
     return ""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError, first_line
 
 # Read where the flags are not given.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "KEYSYNC_COORDINATOR", "KEYSYNC_NUM_PROCESSES", "KEYSYNC_PROCESS_ID"
@@ -58,8 +58,9 @@ def start(
             **given, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
         )
     except (RuntimeError, ValueError, TypeError, OSError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise KeySyncError(f"cannot join {where}: {reason}; check that all processes run and can reach the coordinator") from error
+        raise KeySyncError(
+            f"cannot join {where}: {first_line(error)}; check that all processes run and can reach the coordinator"
+        ) from error
     if _owns_gpus(os.environ):
         # On Slurm and Open MPI, JAX takes one GPU a process, the local number's, however many processes the machine has.
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):

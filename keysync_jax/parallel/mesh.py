@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh
 
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError, first_line
 
 DATA_AXIS, FSDP_AXIS, TENSOR_AXIS = AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = (DATA_AXIS, FSDP_AXIS)  # samples lie over these together
@@ -111,8 +111,7 @@ def device_array(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
             process_is_granule=by_host, allow_split_physical_axes=True,
         )  # fmt: skip
     except (ValueError, NotImplementedError, AssertionError) as error:  # what mesh_utils raises where a torus cannot be cut that way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise KeySyncError(f"mesh {named} does not fit the {len(devices)} {devices[0].device_kind} devices: {reason}") from error
+        raise KeySyncError(f"mesh {named} does not fit the {len(devices)} {devices[0].device_kind} devices: {first_line(error)}") from error
 
 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 
 from keysync_jax.config import to_dict
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError, first_line
 from keysync_jax.planning import compile_targets
 from keysync_jax.planning.recipe_plan import Topology, lower_step, parse_topology
 from keysync_jax.training.config import TrainConfig, train_config
@@ -176,7 +176,7 @@ def _compile(recipe: str, name: str) -> dict[str, int | None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = str(error).splitlines()[0][:300]
+        reason = first_line(error, 300)
         raise KeySyncError(f"the step does not fit {name}: {reason}; take a stronger config.remat or a wider mesh") from error
     new = found.output_size_in_bytes - found.alias_size_in_bytes  # results that take no argument's place
     return {

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError, first_line
 from keysync_jax.parallel import mesh as meshes
 from keysync_jax.planning.recipe_plan import Topology
 from keysync_jax.training.config import TrainConfig
@@ -105,7 +105,7 @@ def mesh(config: TrainConfig, topology: Topology) -> Mesh:
     try:
         found = topologies.get_topology_desc(platform=platform, topology_name=name, **options)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [""])[0][:160]
+        reason = first_line(error, 160)
         raise KeySyncError(f"{compiler} cannot compile for {topology.name}: {reason}") from error
     return meshes.train_mesh(config.mesh, found.devices)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +10,7 @@ import jax
 from etils import epath
 
 from keysync_jax.core.errors import UsageError
+from keysync_jax.core.memory import peak_bytes
 from keysync_jax.costs import flops
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.store.workdir import beside_training
@@ -49,8 +48,7 @@ def memory() -> Memory:
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     if peaks:
         return Memory(max(peaks) / 2**30, True)
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
-    return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, False)
+    return Memory(peak_bytes() / 2**30, False)
 
 
 def step_speed(jaxpr: Any, config: TrainConfig) -> Speed:

@@ -36,7 +36,7 @@ import rich.table
 import safetensors
 import safetensors.numpy
 
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError, in_one_line
 from keysync_jax.core.progress import Bars
 
 # Every module that registers runners; imported when the first case is run.
@@ -209,7 +209,7 @@ def run_case(case: Case) -> CaseResult:
             got = CASES[case.name](case)
     except Exception as error:  # one broken case must not hide the others; the reason stands in the table
         log.exception("case %s", case.name)
-        return CaseResult(case.name, (), time.perf_counter() - start, f"{type(error).__name__}: {error}".splitlines()[0])
+        return CaseResult(case.name, (), time.perf_counter() - start, in_one_line(error))
     comparisons = [_compare_stored(case, key, got) for key in sorted(case.expected)] + case.comparisons
     reason = "" if comparisons else "nothing was compared"
     return CaseResult(case.name, tuple(comparisons), time.perf_counter() - start, reason)

@@ -1,7 +1,9 @@
 """One process at a time in a folder."""
 
+import os
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -46,3 +48,22 @@ def test_errors_inside_pass_and_free_it(tmp_path):
             1 / 0  # noqa: B018
     with only_process("gs://bucket/run", "never said"), only_process("gs://bucket/run", "object stores have no locks"):
         pass
+
+
+def test_windows_locks_by_its_own_module(tmp_path, monkeypatch):
+    """There is no `fcntl`; the first byte of the file is locked, and PermissionError says that another process has it."""
+    calls, refused = [], []
+
+    def locking(fd, mode, count):
+        calls.append((os.lseek(fd, 0, os.SEEK_CUR), mode, count))
+        if refused:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(LK_NBLCK=2, locking=locking))
+    with only_process(str(tmp_path), "somebody is at work"):
+        refused.append(True)
+        with pytest.raises(KeySyncError, match="somebody is at work"), only_process(str(tmp_path), "somebody is at work"):
+            pass
+    assert calls == [(0, 2, 1)] * 2

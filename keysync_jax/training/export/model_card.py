@@ -14,7 +14,7 @@ from etils import epath
 from keysync_jax.config import to_dict
 from keysync_jax.converters import hub
 from keysync_jax.converters.model_directory import ModelDirectory
-from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError, first_line
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.start.runs import RunWeights
 from keysync_jax.training.store import jsonl
@@ -213,8 +213,9 @@ def push(folder: str | os.PathLike, target: str, *, private: bool = False, messa
             repo_id=repo, folder_path=os.fspath(folder), repo_type="model", revision=revision, commit_message=message or "keysync export"
         )
     except (OSError, ValueError) as error:  # the hub's HTTP errors are OSErrors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise KeySyncError(f"cannot push to {target}: {reason} (log in with `hf auth login`, check the name and the network)") from None
+        raise KeySyncError(
+            f"cannot push to {target}: {first_line(error)} (log in with `hf auth login`, check the name and the network)"
+        ) from None
     return str(getattr(commit, "commit_url", commit))
 
 

@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from keysync_jax.converters.differences import some
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError, first_line
 from keysync_jax.parallel.sharding import leaf_name
 from keysync_jax.training.config import CheckpointConfig
 from keysync_jax.training.state import TrainState, Tree
@@ -437,8 +437,7 @@ def _reason(error: BaseException) -> str:
     """What the system says, of tensorstore's and Orbax's many words; else their first line."""
     if code := re.search(r"(?:os_error_code='|OS error )(\d+)", str(error)):
         return os.strerror(int(code[1]))
-    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text.split(" [source locations")[0][:300]
+    return first_line(error).split(" [source locations")[0][:300]
 
 
 def _to_stderr(text: str) -> None:
