@@ -52,7 +52,11 @@ _LONG = (
 )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    """Long files come first, so that at the end no process has one before it while the others have none."""
+    """Long files come first, so that at the end no process has one before it while the others have none. Files with bounds are marked."""
+    for item in items:
+        if any(getattr(value, "__module__", None) == "bounds" for value in vars(item.module).values()):
+            item.add_marker("numbers")
     order = {name: place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bounds import close
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion.inpainting import Conditions
@@ -37,19 +38,20 @@ def expected_error(batch):
 def test_latent_terms(batch):
     error, weight = expected_error(batch)
     l2 = diffusion_loss(zero_network, *batch)
-    np.testing.assert_allclose(l2.latent, (weight * error**2).mean((2, 3, 4)), rtol=1e-5)
-    np.testing.assert_array_equal(l2.per_frame, l2.latent)
-    np.testing.assert_allclose(l2.mean, (weight * error**2).mean(), rtol=1e-5)
+    close(l2.latent, (weight * error**2).mean((2, 3, 4)), 4, scale="each", terms=80, wrong=(error**2).mean((2, 3, 4)))
+    np.testing.assert_array_equal(l2.per_frame, l2.latent)  # no other term: the same array
+    close(l2.mean, (weight * error**2).mean(), 2, terms=480)
     assert l2.pixels == {}
     l1 = diffusion_loss(zero_network, *batch, LossConfig(latent_loss="l1"))
-    np.testing.assert_allclose(l1.latent, (weight * np.abs(error)).mean((2, 3, 4)), rtol=1e-5)
+    close(l1.latent, (weight * np.abs(error)).mean((2, 3, 4)), 4, scale="each", terms=80)
 
 
 def test_halves_are_weighted_by_row(batch):
     error, weight = expected_error(batch)
     rows = np.float32([3, 3, 2, 2, 2])[:, None, None]  # five rows: the lower half starts at the third
     weighted = diffusion_loss(zero_network, *batch, LossConfig(upper_weight=3, lower_weight=2))
-    np.testing.assert_allclose(weighted.latent, (weight * rows * error**2).mean((2, 3, 4)), rtol=1e-5)
+    shifted = (weight * np.roll(rows, 1, axis=0) * error**2).mean((2, 3, 4))
+    close(weighted.latent, (weight * rows * error**2).mean((2, 3, 4)), 4, scale="each", terms=80, wrong=shifted)
 
 
 def test_known_region_costs_nothing(batch):
@@ -67,7 +69,9 @@ def test_perfect_network_costs_nothing(batch):
         return alpha * noise - alpha * s * latents  # the velocity, see test_preconditioning
 
     whole = conditions._replace(masks=np.ones_like(conditions.masks))
-    assert diffusion_loss(perfect, latents, noise, sigma, whole).mean < 1e-9
+    # The error is rounding of the noisy latents, and weighted by 3 at most.
+    size = np.abs(sigma[:, None, None, None, None] * noise).max()
+    close(np.sqrt(diffusion_loss(perfect, latents, noise, sigma, whole).mean), 0, 4, scale=size)
     assert diffusion_loss(zero_network, latents, noise, sigma, whole).mean > 0.1
 
 
@@ -94,9 +98,9 @@ def test_pixel_terms(batch, mask_pixels):
     if mask_pixels:
         difference[:, :, :4] = 0
     l1, l2 = 0.5 * (weight * np.abs(difference)).mean(), 0.5 * (weight * difference**2).mean()
-    np.testing.assert_allclose(losses.pixels["l1"], l1, rtol=1e-5)
-    np.testing.assert_allclose(losses.pixels["l2"], l2, rtol=1e-5)
-    np.testing.assert_allclose(losses.per_frame, losses.latent + l1 + l2, rtol=1e-5)
+    close(losses.pixels["l1"], l1, 2, terms=960)
+    close(losses.pixels["l2"], l2, 2, terms=960)
+    close(losses.per_frame, losses.latent + l1 + l2, 2, terms=960)
 
 
 def test_gradient_flows_through_the_decoder(batch):
@@ -114,6 +118,7 @@ def test_gradient_flows_through_the_decoder(batch):
     step = 1e-2
     numeric = (loss(0.3 + step).pixels["l2"] - loss(0.3 - step).pixels["l2"]) / (2 * step)
     assert abs(gradient) > 1e-3
+    # Of a hundred pixels, one or two reach the clip between 0.3 - step and 0.3 + step: there the difference is no derivative.
     assert gradient == pytest.approx(float(numeric), rel=0.02)
 
 

@@ -58,7 +58,7 @@ def command(workdir, dataset, *overrides, hooks=()) -> list[str]:
 
 def environment(devices=1, **variables) -> dict[str, str]:
     # One thread: a step of milliseconds gains nothing from more, and on a busy machine it waits for them.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false"
     fixed = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return os.environ | fixed | variables
 

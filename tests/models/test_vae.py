@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bounds import close
 from flax.errors import ScopeParamNotFoundError
 
 from keysync_jax.config import VAEConfig
@@ -52,7 +53,8 @@ def test_frames_decoded_together_mix_and_alone_do_not():
 def test_image_decoder_never_mixes_frames():
     config = dataclasses.replace(TINY, decoder="image", post_quant_conv=True)
     together, alone = run(Z, "decode", config), run(Z.reshape(6, 1, 4, 5, 4), "decode", config)
-    np.testing.assert_allclose(together.reshape(alone.shape), alone, atol=1e-5)
+    # Some ten convolutions of 3 x 3 x 32 in a row, over batches of another form.
+    close(together.reshape(alone.shape), alone, 8, terms=9 * 32, wrong=np.roll(alone, 1, axis=0))
 
 
 def test_odd_sizes_round_down():
@@ -78,7 +80,7 @@ def test_log_variance_is_clamped_and_the_mean_is_not():
 
 def test_posterior_sample():
     mean, logvar, noise = np.float32([1.0, 2.0]), np.log(np.float32([4.0, 9.0])), np.float32([1.0, -1.0])
-    np.testing.assert_allclose(sample_posterior(mean, logvar, noise), [3.0, -1.0], rtol=1e-6)
+    close(sample_posterior(mean, logvar, noise), [3.0, -1.0], 8)
 
 
 def test_a_part_needs_its_own_parameters_only():
