@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keysync_jax import config as configs
-from keysync_jax.config import AudioEncoderConfig, StageConfig, VAEConfig
+from keysync_jax.config import AudioEncoderConfig, GuidanceConfig, StageConfig, VAEConfig
 from keysync_jax.converters import sgm, speech
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.weights.table import Table
@@ -67,7 +67,10 @@ def first_stage_encoder_table(config: VAEConfig) -> Table:
 
 def describe(name: str, config: PartConfig, random: bool) -> dict[str, Any]:
     """What a file says about itself; `described` reads it."""
-    return {"part": name, "config": configs.to_dict(config), "random": random}
+    values = configs.to_dict(config)
+    if isinstance(config, StageConfig) and config.guidance == GuidanceConfig():
+        del values["guidance"]  # so that versions from before it read the file
+    return {"part": name, "config": values, "random": random}
 
 
 def config_class(name: str) -> type[PartConfig]:

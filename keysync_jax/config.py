@@ -19,6 +19,16 @@ T = TypeVar("T")
 AUDIO_ENCODERS = ("hubert", "wavlm", "log_mel")
 AUDIO_TOKENS = (*AUDIO_ENCODERS, "wav2vec2", "whisper")
 
+# Rules of guidance (`diffusion.guidance`), and the numbers that each reads: of a stage its `audio_scale` and `identity_scale`, the others
+# of its `GuidanceConfig`.
+GUIDANCES = {
+    "audio-identity": ("audio", "identity"),
+    "cfg": ("scale",),
+    "apg": ("audio", "identity", "momentum", "eta", "norm_threshold"),
+    "auto": ("scale",),
+    "none": (),
+}
+
 # Scale between raw VAE latents and the latents the diffusion works on (Stable Video Diffusion).
 SVD_LATENT_SCALE = 0.18215
 
@@ -205,6 +215,20 @@ class MaskConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuidanceConfig:
+    """By which rule conditions are strengthened when sampling; `GUIDANCES` says which numbers a rule reads."""
+
+    kind: str = "audio-identity"
+    scale: float = 2.0  # "cfg": of both conditions together; "auto": away from the weaker network
+    momentum: float = -0.75  # "apg", see `diffusion.guidance.AdaptiveProjectedGuidance`
+    eta: float = 0.0
+    norm_threshold: float = 2.5
+
+    def __post_init__(self):
+        _choice(self, "kind", tuple(GUIDANCES))
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One of the two diffusion stages together with everything it was trained for."""
 
@@ -224,6 +248,7 @@ class StageConfig:
     audio_scale: float = 5.0  # guidance scales recommended for this stage (paper Table 8)
     identity_scale: float = 2.0
     num_steps: int = 10
+    guidance: GuidanceConfig = GuidanceConfig()
 
     def __post_init__(self):
         _choice(self, "stage", ("keyframe", "interpolation"))
@@ -235,6 +260,12 @@ class StageConfig:
     @property
     def has_learned_filler(self) -> bool:
         return self.stage == "interpolation" and self.filler in ("zeros", "ones", "random")
+
+    @property
+    def guidance_numbers(self) -> dict[str, float]:
+        """What the stage's guidance reads, by the names of `GUIDANCES`."""
+        own = {"audio": self.audio_scale, "identity": self.identity_scale, **vars(self.guidance)}
+        return {name: own[name] for name in GUIDANCES[self.guidance.kind]}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def measure(reader: WindowReader, batch_size: int = 16, seconds: float = 5.0, th
         begin, cpu, count, total = time.perf_counter(), time.process_time(), 0, 0.0
         while time.perf_counter() - begin < seconds:
             batch = next(batches)
-            total += sum(float(batch[name].sum(dtype=np.float64)) for name in ("latents", "audio", "masks"))
+            total += sum(float(batch[name].sum(dtype=np.float64)) for name in ("known", "audio", "mask"))
             count += batch_size
         wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
     if not np.isfinite(total):

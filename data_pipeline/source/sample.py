@@ -155,10 +155,10 @@ class WindowReader:
         """Arrays of some samples, stacked.
 
         Returns:
-          latents: float32 `[B, T, h, w, C]`, scaled as stored; they are both the target and the known region.
+          known: float32 `[B, T, h, w, C]`, latents scaled as stored; they are both the target and the known region.
           audio: float32 `[B, T, 2, D]`.
-          masks: float32 `[B, T, h, w, 1]`, 1 = regenerate.
-          cond_frames: float32, scaled like latents: `[B, h, w, C]` (keyframes) or `[B, 2, h, w, C]` (interpolation).
+          mask: float32 `[B, T, h, w, 1]`, 1 = regenerate.
+          identity `[B, h, w, C]` (keyframes) or endpoints `[B, 2, h, w, C]` (interpolation): float32, scaled like `known`.
           frames: int32 `[B, T]`, frame numbers within the clip.
           dataset, clip: int32 `[B]`, which clip (`WindowReader.clip`).
           original_frames: float32 `[B, n, H, W, 3]` in [-1, 1], and original_indices: int32 `[B, n]`, which of the T frames these are
@@ -171,11 +171,12 @@ class WindowReader:
         config, (h, w, c) = self.config, self.latent_shape
         count, frames = len(samples), config.windows.num_frames
         keyframes = config.windows.stage == "keyframe"
+        ends = {"identity": (count, h, w, c)} if keyframes else {"endpoints": (count, 2, h, w, c)}
         out = {
-            "latents": np.empty((count, frames, h, w, c), np.float32),
+            "known": np.empty((count, frames, h, w, c), np.float32),
             "audio": np.empty((count, frames, 2, self.audio_dim), np.float32),
-            "masks": np.empty((count, frames, h, w, 1), np.float32),
-            "cond_frames": np.empty((count, h, w, c) if keyframes else (count, 2, h, w, c), np.float32),
+            "mask": np.empty((count, frames, h, w, 1), np.float32),
+            **{name: np.empty(shape, np.float32) for name, shape in ends.items()},
             "frames": np.empty((count, frames), np.int32),
             "dataset": np.array([s.dataset for s in samples], np.int32),
             "clip": np.array([s.clip for s in samples], np.int32),
@@ -197,7 +198,7 @@ class WindowReader:
         numbers = frames.tolist()
         values = store.read(clip, numbers, self._names)
         out["frames"][:] = frames
-        latents = out["latents"]
+        latents = out["known"]
         for i, value in enumerate(values[LATENT]):
             latents[i] = value[:, ::-1] if sample.mirrored else value
         for i, value in enumerate(values[self._audio]):
@@ -206,13 +207,13 @@ class WindowReader:
             for i, value in enumerate(values[name]):
                 out[name][i] = value
         if config.windows.stage == "interpolation":
-            out["cond_frames"][:] = latents[[0, -1]]
+            out["endpoints"][:] = latents[[0, -1]]
         elif sample.identity in numbers:
-            out["cond_frames"][:] = latents[numbers.index(sample.identity)]
+            out["identity"][:] = latents[numbers.index(sample.identity)]
         else:
             identity = store.read(clip, [sample.identity], [LATENT])[LATENT][0]
-            out["cond_frames"][:] = identity[:, ::-1] if sample.mirrored else identity
-        out["masks"][:] = self._masks(values, sample)
+            out["identity"][:] = identity[:, ::-1] if sample.mirrored else identity
+        out["mask"][:] = self._masks(values, sample)
         if sample.pixels:
             pictures = store.read(clip, [numbers[i] for i in sample.pixels], [JPEG])[JPEG]
             for i, data in enumerate(pictures):

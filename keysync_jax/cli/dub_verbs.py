@@ -6,6 +6,7 @@ import sys
 
 from keysync_jax import assets
 from keysync_jax.cli.verbs import add_verb, stop_on_sigterm
+from keysync_jax.config import GUIDANCES
 from keysync_jax.core.errors import UsageError
 
 _MODEL_HELP = "model directory, local, gs:// or hub:owner/name (made by keysync convert or keysync init)"
@@ -26,6 +27,10 @@ def add_dub(verbs) -> None:
     model = p.add_argument_group("generation")
     model.add_argument("--seed", type=int, default=23, help="noise seed; the same seed gives the same bytes (default 23)")
     model.add_argument("--steps", type=int, metavar="N", help="sampler steps, at least 10 (default: the model's own, 10)")
+    model.add_argument(
+        "--guidance", metavar="[KIND:]NAME=X,...",
+        help=f"how conditions are strengthened, e.g. audio=5,identity=2 or apg:audio=5,identity=2; kinds: {', '.join(GUIDANCES)}",
+    )  # fmt: skip
     model.add_argument("--audio-scale", type=float, metavar="X", help="audio guidance (default: the model's own, 5.0)")
     model.add_argument("--identity-scale", type=float, metavar="X", help="identity guidance (default: the model's own, 2.0)")
     model.add_argument("--mask", choices=["box", "full", "mouth", "heart", "face"], help="region to regenerate (default: the model's own)")
@@ -53,9 +58,9 @@ def _dub(args) -> int:
     stop_on_sigterm()
     use_compile_cache()
     options = DubOptions(
-        seed=args.seed, steps=args.steps, audio_scale=args.audio_scale, identity_scale=args.identity_scale, mask=args.mask,
-        reference_windows=args.reference_windows, faces=args.faces, face_weights=args.face_weights, face=args.face,
-        crf=args.crf, lossless=args.lossless,
+        seed=args.seed, steps=args.steps, audio_scale=args.audio_scale, identity_scale=args.identity_scale,
+        guidance=args.guidance, mask=args.mask, reference_windows=args.reference_windows, faces=args.faces,
+        face_weights=args.face_weights, face=args.face, crf=args.crf, lossless=args.lossless,
     )  # fmt: skip
     pipeline = KeySyncPipeline.from_pretrained(args.model, dtype=args.dtype, microbatch=args.microbatch)
     result = pipeline(args.video, args.audio, args.output, options=options, report=args.report, progress=True)

@@ -1,137 +1,211 @@
-"""Guidance: which conditions the network is evaluated under, and how the results combine.
+"""Guidance: which conditions, and which network, each evaluation of a step is made with, and how the results combine.
 
-Every guidance stacks its branches along the batch axis (branch-major), so that one network call evaluates them all, and may carry
-state from step to step. Weights of the branches sum to one: the known region, equal in all branches, stays as it is.
+A guidance is an object with `branches`, `needed`, `initial_state` and `combine` (`Guidance`); nothing else knows its class. It is a
+pytree: its scales are leaves, so that a program compiled once serves any scales (a number for the whole batch, or `[B]` for each
+video), and all else is structure. Weights of the branches sum to one: the known region, equal in all, stays as it is.
+
+Branches that cannot matter are not computed. `guidance.needed()` looks at concrete scales and leaves out every branch whose weight is
+zero, so that audio 1 and identity 1 take one evaluation instead of three. What it returns is again a guidance, of another structure:
+whoever batches windows lets only those share a batch for which `jax.tree.structure(guidance.needed())` is equal, and has then one
+program for each set of branches, none for each scale.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from keysync_jax.diffusion.inpainting import Conditions
+from keysync_jax.config import StageConfig
+from keysync_jax.diffusion.conditions import Conditions, without
+
+MAIN = "main"  # the name of the network that is sampled from
+WEAK = "weak"  # of a worse version of it, for autoguidance
+
+# A factor of a branch: one for the batch, or `[B]`.
+Scale = jax.Array | np.ndarray | float
 
 
-def unconditional(conditions: Conditions, dropped: Sequence[str] = ("concat", "crossattn")) -> Conditions:
-    """The same conditions with the named ones set to zero, which is what "no audio" and "no identity" mean in training."""
-    return conditions._replace(**{name: jnp.zeros_like(getattr(conditions, name)) for name in dropped})
+class Branch(NamedTuple):
+    """One evaluation: the conditions that are left out (names of `conditions.FIELDS`), and the network that is asked."""
+
+    without: tuple[str, ...] = ()
+    network: str = MAIN
+
+
+NEITHER, IDENTITY, FULL = Branch(("audio", "identity")), Branch(("audio",)), Branch()
 
 
 class Guidance(Protocol):
-    """A guidance rule. `branches` network evaluations are made for every video."""
+    """A rule of guidance; see above for what else holds of it."""
 
-    branches: int
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The evaluations made for every video, in the order in which `combine` reads them; those of one network side by side."""
+        ...
 
-    def prepare(
-        self, x: jax.Array, sigma: jax.Array, conditions: Conditions, without: Conditions
-    ) -> tuple[jax.Array, jax.Array, Conditions]:
-        """Stacks the branches.
-
-        Args:
-          x: `[B, T, h, w, C]`.
-          sigma: `[B]` or `[B, T]`.
-          conditions: the full conditions.
-          without: the same with audio and identity dropped.
-
-        Returns:
-          The three inputs with batch `branches * B`.
-        """
+    def needed(self) -> Guidance:
+        """The same guidance without the branches that cannot matter at its scales, which are concrete (outside `jit`)."""
+        ...
 
     def initial_state(self, x: jax.Array) -> Any:
         """State before the first step, for latents shaped like `x`."""
+        ...
 
     def combine(self, denoised: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        """`[branches * B, T, h, w, C]` to the guided `[B, T, h, w, C]`, and the next state."""
+        """`[branches * B, T, h, w, C]`, branch-major, to the guided `[B, T, h, w, C]`, and the next state."""
+        ...
 
 
-class _Stateless:
+def prepare(branches: Sequence[Branch], x: jax.Array, sigma: jax.Array, conditions: Conditions) -> tuple[jax.Array, jax.Array, Conditions]:
+    """The network inputs of the branches, stacked along the batch axis (branch-major), so that one call evaluates them all.
+
+    Args:
+      branches: what each leaves out.
+      x: `[B, T, h, w, C]`.
+      sigma: `[B]` or `[B, T]`.
+      conditions: the full conditions.
+
+    Returns:
+      The three inputs with batch `len(branches) * B`.
+    """
+    stacked = [without(conditions, *branch.without) for branch in branches]
+    every = jax.tree.map(lambda *values: jnp.concatenate(values), *stacked)
+    return jnp.concatenate([x] * len(branches)), jnp.concatenate([sigma] * len(branches)), every
+
+
+def of_stage(stage: StageConfig) -> Guidance:
+    """The guidance that a stage's config asks for, its scales as float32."""
+    return jax.tree.map(np.float32, RULES[stage.guidance.kind](**stage.guidance_numbers))
+
+
+def _static(default: Any) -> Any:
+    """A field that is structure, not a leaf."""
+    return dataclasses.field(default=default, kw_only=True, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A rule that walks from its first branch to its last: `D_0 + s_1 (D_1 - D_0) + s_2 (D_2 - D_1) + ...`.
+
+    So branch k has the weight `s_k - s_(k+1)`, with `s_0 = 1` and 0 after the last. Where that is zero the two steps beside it are
+    one, and the branch is not needed.
+    """
+
+    branches: tuple[Branch, ...] = _static((FULL,))
+
+    def scale_to(self, branch: Branch) -> Scale:
+        """Factor of the step that ends at a branch."""
+        raise NotImplementedError
+
+    def needed(self) -> Self:
+        scales = [np.float32(1), *(np.asarray(self.scale_to(branch), np.float32) for branch in self.branches[1:]), np.float32(0)]
+        kept = tuple(b for b, own, after in zip(self.branches, scales, scales[1:], strict=False) if np.any(own != after))
+        return dataclasses.replace(self, branches=kept)
+
     def initial_state(self, x: jax.Array) -> tuple[()]:
         return ()
 
+    def combine(self, denoised: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        parts = jnp.split(denoised, len(self.branches))
+        # From the last step to the first: a sum of floats has an order, and seeds must keep their bytes.
+        steps = [
+            _rows(self.scale_to(branch), part) * (part - before)
+            for branch, before, part in zip(self.branches[1:], parts, parts[1:], strict=False)
+        ]
+        guided = sum(reversed(steps[:-1]), steps[-1]) + parts[0] if steps else parts[0]
+        return guided, state
 
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class NoGuidance(_Stateless):
+class NoGuidance(Chain):
     """The conditional prediction alone, one evaluation per step."""
 
-    branches = 1
 
-    def prepare(self, x, sigma, conditions, without):
-        return x, sigma, conditions
-
-    def combine(self, denoised, state):
-        return denoised, state
-
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ClassifierFreeGuidance(_Stateless):
+class ClassifierFreeGuidance(Chain):
     """`D_u + scale * (D_c - D_u)`; branches: without, with. The baseline of the paper's guidance ablation."""
 
-    scale: float = 2.0
+    scale: Scale = 2.0
+    branches: tuple[Branch, ...] = _static((NEITHER, FULL))
 
-    branches = 2
-
-    def prepare(self, x, sigma, conditions, without):
-        return jnp.concatenate([x] * 2), jnp.concatenate([sigma] * 2), _stack(without, conditions)
-
-    def combine(self, denoised, state):
-        without, conditional = jnp.split(denoised, 2)
-        return without + self.scale * (conditional - without), state
+    def scale_to(self, branch: Branch) -> Scale:
+        return self.scale
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _AudioIdentity:
-    """Three branches: neither condition, identity only, identity and audio (paper Eq. 8)."""
+class AudioIdentityGuidance(Chain):
+    """Separate scales for audio and identity: `D_0 + w_id (D_id - D_0) + w_audio (D_id+audio - D_id)` (paper Eq. 8, Table 8).
 
-    audio_scale: float = 5.0
-    identity_scale: float = 2.0
+    Branches: neither condition, identity only, identity and audio. Equal scales are classifier-free guidance and leave out the second.
+    """
 
-    branches = 3
+    audio: Scale = 5.0
+    identity: Scale = 2.0
+    branches: tuple[Branch, ...] = _static((NEITHER, IDENTITY, FULL))
 
-    def prepare(self, x, sigma, conditions, without):
-        neither = conditions._replace(crossattn=without.crossattn, concat=without.concat)
-        identity = conditions._replace(crossattn=without.crossattn)
-        return jnp.concatenate([x] * 3), jnp.concatenate([sigma] * 3), _stack(neither, identity, conditions)
+    def scale_to(self, branch: Branch) -> Scale:
+        return self.identity if branch == IDENTITY else self.audio
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AudioIdentityGuidance(_AudioIdentity, _Stateless):
-    """Separate scales for audio and identity: `D_0 + w_id (D_id - D_0) + w_audio (D_id+audio - D_id)` (paper Eq. 8, Table 8)."""
+class AutoGuidance(Chain):
+    """Autoguidance (Karras et al. 2024, Eq. 3): `D_weak + scale * (D - D_weak)`, both under all conditions.
 
-    def combine(self, denoised, state):
-        neither, identity, both = jnp.split(denoised, 3)
-        return self.audio_scale * (both - identity) + self.identity_scale * (identity - neither) + neither, state
+    The worse version of the network, one trained less for example, is the network named `WEAK`; at scale 1 it is not asked.
+    """
+
+    scale: Scale = 2.0
+    branches: tuple[Branch, ...] = _static((Branch(network=WEAK), FULL))
+
+    def scale_to(self, branch: Branch) -> Scale:
+        return self.scale
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AdaptiveProjectedGuidance(_AudioIdentity):
-    """Audio and identity guidance with each direction normalized (Sadat et al. 2024, Algorithm 1), as the KeySync reference
+class AdaptiveProjectedGuidance:
+    """Audio and identity guidance with each direction normalised (Sadat et al. 2024, Algorithm 1), as the KeySync reference
     offers at commit cfff7cf.
 
     Each direction is its difference from the branch without conditions, averaged with (negative) momentum over steps, shortened
     to `norm_threshold`, and stripped of all but `eta` of its part parallel to the prediction. Norms and products are per frame.
+    A direction whose scale is 1 adds nothing.
     """
 
-    momentum: float = -0.75
-    eta: float = 0.0
-    norm_threshold: float = 2.5
+    audio: Scale = 5.0
+    identity: Scale = 2.0
+    momentum: float = _static(-0.75)
+    eta: float = _static(0.0)
+    norm_threshold: float = _static(2.5)
+    branches: tuple[Branch, ...] = _static((NEITHER, IDENTITY, FULL))
 
-    def initial_state(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.zeros_like(x), jnp.zeros_like(x)
+    def needed(self) -> Self:
+        kept = tuple(b for b in self.branches[1:] if np.any(np.asarray(self._scale_of(b), np.float32) != 1))
+        return dataclasses.replace(self, branches=(NEITHER, *kept))
 
-    def combine(self, denoised, state):
-        neither, identity, both = jnp.split(denoised, 3)
-        audio_average = both - neither + self.momentum * state[0]
-        identity_average = identity - neither + self.momentum * state[1]
-        guided = (
-            neither
-            + (self.audio_scale - 1.0) * self._direction(audio_average, both)
-            + (self.identity_scale - 1.0) * self._direction(identity_average, identity)
-        )
-        return guided, (audio_average, identity_average)
+    def initial_state(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        return (jnp.zeros_like(x),) * (len(self.branches) - 1)
+
+    def combine(self, denoised: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        neither, *others = jnp.split(denoised, len(self.branches))
+        averages = tuple(other - neither + self.momentum * before for other, before in zip(others, state, strict=True))
+        guided = neither
+        for branch, other, average in reversed([*zip(self.branches[1:], others, averages, strict=True)]):
+            guided = guided + _rows(self._scale_of(branch) - 1.0, other) * self._direction(average, other)
+        return guided, averages
+
+    def _scale_of(self, branch: Branch) -> Scale:
+        return self.identity if branch == IDENTITY else self.audio
 
     def _direction(self, difference: jax.Array, prediction: jax.Array) -> jax.Array:
         if self.norm_threshold > 0:
@@ -142,10 +216,21 @@ class AdaptiveProjectedGuidance(_AudioIdentity):
         return difference - parallel + self.eta * parallel
 
 
+# The rule of each kind that a config can name (`config.GUIDANCES`); its numbers are the arguments.
+RULES: dict[str, Callable[..., Guidance]] = {
+    "audio-identity": AudioIdentityGuidance,
+    "cfg": ClassifierFreeGuidance,
+    "apg": AdaptiveProjectedGuidance,
+    "auto": AutoGuidance,
+    "none": NoGuidance,
+}
+
+
+def _rows(scale: Scale, like: jax.Array) -> Scale:
+    """A scale of each video `[B]` shaped to broadcast over `[B, ...]`; one scale of all as it is."""
+    return jnp.reshape(scale, (-1, *[1] * (like.ndim - 1))) if jnp.ndim(scale) else scale
+
+
 def _frame_norm(x: jax.Array) -> jax.Array:
     """Euclidean norm over h, w and C of each frame, kept as axes of size one."""
     return jnp.sqrt(jnp.sum(x**2, axis=(-3, -2, -1), keepdims=True))
-
-
-def _stack(*branches: Conditions) -> Conditions:
-    return jax.tree.map(lambda *values: jnp.concatenate(values), *branches)

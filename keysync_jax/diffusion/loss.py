@@ -12,9 +12,7 @@ import jax.numpy as jnp
 
 from keysync_jax.config import SVD_LATENT_SCALE
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.diffusion import inpainting
-from keysync_jax.diffusion.inpainting import Conditions, Network
-from keysync_jax.diffusion.preconditioning import Scaling, Weighting, v_scaling_edm_noise, v_weighting
+from keysync_jax.diffusion.preconditioning import v_weighting
 
 _ERRORS: dict[str, Callable[[jax.Array], jax.Array]] = {"l2": jnp.square, "l1": jnp.abs}
 
@@ -85,65 +83,21 @@ class Losses(NamedTuple):
         return jnp.mean(self.per_frame)
 
 
-def diffusion_loss(
-    network: Network,
-    latents: jax.Array,
-    noise: jax.Array,
-    sigma: jax.Array,
-    conditions: Conditions,
-    config: LossConfig = LossConfig(),
-    *,
-    decode: Decoder | None = None,
-    pixels: PixelTargets | None = None,
-    lpips: Perceptual | None = None,
-    scaling: Scaling = v_scaling_edm_noise,
-    weighting: Weighting = v_weighting,
-) -> Losses:
-    """Loss of one batch: noises the latents, denoises them and compares.
-
-    Args:
-      network: F, see `inpainting.Network`; gradients flow through it.
-      latents: clean scaled latents `[B, T, h, w, 4]`.
-      noise: standard normal, same shape.
-      sigma: noise level of each video `[B]`.
-      conditions: after conditioning dropout; `conditions.gt` is usually `latents`.
-      config: terms and weights.
-      decode, pixels, lpips, weighting: see `prediction_loss`.
-      scaling: preconditioning of the denoiser.
-
-    Raises:
-      KeySyncError: the pixel term is on but `decode`, `pixels` or `lpips` is missing.
-    """
-    denoised = predict(network, latents, noise, sigma, conditions, scaling=scaling)
-    return prediction_loss(
-        denoised, latents, sigma, conditions.masks, config, decode=decode, pixels=pixels, lpips=lpips, weighting=weighting
-    )
-
-
-def predict(
-    network: Network,
-    latents: jax.Array,
-    noise: jax.Array,
-    sigma: jax.Array,
-    conditions: Conditions,
-    *,
-    scaling: Scaling = v_scaling_edm_noise,
-) -> jax.Array:
-    """The denoiser's answer `[B, T, h, w, 4]` to latents noised to `sigma` `[B]`; arguments as in `diffusion_loss`."""
-    return inpainting.denoise(network, latents + noise * _per_video(sigma, latents), sigma, conditions, scaling=scaling)
+def noised(latents: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
+    """Clean latents `[B, T, h, w, 4]` with standard normal noise of the same shape at the level of each video, sigma `[B]`."""
+    return latents + noise * _per_video(sigma, latents)
 
 
 def prediction_loss(
     denoised: jax.Array,
     latents: jax.Array,
     sigma: jax.Array,
-    masks: jax.Array,
+    masks: jax.Array | None,
     config: LossConfig = LossConfig(),
     *,
     decode: Decoder | None = None,
     pixels: PixelTargets | None = None,
     lpips: Perceptual | None = None,
-    weighting: Weighting = v_weighting,
 ) -> Losses:
     """Compares a prediction with the clean latents and, if asked for, with pixels.
 
@@ -154,19 +108,18 @@ def prediction_loss(
       denoised: prediction `[B, T, h, w, 4]`, scaled latents.
       latents: target, same shape.
       sigma: noise level of each video `[B]`.
-      masks: `[B, T, h, w, 1]`, 1 = generated; read only with `config.mask_pixels`.
+      masks: `[B, T, h, w, 1]`, 1 = generated, None = everything is; read only with `config.mask_pixels`.
       config: terms and weights.
       decode: VAE decoder for the pixel term; its parameters may be frozen, gradients flow through it into the prediction. It is
         recomputed in the backward pass.
       pixels: frames for the pixel term; needed if `config.pixel_weight` is positive.
       lpips: perceptual distance; needed if `config.pixel_losses` names it. Outside the mask, with `config.mask_pixels`, it compares
         the source with itself.
-      weighting: loss weight of a noise level.
 
     Raises:
       KeySyncError: the pixel term is on but `decode`, `pixels` or `lpips` is missing.
     """
-    weight = weighting(sigma)  # [B]
+    weight = v_weighting(sigma)  # [B]
     rows = _row_weights(denoised.shape[2], config)
     error = _ERRORS[config.latent_loss](denoised - latents) * rows[:, None, None]
     latent = weight[:, None] * jnp.mean(error, axis=(2, 3, 4))
@@ -183,7 +136,7 @@ def prediction_loss(
 def _pixel_terms(
     denoised: jax.Array,
     weight: jax.Array,
-    masks: jax.Array,
+    masks: jax.Array | None,
     config: LossConfig,
     decode: Decoder,
     pixels: PixelTargets,
@@ -194,7 +147,7 @@ def _pixel_terms(
     # The decoder's activations at full resolution would outweigh everything else kept for the backward pass.
     images = jnp.clip(jax.checkpoint(decode)(single).astype(jnp.float32), -1.0, 1.0).reshape(pixels.frames.shape)
     difference = images - pixels.frames
-    if config.mask_pixels:
+    if config.mask_pixels and masks is not None:
         mask = jnp.take(masks, pixels.indices, axis=1)
         height, width = (images.shape[i] // mask.shape[i] for i in (2, 3))
         difference = difference * jnp.repeat(jnp.repeat(mask, height, axis=2), width, axis=3)

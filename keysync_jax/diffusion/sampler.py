@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,69 +12,68 @@ import numpy as np
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import inpainting
-from keysync_jax.diffusion.guidance import Guidance, unconditional
-from keysync_jax.diffusion.inpainting import Conditions, Network
-from keysync_jax.diffusion.preconditioning import Scaling, v_scaling_edm_noise
+from keysync_jax.diffusion.conditions import Conditions
+from keysync_jax.diffusion.guidance import MAIN, Guidance, prepare
+from keysync_jax.diffusion.inpainting import Network
 
-
-class Trajectory(NamedTuple):
-    """Every state of a sampling run of n evaluations."""
-
-    x: jax.Array  # [n + 1, B, T, h, w, 4]: the state before each step, and the result
-    denoised: jax.Array  # [n, B, T, h, w, 4]: guided prediction at each step
+# (x [B, T, h, w, 4], state of the guidance)
+Carry = tuple[jax.Array, Any]
 
 
 def sample(
-    network: Network,
-    noise: jax.Array,
-    sigmas: np.ndarray,
-    conditions: Conditions,
-    guidance: Guidance,
-    return_trajectory: bool = False,
-    *,
-    without: Conditions | None = None,
-    scaling: Scaling = v_scaling_edm_noise,
-    mask_input: bool = True,
-    videos_per_call: int | None = None,
-) -> jax.Array | tuple[jax.Array, Trajectory]:
+    network: Network | Mapping[str, Network], noise: jax.Array, sigmas: np.ndarray, conditions: Conditions, guidance: Guidance
+) -> jax.Array:
     """Latents generated from noise, in one `lax.scan` over the noise levels.
 
     Args:
-      network: F, see `inpainting.Network`.
+      network: F, see `inpainting.Network`; by name (`guidance.MAIN`, ...) where the guidance asks another one as well.
       noise: standard normal `[B, T, h, w, 4]`.
       sigmas: decreasing noise levels `[n + 1]`, concrete (see `schedules`); each but the last costs one evaluation of
-        `guidance.branches * B` videos.
+        `len(guidance.branches) * B` videos.
       conditions: what to generate.
-      guidance: how the branches combine.
-      return_trajectory: also return every state.
-      without: conditions of the unconditional branch; None drops audio and identity.
-      scaling: preconditioning coefficients.
-      mask_input: see `inpainting.denoise`.
-      videos_per_call: at most this many videos per network call, branches counted; None means all.
+      guidance: which evaluations are made, and how they combine.
 
     Returns:
-      float32 scaled latents `[B, T, h, w, 4]`, equal to the source outside the mask if the last level is zero; with
-      `return_trajectory` a pair of these and the `Trajectory`.
+      float32 scaled latents `[B, T, h, w, 4]`, equal to the source outside the mask, if there is one and the last level is zero.
+
+    Raises:
+      KeySyncError: the guidance asks a network that is not given.
     """
-    without = unconditional(conditions) if without is None else without
+    step = euler_step(network, conditions, guidance)
+    (x, _), _ = jax.lax.scan(lambda carry, level: (step(carry, level)[0], None), *start(noise, sigmas, guidance))
+    return x
+
+
+def start(noise: jax.Array, sigmas: np.ndarray, guidance: Guidance) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+    """State before the first step, and the levels `([n], [n])` that a scan of `euler_step` walks over; arguments as in `sample`."""
     sigmas = np.asarray(sigmas, np.float64)
     x = jnp.asarray(noise, jnp.float32) * np.float32(np.sqrt(1.0 + sigmas[0] ** 2))
+    return (x, guidance.initial_state(x)), (jnp.asarray(sigmas[:-1], jnp.float32), jnp.asarray(sigmas[1:] / sigmas[:-1], jnp.float32))
 
-    def step(carry: tuple[jax.Array, Any], level: tuple[jax.Array, jax.Array]):
+
+def euler_step(
+    network: Network | Mapping[str, Network], conditions: Conditions, guidance: Guidance
+) -> Callable[[Carry, tuple[jax.Array, jax.Array]], tuple[Carry, jax.Array]]:
+    """The body of the scan: `((x, state), (sigma, next sigma / sigma))` to the next carry and the guided prediction."""
+    networks = network if isinstance(network, Mapping) else {MAIN: network}
+    if missing := {branch.network for branch in guidance.branches} - networks.keys():
+        raise KeySyncError(
+            f"{type(guidance).__name__} asks a second network, {', '.join(sorted(missing))!r}, which is not there; "
+            "hand over its parameters, or choose another guidance"
+        )
+
+    def step(carry: Carry, level: tuple[jax.Array, jax.Array]) -> tuple[Carry, jax.Array]:
         x, state = carry
         sigma, ratio = level
-        inputs = guidance.prepare(x, jnp.full(x.shape[0], sigma), conditions, without)
-        branches = inpainting.denoise(network, *inputs, scaling=scaling, mask_input=mask_input, videos_per_call=videos_per_call)
-        denoised, state = guidance.combine(branches, state)
+        results = [
+            inpainting.denoise(networks[name], *prepare(tuple(branches), x, jnp.full(x.shape[0], sigma), conditions))
+            for name, branches in itertools.groupby(guidance.branches, lambda branch: branch.network)
+        ]
+        denoised, state = guidance.combine(results[0] if len(results) == 1 else jnp.concatenate(results), state)
         # Euler's x + (sigma' - sigma) (x - D) / sigma, written so that sigma' = 0 gives D itself without rounding.
-        following = denoised + ratio * (x - denoised)
-        return (following, state), ((x, denoised) if return_trajectory else None)
+        return (denoised + ratio * (x - denoised), state), denoised
 
-    levels = (jnp.asarray(sigmas[:-1], jnp.float32), jnp.asarray(sigmas[1:] / sigmas[:-1], jnp.float32))
-    (x, _), states = jax.lax.scan(step, (x, guidance.initial_state(x)), levels)
-    if not return_trajectory:
-        return x
-    return x, Trajectory(jnp.concatenate([states[0], x[None]]), states[1])
+    return step
 
 
 def require_finite(values: jax.Array | np.ndarray, what: str) -> None:

@@ -190,8 +190,9 @@ class TalkerModel:
         """
         heard = [{name: encode(voice) for name, encode in self._features.items()} for voice in voices]
         settings = {
-            "keyframe": StageSettings.of(seed, *scales.keyframe),
-            "interpolation": StageSettings.of(seed, *scales.interpolation),
+            name: StageSettings.of(seed, dataclasses.replace(config, audio_scale=audio, identity_scale=identity))
+            for name, config in self.stages.items()
+            for audio, identity in [getattr(scales, name)]
         }
         if self.mode == "one stage":
             return self._one_stage(clips, heard, settings["keyframe"], tick)
@@ -249,10 +250,7 @@ class TalkerModel:
     ) -> list[dict[int, np.ndarray]]:  # fmt: skip
         work = [(c, k, s) for c, plan in enumerate(plans) for k, s in enumerate(plan.segments)]
         encoder = self.stages["interpolation"].audio_encoder
-        windows = (
-            _window(clips[c], k, s.frames, np.concatenate([keyframes[c][k], keyframes[c][k + 1]], -1), heard[c][encoder])
-            for c, k, s in work
-        )
+        windows = (_window(clips[c], k, s.frames, np.stack([keyframes[c][k], keyframes[c][k + 1]]), heard[c][encoder]) for c, k, s in work)
         out: list[dict[int, np.ndarray]] = [{} for _ in clips]
         for (c, k, s), latents in zip(work, self._samplers["interpolation"](windows, settings), strict=True):
             # The ends are the keyframes themselves, as in the dub.
@@ -278,12 +276,12 @@ def one_stage_windows(frames: int, window: int) -> tuple[KeyframeWindow, ...]:
     return tuple(out)
 
 
-def _window(clip: Prepared, index: int, frames: tuple[int, ...], concat: np.ndarray, features: np.ndarray) -> Window:
+def _window(clip: Prepared, index: int, frames: tuple[int, ...], ends: np.ndarray, features: np.ndarray) -> Window:
     if len(features) < len(clip.frames):
         raise KeySyncError(f"the voice gives {len(features)} frames of features for a clip of {len(clip.frames)}")
     at = list(frames)
     mask = clip.masks[at][..., None].astype(np.float32)
-    return Window(np.int32(clip.number * _WINDOWS_PER_CLIP + index), concat, features[at], clip.known[at], mask)
+    return Window(np.int32(clip.number * _WINDOWS_PER_CLIP + index), ends, features[at], clip.known[at], mask)
 
 
 def place(clip: TalkerClip) -> Crop:

@@ -105,21 +105,15 @@ def dub(model: Model, video_path: str, audio_path: str, output: str, options: Du
     num_audio_frames = min(len(f) for f in features.values())
 
     pieces = _plan(analysis, num_audio_frames, WindowSizes.of(keyframe, interpolation), options.reference_windows)
-    settings = {
-        name: StageSettings.of(
-            options.seed,
-            config.audio_scale if options.audio_scale is None else options.audio_scale,
-            config.identity_scale if options.identity_scale is None else options.identity_scale,
-        )
-        for name, config in model.stages.items()
-    }
+    guided = {name: options.guided(config) for name, config in model.stages.items()}
+    settings = {name: StageSettings.of(options.seed, config) for name, config in guided.items()}
 
     with tempfile.TemporaryDirectory(prefix=".keysync-", dir=Path(output).resolve().parent) as scratch:
         generated = _generate(model, analysis, pieces, features, mask_config, settings, steps, options.seed, Path(scratch), progress)
         composited = _compose(model, analysis, pieces, generated, voice, output, audio_path, options, progress)
 
     details = reporting.build(
-        model.describe(), analysis, [p.run for p in pieces], composited, voice, num_audio_frames, options, steps, settings, progress.seconds
+        model.describe(), analysis, [p.run for p in pieces], composited, voice, num_audio_frames, options, steps, guided, progress.seconds
     )
     return DubResult(Path(output), details, reporting.summary(details, output))
 
@@ -160,11 +154,11 @@ def _generate(
             known[row[source]] = latent
             advance()
 
-    def window(index: int, piece: _Piece, frames: tuple[int, ...], concat: np.ndarray, audio: np.ndarray) -> Window:
+    def window(index: int, piece: _Piece, frames: tuple[int, ...], ends: np.ndarray, audio: np.ndarray) -> Window:
         shown = [piece.run.sources[f] for f in frames]
         return Window(
             np.int32(index),
-            concat,
+            ends,
             audio[[piece.run.first + f for f in frames]],
             known.take([row[s] for s in shown]),
             np.stack([region[s] for s in shown])[..., None].astype(np.float32),
@@ -186,7 +180,7 @@ def _generate(
     # Round two: every segment, given the keyframes at its ends (segment k lies between keyframes k and k + 1).
     second_round = [(p, k, s) for p, piece in enumerate(pieces) for k, s in enumerate(piece.plan.segments)]
     windows = (
-        window(i, pieces[p], s.frames, np.concatenate([keyframes[p][k], keyframes[p][k + 1]], -1), features[interpolation.audio_encoder])
+        window(i, pieces[p], s.frames, np.stack([keyframes[p][k], keyframes[p][k + 1]]), features[interpolation.audio_encoder])
         for i, (p, k, s) in enumerate(second_round)
     )
     output = LatentStore(scratch / "generated", shape)

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
+from keysync_jax.config import GuidanceConfig, StageConfig
 from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.memory import peak_bytes
 from keysync_jax.diffusion import schedules
 from keysync_jax.inference.analysis import Analysis, Shot
-from keysync_jax.inference.engine import StageSettings
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.inference.timeline import Run, model_frame
 from keysync_jax.media.audio import AudioClip
@@ -22,7 +22,7 @@ from keysync_jax.version import __version__
 
 def build(
     model: dict[str, Any], analysis: Analysis, runs: Sequence[Run], result: dict[str, Any], voice: AudioClip, num_audio_frames: int,
-    options: DubOptions, steps: int, scales: dict[str, StageSettings], seconds: dict[str, float],
+    options: DubOptions, steps: int, stages: dict[str, StageConfig], seconds: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     """The report; frame numbers are those of the source, times are seconds, boxes are upright pixels."""
     blended = set(result["frames"])
@@ -50,7 +50,7 @@ def build(
             **dataclasses.asdict(options),
             "steps": steps,
             "evaluations": len(schedules.ays_sigmas(steps)) - 1,  # ten steps are eleven
-            "guidance": {name: {"audio": float(s.audio_scale), "identity": float(s.identity_scale)} for name, s in scales.items()},
+            "guidance": {name: _guidance(stage) for name, stage in stages.items()},
         },
         "frames_dubbed": len(blended),
         "shots": [_shot(shot, runs, blended, analysis, num_audio_frames) for shot in analysis.shots],
@@ -88,6 +88,11 @@ def _shot(shot: Shot, runs: Sequence[Run], blended: set[int], analysis: Analysis
         "runs": [{"frames": [r.start, r.stop], "model_frames": r.num_frames} for r in planned],
         "skipped": skipped,
     }
+
+
+def _guidance(stage: StageConfig) -> dict[str, Any]:
+    kind = {} if stage.guidance.kind == GuidanceConfig.kind else {"kind": stage.guidance.kind}
+    return kind | stage.guidance_numbers
 
 
 def summary(report: dict[str, Any], output: str) -> str:

@@ -6,7 +6,8 @@ keyed by (seed, stage, window index) and never by device or batch position.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +17,10 @@ from jax.sharding import Mesh
 
 from keysync_jax.config import StageConfig
 from keysync_jax.diffusion import sampler, schedules
-from keysync_jax.diffusion.guidance import AudioIdentityGuidance
-from keysync_jax.diffusion.inpainting import Conditions
+from keysync_jax.diffusion.guidance import MAIN, Guidance, of_stage
 from keysync_jax.diffusion.noise import stream_key
 from keysync_jax.encoders.microbatch import Microbatcher
+from keysync_jax.models.conditioning import conditions
 from keysync_jax.models.stage import StageModel, cast_matrices
 
 
@@ -27,7 +28,7 @@ class Window(NamedTuple):
     """Everything one window of T frames is generated from (NumPy, unbatched)."""
 
     index: np.ndarray  # [] int32: position in the whole clip; keys the noise
-    concat: np.ndarray  # keyframe: identity [h, w, 4]; interpolation: start and end keyframe [h, w, 8]; scaled latents
+    latents: np.ndarray  # keyframe: identity [h, w, 4]; interpolation: start and end keyframe [2, h, w, 4]; scaled
     audio: np.ndarray  # [T, 2, D] two tokens per frame
     known: np.ndarray  # [T, h, w, 4] scaled latents of the source
     mask: np.ndarray  # [T, h, w, 1], 1 = regenerate
@@ -37,13 +38,12 @@ class StageSettings(NamedTuple):
     """What may change between calls without compiling again."""
 
     seed: np.ndarray | int  # uint32
-    audio_scale: np.ndarray | float  # guidance scales, paper Eq. 8
-    identity_scale: np.ndarray | float
+    guidance: Guidance  # its scales; another set of branches is another program
 
     @classmethod
-    def of(cls, seed: int, audio_scale: float, identity_scale: float) -> StageSettings:
-        """Settings in the types that the compiled program takes; the seed is below 2**32."""
-        return cls(np.uint32(seed), np.float32(audio_scale), np.float32(identity_scale))
+    def of(cls, seed: int, config: StageConfig) -> StageSettings:
+        """A seed below 2**32 and a stage's guidance, without the branches that cannot matter at its scales."""
+        return cls(np.uint32(seed), of_stage(config).needed())
 
 
 class StageSampler:
@@ -52,6 +52,7 @@ class StageSampler:
     Args:
       config: the stage; its `num_frames` is T.
       params: Flax parameters of `StageModel`.
+      others: parameters of further networks of the same config, by the names under which a guidance asks them (`guidance.WEAK`).
       mesh: devices to share the windows over.
       num_steps: AYS steps (10 means eleven evaluations).
       dtype: compute type of the network; the sampler state is float32.
@@ -67,6 +68,7 @@ class StageSampler:
         num_steps: int = 10,
         dtype: Any = jnp.float32,
         microbatch: int = 1,
+        others: Mapping[str, dict[str, Any]] | None = None,
     ):
         self.config = config
         sigmas = schedules.ays_sigmas(num_steps)
@@ -74,20 +76,15 @@ class StageSampler:
         shape = (config.num_frames, config.latent_size, config.latent_size, config.unet.out_channels)
 
         def generate(params: dict[str, Any], settings: StageSettings, windows: Window) -> jax.Array:
-            variables = {"params": params}
             key = stream_key(settings.seed, config.stage)
-            guidance = AudioIdentityGuidance(settings.audio_scale, settings.identity_scale)
             noise = jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(windows.index)
-            tokens = model.apply(variables, windows.audio, method="embed_audio")
-            # The network reads identity and endpoint latents unscaled, as SVD did (gt and noise stay scaled).
-            conditions = Conditions(windows.concat / config.latent_scale, tokens, windows.known, windows.mask)
+            latents = {"identity" if config.stage == "keyframe" else "endpoints": windows.latents}
+            given = conditions(model, {"params": params[MAIN]}, windows._asdict() | latents)
+            networks = {name: functools.partial(model.apply, {"params": own}) for name, own in params.items()}
+            return sampler.sample(networks, noise, sigmas, given, settings.guidance)
 
-            def network(x, c_noise, conditions):
-                return model.apply(variables, x, c_noise, conditions.concat, conditions.crossattn)
-
-            return sampler.sample(network, noise, sigmas, conditions, guidance)
-
-        self._run = Microbatcher(generate, cast_matrices(params, dtype), mesh, microbatch)
+        networks = {MAIN: cast_matrices(params, dtype)} | {name: cast_matrices(own, dtype) for name, own in (others or {}).items()}
+        self._run = Microbatcher(generate, networks, mesh, microbatch)
 
     def __call__(self, windows: Iterable[Window], settings: StageSettings) -> Iterator[np.ndarray]:
         """Scaled latents `[T, h, w, 4]` per window, in order.

@@ -3,8 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import NamedTuple
 
+from keysync_jax.config import GUIDANCES, StageConfig
 from keysync_jax.core.errors import UsageError
+
+# Numbers of a guidance that are not negative.
+_SCALES = ("audio", "identity", "scale")
+
+
+class GuidanceOption(NamedTuple):
+    """What `--guidance [KIND:][NAME=NUMBER,...]` asks for; None and missing numbers leave what the model's config says."""
+
+    kind: str | None
+    numbers: dict[str, float]
+
+    @classmethod
+    def parse(cls, text: str) -> GuidanceOption:
+        """`audio=5,identity=2`, `apg:audio=5,identity=2`, `cfg:scale=2` or `none`.
+
+        Raises:
+          UsageError: something else.
+        """
+        head, colon, tail = text.partition(":")
+        kind, pairs = (head.strip(), tail) if colon or "=" not in text else (None, text)
+        if kind is not None and kind not in GUIDANCES:
+            raise UsageError(f"--guidance {text}: there is no guidance {kind!r}; choose one of {', '.join(GUIDANCES)}")
+        known = GUIDANCES[kind] if kind else {name: None for names in GUIDANCES.values() for name in names}
+        numbers: dict[str, float] = {}
+        for pair in filter(None, map(str.strip, pairs.split(","))):
+            name, _, value = (part.strip() for part in pair.partition("="))
+            try:
+                numbers[name] = float(value)
+            except ValueError:
+                raise UsageError(f"--guidance {text}: {pair!r} is no NAME=NUMBER; write for example audio=5,identity=2") from None
+            if name not in known:
+                raise UsageError(f"--guidance {text}: {name!r} cannot be set; choose from {', '.join(known) or 'nothing'}")
+            if name in _SCALES and not 0 <= numbers[name] < 100 or not math.isfinite(numbers[name]):
+                raise UsageError(f"--guidance {text}: {name} {value} is out of range; choose 0 to 100 (the paper: audio 5, identity 2)")
+        return cls(kind, numbers)
+
+    def applied(self, stage: StageConfig) -> StageConfig:
+        """The stage with this guidance in place of its own.
+
+        Raises:
+          UsageError: a number that the stage's own guidance does not read.
+        """
+        kind = self.kind or stage.guidance.kind
+        if unread := [name for name in self.numbers if name not in GUIDANCES[kind]]:
+            fitting = next(other for other, names in GUIDANCES.items() if set(unread) <= set(names))
+            raise UsageError(
+                f"{kind} guidance of the {stage.stage} stage reads no {unread[0]!r}; write --guidance {fitting}:{unread[0]}=..."
+            )
+        scales = {f"{name}_scale": self.numbers[name] for name in ("audio", "identity") if name in self.numbers}
+        rest = {name: value for name, value in self.numbers.items() if f"{name}_scale" not in scales}
+        return dataclasses.replace(stage, **scales, guidance=dataclasses.replace(stage.guidance, kind=kind, **rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +69,7 @@ class DubOptions:
     steps: int | None = None
     audio_scale: float | None = None
     identity_scale: float | None = None
+    guidance: str | None = None  # see `GuidanceOption.parse`; of both stages
     mask: str | None = None
     reference_windows: bool = False  # the PyTorch reference's window plan, with its slips and its dropped tail
     faces: str = "mediapipe"
@@ -30,9 +85,24 @@ class DubOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 100:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is out of range; choose 0 to 100 (the paper uses 5 and 2)")
+            if value is not None and self.guidance is not None:
+                raise UsageError(f"--{name.replace('_', '-')} and --guidance contradict each other; give one")
+        if self.guidance is not None:
+            GuidanceOption.parse(self.guidance)
         if self.face_weights is not None and self.faces != "fan":
             raise UsageError("--face-weights are FAN's; give --faces fan with them")
         if self.crf is not None and not 0 <= self.crf <= 51:
             raise UsageError(f"--crf {self.crf} is out of range; choose 0 to 51 (16 is the default, lower is better)")
         if self.crf is not None and self.lossless:
             raise UsageError("--crf and --lossless contradict each other; give one")
+
+    def guided(self, stage: StageConfig) -> StageConfig:
+        """The stage with the guidance asked for.
+
+        Raises:
+          UsageError: a number that its rule does not read.
+        """
+        if self.guidance is not None:
+            return GuidanceOption.parse(self.guidance).applied(stage)
+        scales = {"audio": self.audio_scale, "identity": self.identity_scale}
+        return GuidanceOption(None, {name: scale for name, scale in scales.items() if scale is not None}).applied(stage)

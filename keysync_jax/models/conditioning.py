@@ -1,53 +1,73 @@
-"""Conditions of the two stages: audio tokens, identity and endpoint latents, their dropout, and the network input they make.
+"""From a batch of windows to what a stage is conditioned on: the one place where conditions are assembled.
 
-Latent conditions enter the network raw (divided by the latent scale), as in SVD, while targets and noise are scaled.
+Training, its sample pictures, generation and parity all describe their windows by the names of `batch_shapes` and hand them to
+`conditions`. A batch may hold further arrays under other names.
+
+To add a condition, for example an emotion that steers the time embedding:
+
+1. `config.py`: a field of `StageConfig` that says whether, and how wide, the stage reads it.
+2. Here: its name and shape in `batch_shapes`, and in `conditions` how it becomes a field of `diffusion.conditions.Conditions`. The U-Net
+   reads latents (`concat`), tokens (`crossattn`) and a vector beside the noise level (`vector`); what has parameters of its own is a
+   module of `models.stage.Conditioner`.
+3. Only if guidance or dropout shall be able to leave it out: a name in `diffusion.conditions.FIELDS` (the guidance rules then take it in
+   their branches) and a rate in `training.config.DropoutConfig`.
+4. Where it comes from: a column of `data_pipeline.source.sample` for training, a field of the window in `inference.engine`.
+
+Objective, sampler, guidance and network hand `Conditions` on whole and need no change.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from keysync_jax.core.errors import KeySyncError
-from keysync_jax.models import layers
+from keysync_jax.config import StageConfig
+from keysync_jax.diffusion.conditions import Conditions
+from keysync_jax.models.stage import StageModel
 
 Array = jax.Array
 
 
-class AudioEmbedder(nn.Module):
-    """Merges the two 20 ms speech tokens of a 40 ms frame and projects them.
+def batch_shapes(config: StageConfig) -> dict[str, tuple[int, ...]]:
+    """What `conditions` reads of a batch, float32, by name: shapes of one window.
 
-    Attributes:
-      features: width of the projection; None for no projection.
-      merge: "mean", "add", or "concat" (twice as wide).
-      dtype: compute type.
+    - `known [T, h, w, C]`: scaled latents of the source, of which the network sees what the mask leaves; in training the target too.
+    - `audio [T, 2, D]`: two speech tokens per frame.
+    - `mask [T, h, w, 1]`: 1 = regenerate, 0 = known. A batch without it has no known region: everything is generated.
+    - `identity [h, w, C]` (keyframe stage): scaled latent of the person's picture; or one per frame.
+    - `endpoints [2, h, w, C]` (interpolation stage): scaled latents of the first and the last frame.
+    - `vector [T, V]`, or one for all frames `[V]`, if the network reads one (`unet.adm_in_channels`): extra conditioning of the time
+      embedding.
     """
+    frames, (h, w), channels = config.num_frames, (config.latent_size, config.latent_size), config.unet.out_channels
+    shapes = {"known": (frames, h, w, channels), "audio": (frames, 2, config.audio_feature_dim), "mask": (frames, h, w, 1)}
+    shapes |= {"identity": (h, w, channels)} if config.stage == "keyframe" else {"endpoints": (2, h, w, channels)}
+    return shapes | ({"vector": (frames, config.unet.adm_in_channels)} if config.unet.adm_in_channels else {})
 
-    features: int | None
-    merge: str = "mean"
-    dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, audio: Array) -> Array:
-        """`[B, T, 2, D]` to tokens `[B, T, features]` (`[B, T, D]` or `[B, T, 2D]` without projection)."""
-        if audio.ndim != 4:
-            raise KeySyncError(f"audio features must be [B, T, 2, D], not {audio.shape}")
-        if self.merge == "mean":
-            merged = audio.mean(axis=2)
-        elif self.merge == "add":
-            merged = audio.sum(axis=2)
-        elif self.merge == "concat":
-            merged = audio.reshape(*audio.shape[:2], -1)
-        else:
-            raise KeySyncError(f"audio merge {self.merge!r} is unknown; choose mean, add or concat")
-        return merged if self.features is None else layers.dense(self.features, "linear", self.dtype)(merged)
+def conditions(model: StageModel, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Conditions:
+    """The conditions of a batch, nothing left out.
+
+    Args:
+      model: the stage.
+      variables: its variables, `{"params": ...}`.
+      batch: arrays `[B, ...]` by the names of `batch_shapes`.
+    """
+    latents = batch["identity"] if model.config.stage == "keyframe" else join_frames(batch["endpoints"])
+    return Conditions(
+        raw_latents(latents, model.config.latent_scale),
+        model.apply(variables, batch["audio"], method="embed_audio"),
+        batch.get("known") if "mask" in batch else None,
+        batch.get("mask"),
+        batch.get("vector"),
+    )
 
 
 def raw_latents(scaled: Array, latent_scale: float) -> Array:
-    """Scaled latents as the network reads them when they are a condition."""
+    """Scaled latents as the network reads them when they are a condition: raw, as in SVD, while targets and noise are scaled."""
     return scaled / latent_scale
 
 
@@ -55,66 +75,3 @@ def join_frames(latents: Array) -> Array:
     """Condition frames `[B, F, h, w, C]` side by side in the channels, `[B, h, w, F*C]` (start first)."""
     b, frames, h, w, c = latents.shape
     return jnp.moveaxis(latents, 1, 3).reshape(b, h, w, frames * c)
-
-
-def repeat_frames(latents: Array, copies: int) -> Array:
-    """`[B, h, w, C]` to `[B, copies, h, w, C]`, one per frame: what dropout by frame works on."""
-    return jnp.broadcast_to(latents[:, None], (latents.shape[0], copies, *latents.shape[1:]))
-
-
-def drop(condition: Array, keep: Array) -> Array:
-    """Zeroes what `keep` marks with 0.
-
-    `keep` has the leading axes of `condition`: `[B]` drops whole videos, `[B, T]` single frames (how the reference trains the
-    identity of the keyframe stage). Null audio is zero tokens, after the projection, not the projection of zeros.
-    """
-    return condition * keep.reshape(keep.shape + (1,) * (condition.ndim - keep.ndim)).astype(condition.dtype)
-
-
-def keyframe_input(x: Array, identity: Array) -> Array:
-    """Input of the keyframe network: noisy latents, then the identity latent.
-
-    Args:
-      x: `[B, T, h, w, 4]`.
-      identity: raw latent `[B, h, w, 4]` for all frames, or `[B, T, h, w, 4]` per frame.
-
-    Returns:
-      `[B, T, h, w, 8]`.
-    """
-    if identity.ndim == 4:
-        identity = repeat_frames(identity, x.shape[1])
-    return jnp.concatenate([x, identity.astype(x.dtype)], axis=-1)
-
-
-def interpolation_input(x: Array, endpoints: Array, filler: Array | None, add_indicator: bool = True) -> Array:
-    """Input of the interpolation network: noisy latents, per-frame condition, and a channel that marks the given frames.
-
-    Args:
-      x: `[B, T, h, w, C]`.
-      endpoints: raw latents of the first and the last frame, `[B, h, w, 2C]` (first, then last).
-      filler: `[h, w, C]` what stands between them; None repeats the nearer endpoint (first half, second half).
-      add_indicator: append the channel that is 1 on the first and last frame and 0 elsewhere.
-
-    Returns:
-      `[B, T, h, w, 2C]`, plus one channel for the indicator.
-
-    Raises:
-      KeySyncError: fewer than two frames, or a filler of another latent size than `x`.
-    """
-    b, t, h, w, _ = x.shape
-    if t < 2:
-        raise KeySyncError(f"interpolation needs at least the two endpoint frames, not {t}")
-    first, last = jnp.split(endpoints.astype(x.dtype), 2, axis=-1)
-    if filler is None:
-        condition = jnp.concatenate([repeat_frames(first, t // 2), repeat_frames(last, t - t // 2)], axis=1)
-    else:
-        if filler.shape[:2] != (h, w):
-            raise KeySyncError(f"the learned filler is for latents of {filler.shape[0]}x{filler.shape[1]}, not {h}x{w}; set latent_size")
-        middle = jnp.broadcast_to(filler.astype(x.dtype), (b, t - 2, *filler.shape))
-        condition = jnp.concatenate([first[:, None], middle, last[:, None]], axis=1)
-    parts = [x, condition]
-    if add_indicator:
-        frame = jnp.arange(t)
-        given = ((frame == 0) | (frame == t - 1)).astype(x.dtype)
-        parts.append(jnp.broadcast_to(given[None, :, None, None, None], (b, t, h, w, 1)))
-    return jnp.concatenate(parts, axis=-1)

@@ -16,8 +16,9 @@ import numpy as np
 
 from keysync_jax.config import StageConfig, VAEConfig
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.models.conditioning import AudioEmbedder, interpolation_input, keyframe_input
+from keysync_jax.diffusion.conditions import Conditions
 from keysync_jax.models.initializers import random_params
+from keysync_jax.models.stage_inputs import AudioEmbedder, interpolation_input, keyframe_input
 from keysync_jax.models.vae import VAE
 from keysync_jax.models.video_unet import VideoUNet
 
@@ -59,15 +60,15 @@ class Wrapper(nn.Module):
             self.learned_mask = self.param("learned_mask", initial, (*self.latent_shape, channels), jnp.float32)
         self.diffusion_model = VideoUNet(config.unet, self.dtype, self.attention, self.remat)
 
-    def __call__(self, x: Array, c_noise: Array, concat: Array, tokens: Array, image_only_indicator: Array | None) -> Array:
-        config = self.config
+    def __call__(self, x: Array, c_noise: Array, conditions: Conditions, image_only_indicator: Array | None) -> Array:
+        config, tokens = self.config, conditions.crossattn
         if config.stage == "keyframe":
-            inputs = keyframe_input(x, concat)
+            inputs = keyframe_input(x, conditions.concat)
         else:
-            inputs = interpolation_input(x, concat, self._filler(), config.add_indicator)
+            inputs = interpolation_input(x, conditions.concat, self._filler(), config.add_indicator)
         # The other methods take the audio from the context themselves, or take none.
         audio = tokens if config.unet.audio_cond_method in ("to_time_emb", "to_time_emb_image") else None
-        return self.diffusion_model(inputs, c_noise, tokens, audio_emb=audio, image_only_indicator=image_only_indicator)
+        return self.diffusion_model(inputs, c_noise, tokens, audio, conditions.vector, image_only_indicator)
 
     def _filler(self) -> Array | None:
         config = self.config
@@ -105,25 +106,24 @@ class StageModel(nn.Module):
         """Speech features `[B, T, 2, D]` to tokens `[B, T, C]` float32. Null audio is zero tokens, not zero features."""
         return self.conditioner(audio).astype(jnp.float32)
 
-    def __call__(self, x: Array, c_noise: Array, concat: Array, tokens: Array, image_only_indicator: Array | None = None) -> Array:
+    def __call__(self, x: Array, c_noise: Array, conditions: Conditions, image_only_indicator: Array | None = None) -> Array:
         """The network output F, before preconditioning.
 
         Args:
           x: scaled, preconditioned noisy latents `[B, T, h, w, 4]`.
           c_noise: 0.25 ln(sigma), `[B]` or `[B, T]`.
-          concat: raw condition latents. Keyframe: identity `[B, h, w, 4]`, or per frame `[B, T, h, w, 4]`. Interpolation: first
-            and last frame `[B, h, w, 8]`.
-          tokens: `[B, T, C]` from `embed_audio`, or zeros.
+          conditions: `concat` as the stage reads it (keyframe: identity, interpolation: both ends), `crossattn` from `embed_audio`, and
+            `vector` if the U-Net reads one; the known region is not read here.
           image_only_indicator: `[B, T]`, nonzero marks frames that skip the temporal branches.
 
         Returns:
           `[B, T, h, w, 4]` float32.
         """
-        return self.model(x, c_noise, concat, tokens, image_only_indicator)
+        return self.model(x, c_noise, conditions, image_only_indicator)
 
-    def everything(self, x: Array, c_noise: Array, concat: Array, audio: Array) -> Array:
+    def everything(self, x: Array, c_noise: Array, concat: Array, audio: Array, vector: Array | None = None) -> Array:
         """Embeds the audio and runs the network: touches every parameter."""
-        return self(x, c_noise, concat, self.embed_audio(audio))
+        return self(x, c_noise, Conditions(concat, self.embed_audio(audio), vector=vector))
 
 
 def abstract_params(config: StageConfig, latent_shape: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -140,6 +140,8 @@ def _traced_params(config: StageConfig, latent_shape: tuple[int, int] | None) ->
     concat = (1, h, w, channels) if config.stage == "keyframe" else (1, h, w, 2 * channels)
     shapes = [(1, frames, h, w, channels), (1,), concat, (1, frames, 2, config.audio_feature_dim)]
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    width = config.unet.adm_in_channels
+    inputs.append(jax.ShapeDtypeStruct((1, width), jnp.float32) if width else None)
     return jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x, method="everything"), *inputs)["params"]
 
 

@@ -33,8 +33,10 @@ from keysync_jax.core.errors import KeySyncError, UsageError, in_one_line
 from keysync_jax.core.files import check_target, write_text
 from keysync_jax.core.processes import FailedError, OutOfTimeError, run_apart
 from keysync_jax.costs import flops
+from keysync_jax.diffusion.conditions import Conditions
 from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.models.attention import IMPLEMENTATIONS, attention
+from keysync_jax.models.conditioning import batch_shapes
 from keysync_jax.models.freezing import frozen_mask
 from keysync_jax.models.remat import Remat
 from keysync_jax.models.stage import StageModel, cast_matrices, init_params, init_vae_params
@@ -142,10 +144,10 @@ def _unet(case: Case) -> Program:
     params = jax.device_put(cast_matrices(init_params(stage, 0, zero_init=False), case.dtype))  # as a dub holds them
     batch = _batch(stage, case.batch)
     tokens = _normal(1, case.batch, stage.num_frames, stage.unet.context_dim)
-    arguments = (params, batch["latents"], jnp.zeros(case.batch), batch["cond_frames"], tokens)
+    arguments = (params, batch["known"], jnp.zeros(case.batch), batch["identity"], tokens)
 
-    def call(params: Any, *inputs: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, *inputs)
+    def call(params: Any, x: jax.Array, c_noise: jax.Array, *conditions: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, x, c_noise, Conditions(*conditions))
 
     return Program(call, arguments, (), lambda arguments, result: arguments, _size(params))
 
@@ -186,15 +188,11 @@ def _attention(case: Case, shape: tuple[int, int, int, int]) -> Program:
 
 
 def _batch(stage: StageConfig, batch: int) -> dict[str, jax.Array]:
-    t, size, channels = stage.num_frames, stage.latent_size, stage.unet.out_channels
-    masks = np.zeros((batch, t, size, size, 1), np.float32)
-    masks[:, :, size // 3 :, size // 8 : -size // 8] = 1
-    return {
-        "latents": _normal(2, batch, t, size, size, channels),
-        "audio": _normal(3, batch, t, 2, stage.audio_feature_dim),
-        "masks": jnp.asarray(masks),
-        "cond_frames": _normal(4, batch, size, size, channels),
-    }
+    seeds = {"known": 2, "audio": 3, "identity": 4}
+    shapes, size = batch_shapes(stage), stage.latent_size
+    mask = np.zeros((batch, *shapes.pop("mask")), np.float32)
+    mask[:, :, size // 3 :, size // 8 : -size // 8] = 1
+    return {name: _normal(seeds[name], batch, *shape) for name, shape in shapes.items()} | {"mask": jnp.asarray(mask)}
 
 
 def _normal(seed: int, *shape: int) -> jax.Array:

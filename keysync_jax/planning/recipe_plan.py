@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from keysync_jax.config import VAEConfig
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.costs import activations, flops
+from keysync_jax.models import conditioning
 from keysync_jax.parallel import mesh as meshes
 from keysync_jax.parallel import sharding
 from keysync_jax.training import lpips
@@ -120,16 +121,9 @@ def batch_shapes(config: TrainConfig, batch_size: int) -> dict[str, jax.ShapeDty
         side = config.data.crop or config.resolution
         shapes = {"images": (side, side, config.vae.in_channels), "mouth": (side, side, 1)}
     else:
-        stage, channels = config.stage, config.stage.unet.out_channels
-        latent = (stage.latent_size, stage.latent_size, channels)
-        shapes = {
-            "latents": (stage.num_frames, *latent),
-            "audio": (stage.num_frames, 2, stage.audio_feature_dim),
-            "masks": (stage.num_frames, *latent[:2], 1),
-            "cond_frames": latent if stage.stage == "keyframe" else (2, *latent),
-        }
+        shapes = conditioning.batch_shapes(config.stage)
         if config.uses_pixels:
-            shapes["original_frames"] = (config.pixel_frames, stage.resolution, stage.resolution, 3)
+            shapes["original_frames"] = (config.pixel_frames, config.stage.resolution, config.stage.resolution, 3)
             shapes["original_indices"] = (config.pixel_frames,)
     types = {"original_indices": jnp.int32}
     return {name: jax.ShapeDtypeStruct((batch_size, *shape), types.get(name, jnp.float32)) for name, shape in shapes.items()}

@@ -6,14 +6,16 @@ So a step is the same whether the batch is computed at once, in microbatches, or
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from keysync_jax.diffusion.inpainting import Conditions
-from keysync_jax.diffusion.loss import Perceptual, PixelTargets, diffusion_loss
+from keysync_jax.diffusion.conditions import drop
+from keysync_jax.diffusion.inpainting import denoise
+from keysync_jax.diffusion.loss import Perceptual, PixelTargets, noised, prediction_loss
 from keysync_jax.diffusion.sigma_sampling import sigmas_from_normals
 from keysync_jax.models import conditioning
 from keysync_jax.models.stage import StageModel
@@ -35,8 +37,7 @@ class Objective(Protocol):
 class DiffusionObjective:
     """Masked denoising loss of a stage (paper Eqs. 2 to 6), with conditioning dropout.
 
-    A batch holds `latents [B, T, h, w, 4]` (scaled; target and known region), `audio [B, T, 2, D]`, `masks [B, T, h, w, 1]`,
-    `cond_frames` (scaled; keyframe identity `[B, h, w, 4]`, interpolation endpoints `[B, 2, h, w, 4]`) and, with a pixel loss,
+    A batch holds what `conditioning.batch_shapes` names; of that `known` is the target too. With a pixel loss it also holds
     `original_frames [B, n, H, W, 3]` and `original_indices [B, n]` (equal in all rows).
     """
 
@@ -56,7 +57,7 @@ class DiffusionObjective:
     def draw(self, key: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """Noise levels, noise and dropout of every sample: `normals [B]`, `noise` like the latents, `keep_audio [B]`, `keep_identity`
         (`[B]`, or `[B, T]` where the identity is dropped frame by frame)."""
-        shape, dropout = batch["latents"].shape, self._config.dropout
+        shape, dropout = batch["known"].shape, self._config.dropout
         sigma, noise, audio, identity = jax.random.split(key, 4)
         per_frame = self._stage.stage == "keyframe" and dropout.identity_per_frame
         return {
@@ -71,33 +72,20 @@ class DiffusionObjective:
         config = self._config
         decoder = {"first_stage_model": frozen["first_stage_model"]} if "first_stage_model" in frozen else {}
         variables = {"params": merge(params, {k: v for k, v in frozen.items() if k != "first_stage_model"})}
-        conditions = self._conditions(variables, batch, drawn)
-
-        def network(x: jax.Array, c_noise: jax.Array, c: Conditions) -> jax.Array:
-            return self._model.apply(variables, x, c_noise, c.concat, c.crossattn)
+        network = functools.partial(self._model.apply, variables)
+        latents = batch["known"]
+        keep = {"audio": drawn["keep_audio"], "identity": drawn["keep_identity"]}
+        conditions = drop(conditioning.conditions(self._model, variables, batch), keep)
+        sigma = sigmas_from_normals(drawn["normals"], config.noise.p_mean, config.noise.p_std)
+        denoised = denoise(network, noised(latents, drawn["noise"], sigma), sigma, conditions)
 
         def decode(z: jax.Array) -> jax.Array:
             return self._vae.apply({"params": decoder}, z, method="decode")
 
         pixels = PixelTargets(batch["original_indices"][0], batch["original_frames"]) if config.uses_pixels else None
-        sigma = sigmas_from_normals(drawn["normals"], config.noise.p_mean, config.noise.p_std)
-        losses = diffusion_loss(
-            network, batch["latents"], drawn["noise"], sigma, conditions, config.loss, decode=decode, pixels=pixels, lpips=self._lpips
-        )
+        losses = prediction_loss(denoised, latents, sigma, conditions.masks, config.loss, decode=decode, pixels=pixels, lpips=self._lpips)
         parts = {"latent": jnp.mean(losses.latent)} | {f"pixel_{name}": value for name, value in losses.pixels.items()}
         return losses.mean, parts
-
-    def _conditions(self, variables: Mapping, batch: Batch, drawn: Batch) -> Conditions:
-        latents = batch["latents"]
-        raw = conditioning.raw_latents(batch["cond_frames"], self._stage.latent_scale)
-        if self._stage.stage == "interpolation":
-            raw = conditioning.join_frames(raw)
-        elif drawn["keep_identity"].ndim == 2:
-            raw = conditioning.repeat_frames(raw, latents.shape[1])
-        tokens = self._model.apply(variables, batch["audio"], method="embed_audio")
-        return Conditions(
-            conditioning.drop(raw, drawn["keep_identity"]), conditioning.drop(tokens, drawn["keep_audio"]), latents, batch["masks"]
-        )
 
 
 class VaeObjective:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from keysync_jax.config import to_dict
+from keysync_jax.config import GuidanceConfig, to_dict
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.training.config import TrainConfig, with_defaults
 from keysync_jax.version import __version__
@@ -16,6 +17,7 @@ META_FORMAT = 1
 
 # Keys that say how a model is used or judged, not what it is.
 _USE_ONLY = {"stage.audio_scale", "stage.identity_scale", "stage.num_steps", "vae.latent_scale"}
+_USE_ONLY |= {f"stage.guidance.{field.name}" for field in dataclasses.fields(GuidanceConfig)}
 
 
 def describe(config: TrainConfig) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any
 
@@ -11,33 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.diffusion import guidance, inpainting, preconditioning, sampler, schedules, sigma_sampling
-from keysync_jax.diffusion.inpainting import Conditions
+from keysync_jax.diffusion import guidance, inpainting, preconditioning, schedules, sigma_sampling
+from keysync_jax.diffusion.conditions import Conditions, paste, without
+from keysync_jax.verify import reference_sampling, reference_scalings
 from keysync_jax.verify.case_tools import from_images, from_video, to_images, to_video
 from keysync_jax.verify.harness import Case, runner
 
 # Names of the reference's classes, as cases and configurations give them.
 SCALINGS = {
     "VScalingWithEDMcNoise": preconditioning.v_scaling_edm_noise,
-    "VScaling": preconditioning.v_scaling,
-    "EDMScaling": preconditioning.edm_scaling,
-    "EpsScaling": preconditioning.eps_scaling,
+    "VScaling": reference_scalings.v_scaling,
+    "EDMScaling": reference_scalings.edm_scaling,
+    "EpsScaling": reference_scalings.eps_scaling,
 }
 WEIGHTINGS = {
     "VWeighting": preconditioning.v_weighting,
-    "EDMWeighting": preconditioning.edm_weighting,
-    "EpsWeighting": preconditioning.eps_weighting,
-    "UnitWeighting": preconditioning.unit_weighting,
+    "EDMWeighting": reference_scalings.edm_weighting,
+    "EpsWeighting": reference_scalings.eps_weighting,
+    "UnitWeighting": reference_scalings.unit_weighting,
 }
 
 
-def resolve(table: dict[str, Any], config: dict[str, Any]) -> Any:
-    """The entry that a reference configuration (`target`, `params`) names, with its parameters bound."""
-    name = config["target"].rsplit(".", 1)[-1]
-    if name not in table:
-        raise KeySyncError(f"{config['target']} has no counterpart here; known: {', '.join(table)}")
-    params = config.get("params", {})
-    return functools.partial(table[name], **params) if params else table[name]
+def require(config: dict[str, Any], name: str) -> None:
+    """Refuses a reference configuration (`target`, `params`) that names another class than ours, or gives it parameters."""
+    if config["target"].rsplit(".", 1)[-1] != name or config.get("params"):
+        raise KeySyncError(f"{config} has no counterpart here, only {name} without parameters")
 
 
 def guidance_from(config: dict[str, Any]) -> guidance.Guidance:
@@ -45,7 +42,7 @@ def guidance_from(config: dict[str, Any]) -> guidance.Guidance:
     name, params = config["target"].rsplit(".", 1)[-1], dict(config.get("params", {}))
     match name:
         case "AudioRefMultiCondGuider":
-            scales = {"audio_scale": params.pop("audio_ratio", 5.0), "identity_scale": params.pop("ref_ratio", 3.0)}
+            scales = {"audio": params.pop("audio_ratio", 5.0), "identity": params.pop("ref_ratio", 3.0)}
             if params.pop("use_normalized", False):
                 return guidance.AdaptiveProjectedGuidance(**scales, **params)
             return guidance.AudioIdentityGuidance(**scales)
@@ -102,8 +99,9 @@ def run_denoiser_dub(case: Case) -> dict[str, np.ndarray]:
     results = {
         "train": inpainting.denoise(toy_network, to_images(inputs["x5d"]), inputs["sigma_b"], conditions),
         "sample": inpainting.denoise(toy_network, *whole),
-        "sample_nomaskinput": inpainting.denoise(toy_network, *whole, mask_input=False),
-        "sample_chunked": inpainting.denoise(toy_network, *whole, videos_per_call=case.meta["chunk_size"] // num_frames),
+        # The known region pasted into the output alone.
+        "sample_nomaskinput": paste(inpainting.denoise(toy_network, *whole[:2], conditions._replace(gt=None, masks=None)), conditions),
+        "sample_chunked": inpainting.denoise(reference_sampling.in_chunks(toy_network, case.meta["chunk_size"] // num_frames), *whole),
     }
     return {f"out.{name}": from_video(x) for name, x in results.items()}
 
@@ -112,10 +110,12 @@ def run_denoiser_dub(case: Case) -> dict[str, np.ndarray]:
 def run_guiders(case: Case) -> dict[str, np.ndarray]:
     inputs, config = case.inputs, case.config
     num_frames = inputs["c.gt"].shape[2]
-    conditions, without = (_conditions(inputs, prefix) for prefix in ("c.", "uc."))
+    conditions, nothing = (_conditions(inputs, prefix) for prefix in ("c.", "uc."))
+    if not all(np.array_equal(*values) for values in zip(nothing, without(conditions, "audio", "identity"), strict=True)):
+        raise KeySyncError(f"{case.folder}: the unconditional branch (uc.*) is not the conditional one with zero audio and identity")
     x = to_video(inputs["x"], num_frames)
     sigma = inputs["sigma"].reshape(-1, num_frames)
-    scales = {"audio_scale": config["audio_ratio"], "identity_scale": config["ref_ratio"]}
+    scales = {"audio": config["audio_ratio"], "identity": config["ref_ratio"]}
     cfg = guidance.ClassifierFreeGuidance(config["cfg_scale"])
     audio_identity = guidance.AudioIdentityGuidance(**scales)
     projected = guidance.AdaptiveProjectedGuidance(
@@ -123,7 +123,7 @@ def run_guiders(case: Case) -> dict[str, np.ndarray]:
     )
     out: dict[str, Any] = {}
     for name, rule in (("cfg", cfg), ("audioref", audio_identity)):
-        stacked_x, stacked_sigma, stacked = rule.prepare(x, sigma, conditions, without)
+        stacked_x, stacked_sigma, stacked = guidance.prepare(rule.branches, x, sigma, conditions)
         out |= {
             f"out.{name}.prep.x": from_video(stacked_x),
             f"out.{name}.prep.sigma": np.ravel(stacked_sigma),
@@ -152,13 +152,13 @@ def run_sampler_toy(case: Case) -> dict[str, np.ndarray]:
     out: dict[str, Any] = {}
     for name, run in case.meta["runs"].items():
         sigmas = schedules.ays_sigmas(run["num_steps"], run["strength"])
-        result, trajectory = sampler.sample(toy_network, noise, sigmas, conditions, guidance_from(run["guider"]), True)
+        result, trajectory = reference_sampling.sample(toy_network, noise, sigmas, conditions, guidance_from(run["guider"]))
         out[f"out.{name}"] = from_video(result)
         out |= {f"mid.{name}.{key}": value for key, value in trajectory_tensors(trajectory, sigmas).items()}
     return out
 
 
-def trajectory_tensors(trajectory: sampler.Trajectory, sigmas: np.ndarray) -> dict[str, np.ndarray]:
+def trajectory_tensors(trajectory: reference_sampling.Trajectory, sigmas: np.ndarray) -> dict[str, np.ndarray]:
     """The states in the layout of the stored Euler states: `(step, (b t), c, h, w)` and the level before and after each step."""
     return {
         "x": np.stack([from_video(x) for x in trajectory.x]),

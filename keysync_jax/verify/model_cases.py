@@ -16,10 +16,12 @@ import numpy as np
 from keysync_jax.config import StageConfig, UNetConfig
 from keysync_jax.converters import sgm, sgm_config
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.models import conditioning, layers
-from keysync_jax.models.conditioning import AudioEmbedder
+from keysync_jax.diffusion.conditions import Conditions, repeat_frames, zero_where_dropped
+from keysync_jax.models import layers
+from keysync_jax.models.conditioning import join_frames, raw_latents
 from keysync_jax.models.resblock import VideoResBlock
 from keysync_jax.models.stage import StageModel
+from keysync_jax.models.stage_inputs import AudioEmbedder, interpolation_input, keyframe_input
 from keysync_jax.models.transformer import SpatialVideoTransformer
 from keysync_jax.models.vae import VAE
 from keysync_jax.models.video_unet import VideoUNet
@@ -135,10 +137,13 @@ def _run_wrapper(case: Case, wrapper: str) -> tuple[StageModel, dict[str, Any], 
     inputs = {
         "x": to_video(case.inputs["x"], frames),
         "c_noise": case.inputs["t"].reshape(-1, frames),
-        "tokens": case.inputs["c.crossattn"],
         "image_only_indicator": case.inputs.get("image_only_indicator"),
     }
     return StageModel(config, latent_shape=latent_shape), params_of(table, case.weights, case.name, "model."), inputs
+
+
+def _given(case: Case, concat: np.ndarray) -> Conditions:
+    return Conditions(jnp.asarray(concat), jnp.asarray(case.inputs["c.crossattn"]))
 
 
 @runner("wrapper_interpolation")
@@ -149,8 +154,11 @@ def wrapper_interpolation(case: Case) -> Tensors:
     filler = params["model"].get("learned_mask")
     if config.filler.startswith("fixed_"):
         filler = np.full((*model.latent_shape, 4), float(config.filler == "fixed_ones"), np.float32)
-    unet_in = conditioning.interpolation_input(jnp.asarray(inputs["x"]), jnp.asarray(concat), filler, config.add_indicator)
-    return {"out.sample": from_video(apply(model, params, concat=concat, **inputs)), "mid.unet_in": from_video(unet_in)}
+    unet_in = interpolation_input(jnp.asarray(inputs["x"]), jnp.asarray(concat), filler, config.add_indicator)
+    return {
+        "out.sample": from_video(apply(model, params, conditions=_given(case, concat), **inputs)),
+        "mid.unet_in": from_video(unet_in),
+    }
 
 
 @runner("wrapper_dubbing")
@@ -158,12 +166,12 @@ def wrapper_dubbing(case: Case) -> Tensors:
     model, params, inputs = _run_wrapper(case, case.meta["reference"])
     concat = to_images(case.inputs["c.concat"])
     out = {
-        "out.sample": from_video(apply(model, params, concat=concat, **inputs)),
-        "mid.unet_in": from_video(conditioning.keyframe_input(jnp.asarray(inputs["x"]), jnp.asarray(concat))),
+        "out.sample": from_video(apply(model, params, conditions=_given(case, concat), **inputs)),
+        "mid.unet_in": from_video(keyframe_input(jnp.asarray(inputs["x"]), jnp.asarray(concat))),
     }
     if "c.concat_per_frame" in case.inputs:
         concat = to_video(case.inputs["c.concat_per_frame"], case.meta["num_video_frames"])
-        out["out.sample_per_frame"] = from_video(apply(model, params, concat=concat, **inputs))
+        out["out.sample_per_frame"] = from_video(apply(model, params, conditions=_given(case, concat), **inputs))
     return out
 
 
@@ -337,16 +345,16 @@ def _latent_condition(
     frames = np.moveaxis(frames, 1, -1)
     frames = frames[:, None] if frames.ndim == 4 else frames  # [B, F, H, W, C]
     if frames.shape[-1] == 4:
-        latents = conditioning.raw_latents(frames, StageConfig.latent_scale)
+        latents = raw_latents(frames, StageConfig.latent_scale)
     else:
         config = sgm.vae_config_from_sgm(arguments["encoder_config"]["params"])
         params = params_of(sgm.vae_table(config, f"{key}.encoder"), weights, key, f"{key}.encoder.")
         mean, _ = apply(VAE(config), params, frames.reshape(-1, *frames.shape[2:]), method="encode_moments")
         latents = np.asarray(mean).reshape(*frames.shape[:2], *mean.shape[1:]) * arguments.get("scale_factor", 1.0)
-    joined = conditioning.join_frames(jnp.asarray(latents))
-    copies = conditioning.repeat_frames(joined, arguments["n_copies"])
+    joined = join_frames(jnp.asarray(latents))
+    copies = repeat_frames(joined, arguments["n_copies"])
     if keep is not None:  # one draw per copy
-        copies = conditioning.drop(copies, jnp.asarray(keep.reshape(copies.shape[:2])))
+        copies = zero_where_dropped(copies, jnp.asarray(keep.reshape(copies.shape[:2])))
     return from_video(copies)
 
 
@@ -373,7 +381,7 @@ def _condition(
         elif kind == "WhisperAudioEmbedder":
             target, embedding = arguments.get("cond_type") or "audio_emb", _embed_audio(arguments, weights, key, value)
             if draw is not None:
-                embedding = np.asarray(conditioning.drop(embedding, draw))
+                embedding = np.asarray(zero_where_dropped(embedding, draw))
         elif kind == "IdentityEncoder":
             target, embedding = arguments["cond_type"], value
         else:

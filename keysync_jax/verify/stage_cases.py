@@ -11,19 +11,22 @@ import numpy as np
 
 from keysync_jax.converters import sgm
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.diffusion import guidance, sampler, schedules, sigma_sampling
-from keysync_jax.diffusion.inpainting import Conditions
-from keysync_jax.diffusion.loss import Decoder, LossConfig, Losses, PixelTargets, predict, prediction_loss
+from keysync_jax.diffusion import schedules, sigma_sampling
+from keysync_jax.diffusion.conditions import Conditions, drop, without
+from keysync_jax.diffusion.inpainting import Network, denoise
+from keysync_jax.diffusion.loss import Decoder, LossConfig, Losses, PixelTargets, noised, prediction_loss
 from keysync_jax.models import conditioning
 from keysync_jax.models.stage import StageModel
 from keysync_jax.models.vae import VAE
 from keysync_jax.verify.case_tools import from_images, from_video, params_of, to_images, to_video
-from keysync_jax.verify.diffusion_cases import SCALINGS, WEIGHTINGS, guidance_from, resolve, trajectory_tensors
+from keysync_jax.verify.diffusion_cases import guidance_from, require, trajectory_tensors
 from keysync_jax.verify.harness import DEFAULT_RELATIVE_TOLERANCE, Case, runner
+from keysync_jax.verify.reference_sampling import in_chunks
+from keysync_jax.verify.reference_sampling import sample as sample_states
 from keysync_jax.weights import table
 
-# The reference's names of the conditions, and ours.
-_CONDITIONS = {"cond_frames": "concat", "audio_emb": "crossattn", "gt": "gt", "masks": "masks"}
+# The reference's names of the conditions that can be left out, and ours.
+_CONDITIONS = {"cond_frames": "identity", "audio_emb": "audio"}
 # With `cut_audio` the reference keeps this many features of the interpolation stage's audio.
 _CUT_AUDIO = 768
 # Smallest tolerance of the stored gradients; the norms come without tolerances of their own.
@@ -41,19 +44,16 @@ class Engine(NamedTuple):
     config: dict[str, Any]  # the reference's engine configuration
     scale: float
 
-    def embed_audio(self, params: dict[str, Any], audio: np.ndarray) -> jax.Array:
-        return self.model.apply({"params": params}, audio, method="embed_audio")
+    def conditions(self, params: dict[str, Any], batch: dict[str, Any]) -> Conditions:
+        """Of a batch by the names of `conditioning.batch_shapes`."""
+        return conditioning.conditions(self.model, {"params": params}, batch)
 
-    def network(self, params: dict[str, Any], x: jax.Array, c_noise: jax.Array, conditions: Conditions) -> jax.Array:
-        return self.model.apply({"params": params}, x, c_noise, conditions.concat, conditions.crossattn)
+    def network(self, params: dict[str, Any]) -> Network:
+        return functools.partial(self.model.apply, {"params": params})
 
     def decode(self, z: jax.Array) -> jax.Array:
         """Raw latents `[B, T, h, w, 4]` to images."""
         return self.vae.apply({"params": self.decode_params}, z, method="decode")
-
-    @property
-    def scaling(self) -> Any:
-        return resolve(SCALINGS, self.config["denoiser_config"]["params"]["scaling_config"])
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -65,6 +65,7 @@ def build_engine(case: Case, num_frames: int) -> Engine:
     config = case.config["engine"]
     stage, latent_shape = sgm.stage_config_from_sgm(config, num_frames)
     entries = sgm.stage_table(stage, latent_shape)
+    require(config["denoiser_config"]["params"]["scaling_config"], "VScalingWithEDMcNoise")
     vae = sgm.vae_config_from_sgm(config["first_stage_config"]["params"])
     decoder = sgm.vae_table(vae, parts=("decoder",))
     return Engine(
@@ -82,13 +83,14 @@ def build_engine(case: Case, num_frames: int) -> Engine:
 def run_sampler_keyframes(case: Case) -> dict[str, np.ndarray]:
     inputs, num_frames = case.inputs, case.meta["num_frames"]
     engine = build_engine(case, num_frames)
-    identity = conditioning.raw_latents(to_images(inputs["embeddings"]), engine.scale)
+    identity = to_images(inputs["embeddings"])
     sample = _compiled_sampler(case, engine)
     out: dict[str, Any] = {}
     latents = []
     for i, audio in enumerate(inputs["audio_list"]):
         gt, masks, noise = (np.moveaxis(inputs[name][i], 1, -1)[None] for name in ("gt_list", "masks_list", "noise"))
-        conditions = Conditions(identity, engine.embed_audio(engine.params, audio[None]), gt, masks)
+        batch = {"identity": identity, "audio": audio[None], "known": gt, "mask": masks}
+        conditions = engine.conditions(engine.params, batch)
         result, tensors = sample(engine.params, noise, conditions)
         latents.append(np.asarray(result[0]))
         out |= {f"mid.w{i}.{name}": value for name, value in tensors.items()}
@@ -112,12 +114,8 @@ def run_sampler_interpolation(case: Case) -> dict[str, np.ndarray]:
     audio = inputs["audio_interpolation"]
     if case.meta["cut_audio"]:
         audio = audio[..., :_CUT_AUDIO]
-    conditions = Conditions(
-        conditioning.raw_latents(conditioning.join_frames(endpoints), engine.scale),
-        engine.embed_audio(engine.params, audio),
-        np.moveaxis(inputs["gt_chunks"], 2, -1),
-        np.moveaxis(inputs["masks_chunks"], 2, -1),
-    )
+    known, mask = (np.moveaxis(inputs[name], 2, -1) for name in ("gt_chunks", "masks_chunks"))
+    conditions = engine.conditions(engine.params, {"endpoints": endpoints, "audio": audio, "known": known, "mask": mask})
     result, tensors = _compiled_sampler(case, engine, case.meta["chunk_size"])(
         engine.params, to_video(inputs["noise"], num_frames), conditions
     )
@@ -146,20 +144,20 @@ def _compiled_sampler(case: Case, engine: Engine, videos_per_call: int | None = 
     settings = engine.sampling
     sigmas = schedules.ays_sigmas(settings["num_steps"], case.meta["strength"])
     rule = guidance_from(settings["guider_config"])
-    dropped = [_CONDITIONS[name] for name in case.meta["force_uc_zero_embeddings"]]
+    dropped = sorted(_CONDITIONS.get(name, name) for name in case.meta["force_uc_zero_embeddings"])
+    if dropped != sorted(_CONDITIONS.values()):
+        raise KeySyncError(f"{case.folder}: the unconditional branch leaves out audio and identity here, not {', '.join(dropped)}")
 
     @jax.jit
     def run(params, noise, conditions):
-        without = guidance.unconditional(conditions, dropped)
-        network = functools.partial(engine.network, params)
-        return sampler.sample(
-            network, noise, sigmas, conditions, rule, True, without=without, scaling=engine.scaling, videos_per_call=videos_per_call
-        )
+        network = engine.network(params)
+        network = in_chunks(network, videos_per_call) if videos_per_call else network
+        return sample_states(network, noise, sigmas, conditions, rule)
 
     def sample(params, noise, conditions):
         latents, trajectory = run(params, noise, conditions)
         tensors = trajectory_tensors(trajectory, sigmas)
-        for name, given in (("c", conditions), ("uc", guidance.unconditional(conditions, dropped))):
+        for name, given in (("c", conditions), ("uc", without(conditions, *dropped))):
             tensors[f"{name}.concat"] = from_images(given.concat)
             tensors[f"{name}.crossattn"] = np.asarray(given.crossattn)
         return latents, tensors
@@ -178,16 +176,15 @@ def run_loss(case: Case) -> dict[str, np.ndarray]:
     inputs, num_frames = case.inputs, case.meta["num_video_frames"]
     engine = build_engine(case, num_frames)
     latents, noise, masks, frames = (to_images(inputs[name]) for name in ("latents", "noise", "masks", "original_frames"))
-    identity = _training_identity(case, engine, num_frames)
+    batch, keep = _training_batch(case, num_frames)
 
     @jax.jit
     def pull(params, sigma, cotangent):
         """The prediction, and the gradient of `sum(prediction * cotangent)`: compiled once for all variants."""
 
         def prediction(params):
-            tokens = conditioning.drop(engine.embed_audio(params, inputs["audio_emb"]), inputs["bernoulli_audio"])
-            conditions = Conditions(identity, tokens, latents, masks)
-            return predict(functools.partial(engine.network, params), latents, noise, sigma, conditions, scaling=engine.scaling)
+            conditions = drop(engine.conditions(params, batch), keep)
+            return denoise(engine.network(params), noised(latents, noise, sigma), sigma, conditions)
 
         denoised, vjp = jax.vjp(prediction, params)
         return denoised, vjp(cotangent)[0]
@@ -198,6 +195,7 @@ def run_loss(case: Case) -> dict[str, np.ndarray]:
     out: dict[str, Any] = {}
     for variant, settings in case.config["loss"].items():
         sigma = sigma_sampling.sigmas_from_normals(inputs["sigma_normals"], **settings["sigma_sampler_config"].get("params", {}))
+        require(settings["loss_weighting_config"], "VWeighting")
         chosen = inputs["randperm"][: settings.get("n_frames_pixel", 1)]
         of_prediction = functools.partial(
             prediction_loss,
@@ -207,7 +205,6 @@ def run_loss(case: Case) -> dict[str, np.ndarray]:
             config=_loss_config(settings, engine.scale),
             decode=engine.decode,
             pixels=PixelTargets(jnp.asarray(chosen, jnp.int32), frames[:, chosen]),
-            weighting=resolve(WEIGHTINGS, settings["loss_weighting_config"]),
         )
         denoised, _ = pull(engine.params, sigma, jnp.zeros_like(latents))
         (_, losses), cotangent = jax.jit(jax.value_and_grad(lambda d, f=of_prediction: _mean_first(f(d)), has_aux=True))(denoised)
@@ -230,14 +227,18 @@ def run_loss(case: Case) -> dict[str, np.ndarray]:
     return out
 
 
-def _training_identity(case: Case, engine: Engine, num_frames: int) -> jax.Array:
-    """Raw identity (or endpoint) latents after dropout, which is drawn per frame if the conditioner repeats them over the frames."""
-    frames = to_images(case.inputs["cond_frames"])
-    identity = conditioning.raw_latents(conditioning.join_frames(frames) if frames.ndim == 5 else frames, engine.scale)
-    keep = case.inputs["bernoulli_cond_frames"]
-    if keep.size == len(identity):
-        return conditioning.drop(identity, keep)
-    return conditioning.drop(conditioning.repeat_frames(identity, num_frames), keep.reshape(-1, num_frames))
+def _training_batch(case: Case, num_frames: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The case's batch by our names, and what the dropout keeps of it, by frame if the conditioner repeats the identity over them."""
+    inputs = case.inputs
+    frames, keep = to_images(inputs["cond_frames"]), inputs["bernoulli_cond_frames"]
+    batch = {
+        "endpoints" if frames.ndim == 5 else "identity": frames, "audio": inputs["audio_emb"], "known": to_images(inputs["latents"]),
+        "mask": to_images(inputs["masks"]),
+    }  # fmt: skip
+    return batch, {
+        "audio": inputs["bernoulli_audio"],
+        "identity": keep if keep.size == len(frames) else keep.reshape(-1, num_frames),
+    }
 
 
 def _mean_first(losses: Losses) -> tuple[jax.Array, Losses]:

@@ -283,8 +283,8 @@ def test_both_sources_read_it(place, stage, encoder):
     choice = DatasetChoice(str(place / "whole"), split=layout.read_clips(place / "whole")[0].split)
     reader = WindowReader(SourceConfig((choice,), windows_for(stage, **options), audio_encoder=encoder, pixel_frames=2))
     batch = reader.read([reader.sample(0, 0, 1)])
-    assert batch["latents"].shape == (1, 14, 16, 16, 4) and np.isfinite(batch["latents"]).all() and batch["latents"].std() > 0.01
-    assert batch["audio"].shape == (1, 14, 2, 32) and 0.05 < batch["masks"].mean() < 0.6
+    assert batch["known"].shape == (1, 14, 16, 16, 4) and np.isfinite(batch["known"]).all() and batch["known"].std() > 0.01
+    assert batch["audio"].shape == (1, 14, 2, 32) and 0.05 < batch["mask"].mean() < 0.6
     assert batch["original_frames"].shape == (1, 2, 128, 128, 3)
 
 

@@ -212,6 +212,6 @@ def test_clicks_become_an_occluder_column_and_open_the_mask(tiny_model, sam2_wei
         assert rows
         for i in rows:
             covered = followed[batch["frames"][i]]
-            assert batch["masks"][i, ..., 0][covered].any() == (not use)
+            assert batch["mask"][i, ..., 0][covered].any() == (not use)
     plan = plan_features(str(tiny_model), Output(columns=("occluder",), weights={"occluder": str(sam2_weights)}), 128)
     assert len(plan.groups[1].info["occluder"]["weights"]) == 64

@@ -45,7 +45,7 @@ def test_hosts_together_read_the_same_global_batches(reader, hosts):
     for step in (0, 1, 500):
         expected = whole[step]
         got = [part[step] for part in parts]
-        assert all(len(g["latents"]) == 48 // hosts for g in got)
+        assert all(len(g["known"]) == 48 // hosts for g in got)
         assert equal(expected, {k: np.concatenate([g[k] for g in got]) for k in expected})
 
 
@@ -201,7 +201,7 @@ def test_reading_imports_neither_opencv_nor_a_framework(tmp_path):
             config = SourceConfig(choice, KeyframeWindows(), pixel_frames=2, flip=True, box_jitter=0.1, mask=MaskConfig(kind=kind))
             with Batches(WindowReader(config), 2, num_steps=1) as batches:
                 (batch,) = list(batches)
-            assert batch["masks"].shape == (2, 14, 4, 4, 1) and (kind != "box" or batch["masks"].any())
+            assert batch["mask"].shape == (2, 14, 4, 4, 1) and (kind != "box" or batch["mask"].any())
             assert batch["original_frames"].shape == (2, 2, 32, 32, 3)
         heavy = ("cv2", "torch", "tensorflow", "av", "apache_beam", "mediapipe", "scenedetect")
         print([name for name in heavy if name in sys.modules])

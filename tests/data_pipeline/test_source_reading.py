@@ -52,14 +52,14 @@ def test_keyframe_sample_holds_the_frames_it_names(root):
         clip, frames = source.clip(sample).id, sample.start + 13 * np.arange(14)
         assert sample.spacing == 13 and frames[-1] <= source.clip(sample).num_frames - 2
         np.testing.assert_array_equal(out["frames"][0], frames)
-        np.testing.assert_array_equal(out["latents"][0], [tiny.latent(clip, f) for f in frames])
+        np.testing.assert_array_equal(out["known"][0], [tiny.latent(clip, f) for f in frames])
         np.testing.assert_array_equal(out["audio"][0], [tiny.audio(clip, f, 6) for f in frames])
-        np.testing.assert_array_equal(out["cond_frames"][0], tiny.latent(clip, frames[0]))
+        np.testing.assert_array_equal(out["identity"][0], tiny.latent(clip, frames[0]))
         np.testing.assert_allclose(out["valence"][0], frames / 1000, rtol=1e-6)
         assert source.stores[out["dataset"][0]].clips[out["clip"][0]].id == clip
         assert {k: (v.shape[1:], v.dtype.name) for k, v in out.items()} == {
-            "latents": ((14, 4, 4, 4), "float32"), "audio": ((14, 2, 6), "float32"), "masks": ((14, 4, 4, 1), "float32"),
-            "cond_frames": ((4, 4, 4), "float32"), "frames": ((14,), "int32"), "dataset": ((), "int32"), "clip": ((), "int32"),
+            "known": ((14, 4, 4, 4), "float32"), "audio": ((14, 2, 6), "float32"), "mask": ((14, 4, 4, 1), "float32"),
+            "identity": ((4, 4, 4), "float32"), "frames": ((14,), "int32"), "dataset": ((), "int32"), "clip": ((), "int32"),
             "valence": ((14,), "float32"),
         }  # fmt: skip
 
@@ -67,7 +67,7 @@ def test_keyframe_sample_holds_the_frames_it_names(root):
 def test_columns_that_are_read_anyway_and_pictures(root):
     source = reader(root, KeyframeWindows(), columns=("latent", "valence", "valence"))
     out = source.read([first(source)])
-    np.testing.assert_array_equal(out["latent"], out["latents"].astype(np.float16))
+    np.testing.assert_array_equal(out["latent"], out["known"].astype(np.float16))
     assert out["valence"].shape == (1, 14)
     with pytest.raises(KeySyncError, match="column 'jpeg' holds encoded pictures; pixel_frames delivers them"):
         reader(root, KeyframeWindows(), columns=("jpeg",))
@@ -77,12 +77,12 @@ def test_interpolation_sample_is_conditioned_on_its_endpoints(root):
     source = reader(root, InterpolationWindows(), audio_encoder="log_mel")
     samples = [source.sample(0, row, 8) for row in range(8)]
     out = source.read(samples)
-    assert out["cond_frames"].shape == (8, 2, 4, 4, 4) and len({s.clip for s in samples}) >= 4
+    assert out["endpoints"].shape == (8, 2, 4, 4, 4) and len({s.clip for s in samples}) >= 4
     for row, sample in enumerate(samples):
         clip, frames = source.clip(sample).id, np.arange(sample.start, sample.start + 14)
         np.testing.assert_array_equal(out["frames"][row], frames)
-        np.testing.assert_array_equal(out["latents"][row], [tiny.latent(clip, f) for f in frames])
-        np.testing.assert_array_equal(out["cond_frames"][row], [tiny.latent(clip, frames[0]), tiny.latent(clip, frames[-1])])
+        np.testing.assert_array_equal(out["known"][row], [tiny.latent(clip, f) for f in frames])
+        np.testing.assert_array_equal(out["endpoints"][row], [tiny.latent(clip, frames[0]), tiny.latent(clip, frames[-1])])
         np.testing.assert_array_equal(out["audio"][row], [tiny.audio(clip, f, 4) for f in frames])
 
 
@@ -113,7 +113,7 @@ def test_identity_frame(root, identity):
     samples = [source.sample(0, row, 40) for row in range(40)]
     out = source.read(samples)
     expected = [tiny.latent(source.clip(s).id, s.identity) for s in samples]
-    np.testing.assert_array_equal(out["cond_frames"], expected)
+    np.testing.assert_array_equal(out["identity"], expected)
     chosen = [s.identity for s in samples]
     if identity == "random":
         assert len(set(chosen)) > 30 and max(chosen) > 100
@@ -126,7 +126,7 @@ def test_identity_frame(root, identity):
 
 def test_box_mask_from_the_stored_landmarks(root):
     source = reader(root, InterpolationWindows())
-    mask = source.read([first(source)])["masks"][0, :, :, :, 0]
+    mask = source.read([first(source)])["mask"][0, :, :, :, 0]
     # Crop 32, cells of 8 pixels: rows from y = 16 down, columns 8 to 23.
     expected = np.array([[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0]])
     np.testing.assert_array_equal(mask, np.broadcast_to(expected, mask.shape))
@@ -139,13 +139,13 @@ def test_every_mask_kind_is_that_of_the_media_module(root, kind):
     source = reader(root, InterpolationWindows(), mask=MaskConfig(kind=kind))
     sample = first(source)
     points = np.stack([tiny.landmarks("", 0)] * 14)
-    np.testing.assert_array_equal(source.read([sample])["masks"][0, ..., 0], make_mask(points, 32, 32, MaskConfig(kind=kind), (4, 4)))
+    np.testing.assert_array_equal(source.read([sample])["mask"][0, ..., 0], make_mask(points, 32, 32, MaskConfig(kind=kind), (4, 4)))
 
 
 def test_occluded_cells_are_kept(root):
     source = reader(root, InterpolationWindows(), use_occluder=True)
     sample = first(source)
-    mask = source.read([sample])["masks"][0, ..., 0]
+    mask = source.read([sample])["mask"][0, ..., 0]
     odd = np.arange(sample.start, sample.start + 14) % 2 == 1
     assert mask[odd][:, 2:, 1].max() == 0 and mask[~odd][:, 2:, 1].min() == 1 and mask[:, 2:, 2].min() == 1
 
@@ -153,9 +153,9 @@ def test_occluded_cells_are_kept(root):
 def test_mirroring_swaps_sides_everywhere(root):
     source = reader(root, KeyframeWindows(identity="clip_first"), use_occluder=True, pixel_frames=2)
     plain, mirrored = (source.read([first(source, mirrored=m)]) for m in (False, True))
-    for name in ("latents", "masks", "cond_frames", "original_frames"):
+    for name in ("known", "mask", "identity", "original_frames"):
         np.testing.assert_array_equal(mirrored[name], plain[name][..., ::-1, :])
-        assert name == "cond_frames" or not np.array_equal(mirrored[name], plain[name])
+        assert name == "identity" or not np.array_equal(mirrored[name], plain[name])
     np.testing.assert_array_equal(mirrored["audio"], plain["audio"])
 
 
@@ -193,7 +193,7 @@ def test_box_jitter_moves_the_mask_within_its_bound(root):
     samples = [source.sample(0, row, 60) for row in range(60)]
     draws = np.array([[*s.shift, s.stretch] for s in samples])
     assert np.abs(draws).max() <= 0.3 and (draws.std(axis=0) > 0.1).all()
-    masks = source.read(samples)["masks"]
+    masks = source.read(samples)["mask"]
     assert len({m.tobytes() for m in masks}) > 5 and all((m == m[0]).all() for m in masks), "one move for all frames of a window"
 
 
@@ -263,7 +263,7 @@ def test_mixture_of_datasets(root, tmp_path):
     assert {source.clip(s).num_frames for s in samples if s.dataset == 1} == {50, 60, 70}
     out = source.read(samples[:16])
     for row, sample in enumerate(samples[:16]):
-        np.testing.assert_array_equal(out["latents"][row, 0], tiny.latent(source.clip(sample).id, sample.start))
+        np.testing.assert_array_equal(out["known"][row, 0], tiny.latent(source.clip(sample).id, sample.start))
 
     other = dataclasses.replace(tiny.group(), columns=(records.latent_column(8, 8), *tiny.COLUMNS[1:]))
     write_group(tmp_path / "other", other, lambda p: tiny.load(p) | {"latent": np.zeros((p.stop - p.start, 8, 8, 4))}, more)

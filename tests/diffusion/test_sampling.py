@@ -8,7 +8,8 @@ from bounds import close, eps
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import guidance, inpainting, sampler, schedules
-from keysync_jax.diffusion.inpainting import Conditions
+from keysync_jax.diffusion.conditions import Conditions
+from keysync_jax.verify import reference_sampling
 
 B, T, H, W, D = 3, 4, 5, 6, 7
 
@@ -63,7 +64,7 @@ def test_network_sees_the_clean_known_region():
     inpainting.denoise(spy, x, sigma, conditions)
     c_in = (1 / np.sqrt(sigma**2 + 1))[:, None, None, None, None]
     close(seen["x"], np.where(conditions.masks == 1, x, conditions.gt) * c_in, 4, scale="each", wrong=x * c_in)
-    inpainting.denoise(spy, x, sigma, conditions, mask_input=False)
+    inpainting.denoise(spy, x, sigma, conditions._replace(gt=None, masks=None))
     close(seen["x"], x * c_in, 4, scale="each")
 
 
@@ -88,7 +89,7 @@ def test_chunked_network_calls_change_nothing(size):
         return network(x, c_noise, conditions)
 
     x = noise_like(conditions)
-    chunked = inpainting.denoise(spy, x, sigma, conditions, videos_per_call=size)
+    chunked = inpainting.denoise(reference_sampling.in_chunks(spy, size), x, sigma, conditions)
     assert max(sizes) == min(size, 5)
     whole = inpainting.denoise(network, x, sigma, conditions)
     close(chunked, whole, 8, wrong=np.roll(whole, 1, axis=0))
@@ -96,13 +97,12 @@ def test_chunked_network_calls_change_nothing(size):
 
 def test_low_precision_network_leaves_the_state_in_float32():
     conditions = everything(make_conditions())
-    result, trajectory = sampler.sample(
+    result, trajectory = reference_sampling.sample(
         lambda *inputs: network(*inputs).astype(jnp.bfloat16),
         noise_like(conditions),
         schedules.ays_sigmas(10),
         conditions,
         guidance.AudioIdentityGuidance(),
-        return_trajectory=True,
     )
     assert result.dtype == trajectory.x.dtype == trajectory.denoised.dtype == jnp.float32
 
@@ -140,8 +140,8 @@ def test_trajectory_counts_every_evaluation(num_steps, evaluations):
     conditions = make_conditions()
     noise = noise_like(conditions)
     run = jax.jit(
-        lambda noise, conditions: sampler.sample(
-            network, noise, schedules.ays_sigmas(num_steps), conditions, guidance.AudioIdentityGuidance(), True
+        lambda noise, conditions: reference_sampling.sample(
+            network, noise, schedules.ays_sigmas(num_steps), conditions, guidance.AudioIdentityGuidance()
         )
     )
     result, trajectory = run(noise, conditions)
@@ -164,7 +164,7 @@ def test_guidance_branches_are_what_the_paper_names():
 
     rule = guidance.AudioIdentityGuidance()
     x, sigma = noise_like(conditions), np.ones(B, np.float32)
-    inpainting.denoise(spy, *rule.prepare(x, sigma, conditions, guidance.unconditional(conditions)))
+    inpainting.denoise(spy, *guidance.prepare(rule.branches, x, sigma, conditions))
     concat, audio = (np.asarray(a) for a in seen["conditions"][:2])
     np.testing.assert_array_equal(concat, np.concatenate([np.zeros_like(conditions.concat), conditions.concat, conditions.concat]))
     silent = np.zeros_like(conditions.crossattn)

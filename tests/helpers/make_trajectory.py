@@ -62,13 +62,13 @@ def forward(unet, x, c_noise, tokens):
 def loss_of(model, batch, drawn):
     """The reference's loss: noise, masked composite, preconditioning, V weighting."""
     channels_first = {k: torch.from_numpy(np.moveaxis(v, -1, -3).copy()) for k, v in batch.items() if k != "audio"}
-    x0, masks = channels_first["latents"], channels_first["masks"]
+    x0, masks = channels_first["known"], channels_first["mask"]
     noise = torch.from_numpy(np.moveaxis(drawn["noise"], -1, -3).copy())
     sigma = torch.exp(1.0 + 1.2 * torch.from_numpy(drawn["normals"]))
     s = sigma.reshape(-1, 1, 1, 1, 1)
     keep_audio, keep_identity = (torch.from_numpy(drawn[name].astype(np.float32)) for name in ("keep_audio", "keep_identity"))
     tokens = model["linear"](torch.from_numpy(batch["audio"]).mean(2)) * keep_audio[:, None, None]
-    identity = (channels_first["cond_frames"] / setup.CONFIG.stage.latent_scale)[:, None] * keep_identity[:, :, None, None, None]
+    identity = (channels_first["identity"] / setup.CONFIG.stage.latent_scale)[:, None] * keep_identity[:, :, None, None, None]
     x = masks * (x0 + noise * s) + (1 - masks) * x0
     network = forward(model["unet"], torch.cat([x / torch.sqrt(s**2 + 1), identity], 2), 0.25 * torch.log(sigma), tokens)
     denoised = x / (s**2 + 1) - network * s / torch.sqrt(s**2 + 1)

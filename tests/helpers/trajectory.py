@@ -39,10 +39,10 @@ def batch(step: int) -> dict[str, np.ndarray]:
     masks = np.zeros((BATCH, FRAMES, SIZE, SIZE, 1), np.float32)
     masks[:, :, SIZE // 3 :, 1:-1] = 1
     return {
-        "latents": latents,
+        "known": latents,
         "audio": rng.standard_normal((BATCH, FRAMES, 2, AUDIO), np.float32),
-        "masks": masks,
-        "cond_frames": rng.standard_normal((BATCH, SIZE, SIZE, 4), np.float32),
+        "mask": masks,
+        "identity": rng.standard_normal((BATCH, SIZE, SIZE, 4), np.float32),
     }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from keysync_jax.config import StageConfig
+from keysync_jax.diffusion.conditions import Conditions
 from keysync_jax.models.stage import StageModel, init_params
 
 
@@ -23,7 +24,7 @@ def test_one_call_of_the_full_size_network():
     model = StageModel(config)
     rng = np.random.default_rng(0)
     x, tokens = rng.standard_normal((1, 2, 8, 8, 4), np.float32), rng.standard_normal((1, 2, 1024), np.float32)
-    call = jax.jit(lambda p, x, tokens: model.apply({"params": p}, x, jnp.zeros(1), x[:, 0], tokens))
+    call = jax.jit(lambda p, x, tokens: model.apply({"params": p}, x, jnp.zeros(1), Conditions(x[:, 0], tokens)))
     out = np.asarray(call(params, x, tokens))
     assert out.shape == x.shape and np.isfinite(out).all() and out.std() > 1e-3
     other = np.asarray(call(params, x, tokens[:, ::-1]))

@@ -10,6 +10,7 @@ import pytest
 
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.diffusion.conditions import Conditions
 from keysync_jax.models.initializers import random_params
 from keysync_jax.models.stage import StageModel, abstract_params, init_params, init_vae_params
 
@@ -40,7 +41,7 @@ def jitted(config):
 
     def run(params, audio, concat):
         tokens = model.apply({"params": params}, audio, method="embed_audio")
-        return tokens, model.apply({"params": params}, X, C_NOISE, concat, tokens)
+        return tokens, model.apply({"params": params}, X, C_NOISE, Conditions(concat, tokens))
 
     return jax.jit(run)
 

@@ -49,7 +49,7 @@ def make_batch(config):
     for name, shape in plan.batch_shapes(config, config.data.batch_size).items():
         if name == "original_indices":
             batch[name] = np.ones(shape.shape, np.int32)
-        elif name == "masks":
+        elif name == "mask":
             batch[name] = (rng.random(shape.shape) < 0.5).astype(np.float32)
         else:
             batch[name] = rng.standard_normal(shape.shape, np.float32).clip(-1, 1)

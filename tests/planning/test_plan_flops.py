@@ -8,6 +8,7 @@ import pytest
 
 from keysync_jax.config import StageConfig
 from keysync_jax.costs import flops
+from keysync_jax.diffusion.conditions import Conditions
 from keysync_jax.models.stage import StageModel, abstract_params
 from keysync_jax.training import lpips
 
@@ -101,7 +102,7 @@ def test_full_size_forward():
     config = StageConfig()
     model = StageModel(config, dtype=jnp.bfloat16, attention="xla")
     params = abstract_params(config)
-    inputs = (shape(1, 14, 64, 64, 4), shape(1), shape(1, 64, 64, 4), shape(1, 14, 1024))
+    inputs = (shape(1, 14, 64, 64, 4), shape(1), Conditions(shape(1, 64, 64, 4), shape(1, 14, 1024)))
     count = flops.count(lambda p, *x: model.apply({"params": p}, *x), params, *inputs)
     assert count == pytest.approx(17.74e12, rel=0.02)
 

@@ -78,10 +78,10 @@ def update_of(text: str, compiled: bool) -> set[str]:
         params, frozen = split(config, init_params(stage, 0, zero_init=False))
         objective = DiffusionObjective(config, DECODER, distance)
         batch = {
-            "latents": normal(2, t, size, size, 4),
+            "known": normal(2, t, size, size, 4),
             "audio": normal(2, t, 2, 8),
-            "masks": (rng.random((2, t, size, size, 1)) < 0.7).astype(np.float32),
-            "cond_frames": normal(2, *((2,) if stage.stage == "interpolation" else ()), size, size, 4),
+            "mask": (rng.random((2, t, size, size, 1)) < 0.7).astype(np.float32),
+            **({"endpoints": normal(2, 2, size, size, 4)} if stage.stage == "interpolation" else {"identity": normal(2, size, size, 4)}),
         }
         if config.uses_pixels:
             decoder = init_vae_params(DECODER, 1)["first_stage_model"]["decoder"]
@@ -182,6 +182,7 @@ def test_ablations_change_one_thing():
 
 def test_an_image_network_has_no_temporal_layers():
     """Every frame on its own: the others change nothing, and no parameter is left that the temporal rule would freeze."""
+    from keysync_jax.diffusion.conditions import Conditions
     from keysync_jax.models.stage import StageModel
 
     unet = dataclasses.replace(
@@ -192,7 +193,7 @@ def test_an_image_network_has_no_temporal_layers():
     params, rng = init_params(stage, 0, zero_init=False), np.random.default_rng(0)
     x, tokens, identity = (rng.standard_normal(shape, np.float32) for shape in ((1, 2, 8, 8, 4), (1, 1, 16), (1, 8, 8, 4)))
     tokens = np.repeat(tokens, 2, axis=1)
-    call = jax.jit(lambda x: StageModel(stage).apply({"params": params}, x, np.zeros(1, np.float32), identity, tokens))
+    call = jax.jit(lambda x: StageModel(stage).apply({"params": params}, x, np.zeros(1, np.float32), Conditions(identity, tokens)))
     first, second = call(x), call(np.stack([x[:, 0], x[:, 1] + 1], axis=1))
     np.testing.assert_allclose(first[:, 0], second[:, 0], rtol=0, atol=1e-6)
     assert np.abs(first[:, 1] - second[:, 1]).max() > 1e-3

@@ -45,7 +45,7 @@ class Reference(NamedTuple):
         if pixel_frames:
             chosen = self.case.inputs["randperm"][:pixel_frames].astype(np.int32)
             batch["original_frames"] = to_images(self.case.inputs["original_frames"])[:, chosen]
-            batch["original_indices"] = np.tile(chosen, (len(batch["latents"]), 1))
+            batch["original_indices"] = np.tile(chosen, (len(batch["known"]), 1))
             frozen = self.engine.decode_params
         return DiffusionObjective(config, self.engine.vae.config), self.engine.params, frozen, batch
 
@@ -65,7 +65,8 @@ class Reference(NamedTuple):
 def reference(golden_dir) -> Reference:
     case = parity.load_case(golden_dir / "loss")
     inputs, frames = case.inputs, case.meta["num_video_frames"]
-    batch = {name: to_images(inputs[name]) for name in ("latents", "masks", "cond_frames")} | {"audio": inputs["audio_emb"]}
+    names = {"known": "latents", "mask": "masks", "identity": "cond_frames"}
+    batch = {name: to_images(inputs[stored]) for name, stored in names.items()} | {"audio": inputs["audio_emb"]}
     drawn = {
         "normals": inputs["sigma_normals"],
         "noise": to_images(inputs["noise"]),
@@ -139,7 +140,7 @@ def test_identity_is_dropped_by_frame_or_by_video(stage, per_frame, shape):
     config = TrainConfig(stage=stage, dropout=DropoutConfig(identity_per_frame=per_frame))
     objective = DiffusionObjective(config, None)
     latents = np.zeros((3000, 3, 1, 1, 4), np.float32)
-    drawn = objective.draw(jax.random.key(0), {"latents": latents})
+    drawn = objective.draw(jax.random.key(0), {"known": latents})
     assert drawn["keep_identity"].shape == shape and drawn["keep_audio"].shape == (3000,)
     assert abs(np.mean(drawn["keep_identity"]) - 0.9) < 0.02 and abs(np.mean(drawn["keep_audio"]) - 0.8) < 0.03
     if per_frame and stage.stage == "keyframe":
@@ -157,10 +158,10 @@ def tiny():
     params = init_params(TINY, 0, zero_init=False)
     rng = np.random.default_rng(1)
     batch = {
-        "latents": rng.standard_normal((2, 3, 8, 8, 4), np.float32),
+        "known": rng.standard_normal((2, 3, 8, 8, 4), np.float32),
         "audio": rng.standard_normal((2, 3, 2, 8), np.float32),
-        "masks": np.ones((2, 3, 8, 8, 1), np.float32),
-        "cond_frames": rng.standard_normal((2, 8, 8, 4), np.float32),
+        "mask": np.ones((2, 3, 8, 8, 1), np.float32),
+        "identity": rng.standard_normal((2, 8, 8, 4), np.float32),
     }
     drawn = {
         "normals": np.zeros(2, np.float32),
@@ -192,7 +193,7 @@ def test_dropped_audio_is_zero_tokens(tiny):
 def test_a_dropped_identity_is_zero_latents(tiny):
     run, batch, drawn = tiny
     value, _ = run(batch, drawn)
-    changed = batch | {"cond_frames": np.stack([batch["cond_frames"][0], batch["cond_frames"][1] + 1])}
+    changed = batch | {"identity": np.stack([batch["identity"][0], batch["identity"][1] + 1])}
     assert run(changed, drawn)[0] != value  # one frame of the second video keeps it
     none = drawn | {"keep_identity": np.array([[True] * 3, [False] * 3])}
     dropped = run(batch, none)[0]

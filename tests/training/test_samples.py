@@ -171,10 +171,10 @@ def test_the_latents_themselves_stay_the_source_outside_the_mask(config, mesh, t
     batch = {**samples._make._batch}
     params = init_params(STAGE, 0, zero_init=False)
     source, generated, finite = samples._make._generate(params, {}, {}, batch)
-    mask = np.broadcast_to(batch["masks"], source.shape) == 1
+    mask = np.broadcast_to(batch["mask"], source.shape) == 1
     assert finite and mask.any() and not mask.all()
-    np.testing.assert_array_equal(np.asarray(generated)[~mask], batch["latents"][~mask])
-    assert np.abs(np.asarray(generated) - batch["latents"])[mask].mean() > 0.1
+    np.testing.assert_array_equal(np.asarray(generated)[~mask], batch["known"][~mask])
+    assert np.abs(np.asarray(generated) - batch["known"])[mask].mean() > 0.1
     items, error = samples._make(params, {})
     assert items[0].rows[0][1].shape == (FRAMES, 128, 128, 3) and 0 < error < 1
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from keysync_jax.config import StageConfig, UNetConfig
+from keysync_jax.diffusion.conditions import Conditions
 from keysync_jax.models.remat import Remat, rematerialised
 from keysync_jax.models.resblock import VideoResBlock
 from keysync_jax.models.stage import StageModel, abstract_params, init_params
@@ -68,10 +69,10 @@ def test_accumulation_is_exact_for_the_network():
     """Through the diffusion objective, whose random numbers are drawn for the whole batch at once."""
     rng = np.random.default_rng(1)
     batch = {
-        "latents": rng.standard_normal((4, 3, 8, 8, 4), np.float32),
+        "known": rng.standard_normal((4, 3, 8, 8, 4), np.float32),
         "audio": rng.standard_normal((4, 3, 2, 8), np.float32),
-        "masks": (rng.random((4, 3, 8, 8, 1)) < 0.5).astype(np.float32),
-        "cond_frames": rng.standard_normal((4, 8, 8, 4), np.float32),
+        "mask": (rng.random((4, 3, 8, 8, 1)) < 0.5).astype(np.float32),
+        "identity": rng.standard_normal((4, 8, 8, 4), np.float32),
     }
     found = []
     for accumulate in (1, 2):
@@ -218,7 +219,8 @@ def traced():
     unet = dataclasses.replace(STAGE.unet, attention_resolutions=(1,), num_frames=4)
     stage = dataclasses.replace(STAGE, unet=unet, latent_size=32, num_frames=4)
     params = abstract_params(stage)
-    inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 4, 32, 32, 4), (1,), (1, 32, 32, 4), (1, 4, 16))]
+    x, c_noise, *given = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 4, 32, 32, 4), (1,), (1, 32, 32, 4), (1, 4, 16)))
+    inputs = (x, c_noise, Conditions(*given))
     found = {}
     for remat in Remat:
         model = StageModel(stage, attention="xla", remat=remat.value)

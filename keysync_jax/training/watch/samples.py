@@ -9,6 +9,7 @@ model would give the source back.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -22,13 +23,11 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image, ImageOps
 
-from keysync_jax.config import VAEConfig
+from keysync_jax.config import GuidanceConfig, VAEConfig
 from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.data_pipeline.source.frames import FrameReader
 from keysync_jax.data_pipeline.source.sample import WindowReader
-from keysync_jax.diffusion import sampler, schedules
-from keysync_jax.diffusion.guidance import AudioIdentityGuidance
-from keysync_jax.diffusion.inpainting import Conditions
+from keysync_jax.diffusion import guidance, sampler, schedules
 from keysync_jax.diffusion.noise import stream_key
 from keysync_jax.models import conditioning
 from keysync_jax.models.stage import StageModel
@@ -153,12 +152,14 @@ class _StageSamples:
         stage, count = config.stage, config.log.samples
         self._mesh, self._count = mesh, count
         found = reader.read([reader.sample(0, row, count) for row in range(count)])
-        self._batch = {name: data.step_arrays(found)[name] for name in ("latents", "audio", "masks", "cond_frames")}
+        self._batch = {name: data.step_arrays(found)[name] for name in conditioning.batch_shapes(stage)}
         self._batch["index"] = np.arange(count, dtype=np.int32)
         spacing = reader.config.windows.spacing
         self.rate, self.times = Fraction(FRAME_RATE, spacing), [spacing * i / FRAME_RATE for i in range(stage.num_frames)]
         self.what = f"generating {count} windows of {stage.num_frames} frames"
-        self.caption = f"guidance audio {stage.audio_scale:g} identity {stage.identity_scale:g}, {config.log.sample_steps} steps"
+        scales = " ".join(f"{name} {number:g}" for name, number in stage.guidance_numbers.items())
+        kind = "" if stage.guidance.kind == GuidanceConfig.kind else f"{stage.guidance.kind} "
+        self.caption = f"guidance {kind}{scales}, {config.log.sample_steps} steps"
         # Whose decoder draws: the one that the pixel loss decodes with, else the one of the model directory.
         self._decoder: Tree | None = None
         self._vae, self._frozen_decoder = vae, vae is not None
@@ -184,7 +185,7 @@ class _StageSamples:
         source, generated, finite = jax.device_get(self._generate(params, own, decoder, rows))
         if not finite:
             return [], float("nan")
-        masks = self._batch["masks"]
+        masks = self._batch["mask"]
         if self._vae is None:
             pairs = [(pictures.preview(s, s), pictures.preview(g, s)) for s, g in zip(source, generated, strict=True)]
             source, generated = (np.stack(side) for side in zip(*pairs, strict=True))
@@ -201,22 +202,15 @@ def _window_generator(config: TrainConfig, vae: VAEConfig | None, count: int) ->
     stage = config.stage
     model = StageModel(stage, dtype=jnp.dtype(config.dtype), attention=config.attention)
     sigmas = schedules.ays_sigmas(config.log.sample_steps)
-    guidance = AudioIdentityGuidance(stage.audio_scale, stage.identity_scale)
+    rule = guidance.of_stage(stage).needed()
 
     def generate(params: Tree, frozen: Tree, decoder: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         variables = {"params": merge(params, frozen)}
-        raw = conditioning.raw_latents(batch["cond_frames"], stage.latent_scale)
-        concat = conditioning.join_frames(raw) if stage.stage == "interpolation" else raw
-        tokens = model.apply(variables, batch["audio"], method="embed_audio")
-        conditions = Conditions(concat, tokens, batch["latents"], batch["masks"])
-
-        def network(x: jax.Array, c_noise: jax.Array, c: Conditions) -> jax.Array:
-            return model.apply(variables, x, c_noise, c.concat, c.crossattn)
-
-        key, shape = stream_key(SEED, stage.stage), batch["latents"].shape[1:]
+        conditions = conditioning.conditions(model, variables, batch)
+        key, shape = stream_key(SEED, stage.stage), batch["known"].shape[1:]
         noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(batch["index"])
-        latents = sampler.sample(network, noise, sigmas, conditions, guidance)
-        source, finite = batch["latents"], jnp.isfinite(latents[:count]).all()
+        latents = sampler.sample(functools.partial(model.apply, variables), noise, sigmas, conditions, rule)
+        source, finite = batch["known"], jnp.isfinite(latents[:count]).all()
         if vae is None:
             return source[:count], latents[:count], finite
         both = jnp.concatenate([source, latents], axis=1) / stage.latent_scale
