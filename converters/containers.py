@@ -19,6 +19,7 @@ from keysync_jax.converters import diffusers, hub, safetensors_file, torch_file
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import DECODER, SELF_DESCRIPTION, PartConfig, described
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.files import is_local
 
 # What a source can be -> how to say it.
 KINDS = {
@@ -190,7 +191,7 @@ def _read_file(path: epath.Path) -> _Opened:
     if safetensors_file.looks_like(head, size):
         tensors = safetensors_file.read(path)
         return _Opened(_without_prefixes(tensors), "safetensors", (str(path),), None, _parse(tensors.metadata.get(SELF_DESCRIPTION), path))
-    if "://" in str(path):
+    if not is_local(path):
         raise KeySyncError(f"{path} is not a safetensors file, or is truncated; torch files are read from a local disk, copy it there")
     if torch_file.is_torch_zip(path) or head[:4] == b"PK\x03\x04" or torch_file.is_legacy(path):
         return _read_torch(path)

@@ -7,9 +7,8 @@ stops the conversion unless it is allowed by name.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -25,6 +24,7 @@ from keysync_jax.converters.parts import STAGES, Part, audio_part_name
 from keysync_jax.converters.shapes import RELEASED_ENCODERS
 from keysync_jax.converters.staging import check_free
 from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.files import sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,10 +239,5 @@ def _refuse_incomplete(parts: Sequence[Part], training: bool, options: Options, 
     return set(lacking)
 
 
-def _hash(path: epath.Path, advance: Any) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-            advance(len(block))
-    return {"file": path.name, "bytes": path.stat().length, "sha256": digest.hexdigest()}
+def _hash(path: epath.Path, advance: Callable[[int], object]) -> dict[str, Any]:
+    return {"file": path.name, "bytes": path.stat().length, "sha256": sha256(path, advance)}

@@ -30,6 +30,7 @@ from keysync_jax.converters.parts import (
 )
 from keysync_jax.converters.staging import staged
 from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.files import is_local
 
 FORMATS, CONTAINERS = ("keysync", "diffusers"), ("pt", "safetensors")
 # Which optional VAE copies a KeySync file can carry.
@@ -178,7 +179,7 @@ def _write_file(path: str | os.PathLike, own: Mapping[str, Any], tensors: Tensor
     if container == "safetensors":
         safetensors_file.write(path, tensors, {SELF_DESCRIPTION: json.dumps(own)}, advance)
         return
-    if "://" in os.fspath(path):
+    if not is_local(path):
         raise KeySyncError(f"{path}: torch files are written to a local disk; choose a local folder or the safetensors container")
     torch_write.write(path, tensors, extra={SELF_DESCRIPTION: own}, progress=advance)
 

@@ -13,7 +13,6 @@ only `vae/` is read when dubbing. Paths may be local, `gs://` or `hub:owner/name
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -44,6 +43,7 @@ from keysync_jax.converters.safetensors_file import Written
 from keysync_jax.converters.shapes import check_encoder
 from keysync_jax.converters.staging import staged
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.files import sha256
 from keysync_jax.version import __version__
 from keysync_jax.weights.table import Table, to_flax
 
@@ -137,7 +137,7 @@ class ModelDirectory:
         """
         for name, part in self.parts.items():
             if part.weights is not None:
-                found = _sha256(epath.Path(self._file(name)))
+                found = sha256(self._file(name))
                 if found != part.weights.sha256:
                     wanted = part.weights.sha256
                     raise KeySyncError(f"{self._file(name)} has SHA-256 {found}, its config.json says {wanted}; download it again")
@@ -396,11 +396,3 @@ def _refuse_unknown(values: Mapping[str, Any], known: set[str], path: epath.Path
 
 def _write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
-
-
-def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

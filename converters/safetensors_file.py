@@ -19,6 +19,7 @@ from etils import epath
 
 from keysync_jax.converters.lazy import BFLOAT16, LazyTensor, Tensors
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.files import is_local
 
 _TYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -105,7 +106,7 @@ def _reader(path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.dty
             raise KeySyncError(f"{path}: {len(data)} of {count} bytes at {offset}; the file changed or the read failed")
         return np.frombuffer(data, dtype).reshape(shape)
 
-    return from_range if "://" in str(path) else from_map
+    return from_map if is_local(path) else from_range
 
 
 def write(

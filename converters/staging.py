@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from etils import epath
 
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.files import is_local
 
 
 @contextlib.contextmanager
@@ -66,7 +67,7 @@ def check_free(path: str | os.PathLike, *, force: bool, replaceable: Callable[[e
 
 def _target(path: str | os.PathLike, force: bool, replaceable: Callable[[epath.Path], bool]) -> tuple[epath.Path, bool, bool]:
     """The folder, whether it lies in an object store, and whether there is something to replace."""
-    remote = "://" in os.fspath(path)
+    remote = not is_local(path)
     target = epath.Path(path if remote else os.path.abspath(path))
     try:
         return target, remote, _check_target(target, remote, force, replaceable)

@@ -23,6 +23,7 @@ from etils import epath
 
 from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.files import is_local
 from keysync_jax.data_pipeline.clip_index import INDEX_FILE, Clip, loads
 from keysync_jax.data_pipeline.records import Column
 from keysync_jax.data_pipeline.shard_plan import TARGET_BYTES, frames_per_shard
@@ -176,7 +177,7 @@ def make_folder(path: epath.PathLike) -> None:
     """
     try:
         epath.Path(path).mkdir(parents=True, exist_ok=True)
-        refused = "://" not in os.fspath(path) and not os.access(path, os.W_OK | os.X_OK)
+        refused = is_local(path) and not os.access(path, os.W_OK | os.X_OK)
     except OSError as error:
         raise KeySyncError(f"cannot write to {path}: {error.strerror or error}; choose another folder") from error
     if refused:

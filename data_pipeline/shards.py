@@ -15,13 +15,13 @@ import hashlib
 import json
 import os
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.files import is_local, replacing, sha256
 from keysync_jax.data_pipeline import dataset_layout as layout
 from keysync_jax.data_pipeline.clip_index import INDEX_FILE, Clip, dumps, order_clips
 from keysync_jax.data_pipeline.dataset_layout import (
@@ -126,22 +126,21 @@ def write_shard(root: epath.PathLike, group: Group, shard: Shard, load: Load) ->
     if done is not None:
         return WrittenShard(done, skipped=True)
     (directory / CHECKSUM_DIR).mkdir(parents=True, exist_ok=True)
-    local = _is_local(target)
-    temporary = epath.Path(f"{target}.{uuid.uuid4().hex}.tmp") if local else epath.Path(tempfile.mkdtemp()) / target.name
-    try:
-        _write_records(temporary, group.writer_options, _records(group, shard, load), target)
-        result = ShardFile(target.name, shard.split, shard.first_record, shard.num_records, temporary.stat().length, _sha256(temporary))
-        if local:
-            os.replace(temporary, target)
-        else:
-            temporary.copy(target, overwrite=True)
-    finally:
-        temporary.unlink(missing_ok=True)
-        if not local:
-            temporary.parent.rmdir()
+    with replacing(target) if is_local(target) else _copied(target) as partial:
+        _write_records(partial, group.writer_options, _records(group, shard, load), target)
+        result = ShardFile(target.name, shard.split, shard.first_record, shard.num_records, partial.stat().length, sha256(partial))
     checksum = json.dumps({"plan": digest, **dataclasses.asdict(result)}, sort_keys=True)
     _write_text(directory / CHECKSUM_DIR / f"{target.name}.json", checksum + "\n")
     return WrittenShard(result, skipped=False)
+
+
+@contextlib.contextmanager
+def _copied(target: epath.Path) -> Iterator[epath.Path]:
+    """A local file, for a writer that writes to no object store, which is copied to `target` when the block ends well."""
+    with tempfile.TemporaryDirectory() as folder:
+        partial = epath.Path(folder) / target.name
+        yield partial
+        partial.copy(target, overwrite=True)
 
 
 def finish_group(root: epath.PathLike, plan: GroupPlan) -> GroupFile:
@@ -181,7 +180,7 @@ def verify_group(directory: epath.PathLike) -> list[str]:
     bad = []
     for line in (directory / MANIFEST_FILE).read_text().splitlines():
         digest, _, name = line.partition("  ")
-        if not (directory / name).exists() or _sha256(directory / name) != digest:
+        if not (directory / name).exists() or sha256(directory / name) != digest:
             bad.append(name)
     return bad
 
@@ -294,7 +293,7 @@ def _finished(target: epath.Path, plan_digest: str, rehash: bool = True) -> Shar
         record = ShardFile(**values)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None  # damaged record: the shard is simply written again
-    if not matches or target.stat().length != record.bytes or (rehash and _sha256(target) != record.sha256):
+    if not matches or target.stat().length != record.bytes or (rehash and sha256(target) != record.sha256):
         return None
     return record
 
@@ -312,22 +311,5 @@ def _remove_strays(directory: epath.Path, keep: set[str]) -> None:
 
 
 def _write_text(path: epath.Path, text: str) -> None:
-    """Replace a small file in one step."""
-    if not _is_local(path):
-        path.write_text(text)  # an object store shows the new content only when complete
-        return
-    temporary = epath.Path(f"{path}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
+    with replacing(path) as partial:
+        partial.write_text(text)

@@ -12,13 +12,14 @@ import io
 import json
 import os
 import time
-import uuid
 import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+
+from keysync_jax.core.files import is_local, replacing, sha256
 
 
 class Entry(NamedTuple):
@@ -116,7 +117,7 @@ _SETTLED_NS = 2_000_000_000
 
 def identity(path: str | os.PathLike) -> tuple[str, int, int] | None:
     """Path, size and time of change of a local file, by which to know it again; None while that tells nothing."""
-    if "://" in os.fspath(path):
+    if not is_local(path):
         return None
     stat = os.stat(path)
     settled = time.time_ns() - stat.st_mtime_ns >= _SETTLED_NS
@@ -127,15 +128,10 @@ def file_digest(path: str | os.PathLike) -> str:
     """SHA-256 of a file's content. A process reads a file once, as long as its size and time of change stay."""
     key = identity(path)
     if key is None:
-        return _hashed(path)
+        return sha256(path)
     if key not in _digests:
-        _digests[key] = _hashed(path)
+        _digests[key] = sha256(path)
     return _digests[key]
-
-
-def _hashed(path: str | os.PathLike) -> str:
-    with epath.Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pack(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -155,16 +151,8 @@ def _unpack(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _replace(path: epath.Path, data: bytes) -> None:
-    """Write a file so that it is complete or absent."""
-    if "://" in os.fspath(path):
-        path.write_bytes(data)
-        return
-    temporary = epath.Path(f"{os.fspath(path)}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        partial.write_bytes(data)
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

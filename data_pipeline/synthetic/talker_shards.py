@@ -20,6 +20,7 @@ import numpy as np
 from keysync_jax import assets
 from keysync_jax.core import cpu
 from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.files import is_local
 from keysync_jax.core.progress import Bars
 from keysync_jax.data_pipeline.clip_index import Clip
 from keysync_jax.data_pipeline.dataset_layout import BASE, Group, make_folder
@@ -150,7 +151,7 @@ def _check_output(output: str, base: Group, clips: Sequence[Clip]) -> None:
     """Raises what writing there would raise, before anything is encoded."""
     if not output:
         raise UsageError("the output is empty; name a dataset directory")
-    if "://" not in output and Path(output).is_file():
+    if is_local(output) and Path(output).is_file():
         raise KeySyncError(f"{output} is a file; name a folder for the shards")
     try:
         prepare_group(output, base, clips)

@@ -1,14 +1,40 @@
-"""Local files that appear whole or not at all, and the folders they go to."""
+"""Files that appear whole or not at all, here and in object stores (`gs://`); checksums; the folders that files go to."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import os
+import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from keysync_jax.core.errors import KeySyncError, UsageError
+
+if TYPE_CHECKING:  # half of the time that the commands' own import takes: at run time only where a file is opened
+    from etils import epath
+
+_BLOCK = 1 << 22  # bytes
+
+
+def is_local(path: str | os.PathLike) -> bool:
+    """Whether a path lies on a disk, not in an object store."""
+    return "://" not in os.fspath(path)
+
+
+def sha256(path: str | os.PathLike, advance: Callable[[int], object] = lambda _: None) -> str:
+    """SHA-256 of a file's content; `advance` is told the bytes of every block read."""
+    from etils import epath
+
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
 
 
 def local_folder(path: str | os.PathLike) -> Path:
@@ -19,7 +45,7 @@ def local_folder(path: str | os.PathLike) -> Path:
       KeySyncError: there is a file where a folder must be.
     """
     text = os.fspath(path)
-    if not text or "://" in text:
+    if not text or not is_local(text):
         raise UsageError(f"output {text!r} is no local folder; name one")
     folder = Path(text)
     there = next((each for each in (folder, *folder.parents) if each.exists()), folder)
@@ -55,33 +81,56 @@ def check_target(path: str | os.PathLike, name: str = "") -> Path:
 
 
 def temporary_beside(path: Path, suffix: str = "") -> Path:
-    """Where the file that shall become `path` is written: its own for every target and process, and no name that is too long.
+    """Where the file that shall become `path` is written: a name of its own at every call, and none that is too long.
 
     Args:
       path: the target.
       suffix: that the temporary file shall have.
     """
     # A name may be as long as a file's name can be, so the temporary one has a part of it and a checksum.
-    return path.with_name(f".{path.name[:40]}.{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.part{suffix}")
+    return path.with_name(f".{path.name[:40]}.{zlib.crc32(os.fsencode(path.name)):08x}.{uuid.uuid4().hex[:12]}.part{suffix}")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, suffix: str = ".tmp") -> Iterator[epath.Path]:
+    """Where to write a file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    On a disk it is a file beside `path`, renamed at the end. In an object store it is `path` itself, which shows only when complete.
+
+    Args:
+      path: the file to make or replace; its folder must exist.
+      suffix: of the temporary name; a process that is killed leaves that file behind.
+
+    Raises:
+      OSError: whatever writing and renaming raise.
+    """
+    from etils import epath
+
+    if not is_local(path):
+        yield epath.Path(path)
+        return
+    temporary = temporary_beside(Path(path), suffix)
+    try:
+        yield epath.Path(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file next to `path`, then rename it; nothing half-written ever bears the final name.
+    """Let `write` fill a temporary file next to a local `path`, then rename it; nothing half-written ever bears the final name.
 
     Raises:
       KeySyncError: the disk is full or the folder cannot be written to.
     """
-    temporary = temporary_beside(path, path.suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
+        with replacing(path, path.suffix) as temporary:
+            write(Path(temporary))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, None):  # None: NumPy, which says how much it could write
             raise KeySyncError(f"cannot write {path}: the disk is full; free space or choose another folder") from error
         raise KeySyncError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.files import is_local
 
 _EVERY_S = 0.5
 
@@ -29,7 +30,7 @@ def only_process(folder: str, refusal: str, *, wait_s: float = 0.0, say: Callabl
     Raises:
       KeySyncError: another process holds it.
     """
-    if "://" in folder:
+    if not is_local(folder):
         yield
         return
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ import soxr
 
 from keysync_jax.core.clock import SAMPLE_RATE
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.core.files import temporary_beside
+from keysync_jax.core.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -148,15 +148,11 @@ def save_wav(path: str | os.PathLike, samples: np.ndarray, rate: int, subtype: s
         raise KeySyncError(f"{path}: the samples to write are not all finite")
     if not path.parent.is_dir():
         raise KeySyncError(f"{path}: the folder {path.parent} does not exist; create it first")
-    temporary = temporary_beside(path)  # not mkstemp, whose files only their owner may read
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             soundfile.write(file, samples, rate, format="WAV", subtype=subtype)
-        os.replace(temporary, path)
     except (OSError, soundfile.LibsndfileError) as error:
         raise KeySyncError(f"{path}: cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def open_audio(path: str | os.PathLike) -> tuple[av.container.InputContainer, av.audio.stream.AudioStream]:

@@ -24,6 +24,7 @@ from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.converters.parts import STAGES, Part, audio_part_name, part_table
 from keysync_jax.converters.staging import check_free
 from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.files import is_local
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.export import model_card
 from keysync_jax.training.start import runs, vae_scale
@@ -178,7 +179,7 @@ def _rank(name: str) -> tuple[int, str]:
 @contextlib.contextmanager
 def _scratch(output: str | os.PathLike, sources: Sequence[str | os.PathLike]) -> Iterator[str]:
     """A temporary folder on the disk of `output`, where there is room for a copy; errors name the sources in its place."""
-    parent = None if "://" in os.fspath(output) else os.path.dirname(os.path.abspath(output))
+    parent = os.path.dirname(os.path.abspath(output)) if is_local(output) else None
     if parent is not None and not os.path.isdir(parent):
         raise KeySyncError(f"{parent} does not exist; make the folder first")
     with tempfile.TemporaryDirectory(dir=parent, prefix=".keysync-export-") as folder:

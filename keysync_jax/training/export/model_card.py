@@ -15,6 +15,7 @@ from keysync_jax.config import to_dict
 from keysync_jax.converters import hub
 from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.core.errors import KeySyncError, UsageError, first_line
+from keysync_jax.core.files import is_local
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.start.runs import RunWeights
 from keysync_jax.training.store import jsonl
@@ -202,7 +203,7 @@ def push(folder: str | os.PathLike, target: str, *, private: bool = False, messa
     from huggingface_hub import HfApi
 
     repo, revision = check_target(target), hub.parse(target).revision
-    if "://" in os.fspath(folder):
+    if not is_local(folder):
         raise UsageError(f"--push uploads from a local disk; write the export to a local folder, not to {folder}")
     api = HfApi()
     try:

@@ -31,6 +31,7 @@ from etils import epath
 
 from keysync_jax.converters.differences import some
 from keysync_jax.core.errors import KeySyncError, first_line
+from keysync_jax.core.files import replacing
 from keysync_jax.parallel.sharding import leaf_name
 from keysync_jax.training.config import CheckpointConfig
 from keysync_jax.training.state import TrainState, Tree
@@ -410,9 +411,8 @@ def write_config(workdir: epath.PathLike, values: dict[str, Any]) -> None:
     path = epath.Path(workdir) / CONFIG
     with as_os_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{CONFIG}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(values, indent=1) + "\n")
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:

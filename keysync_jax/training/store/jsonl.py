@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
+from keysync_jax.core.files import is_local
 from keysync_jax.training.store.workdir import as_os_error
 
 
@@ -25,7 +25,7 @@ class JsonLines:
 
     def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
-        self._remote = "://" in os.fspath(self._path)
+        self._remote = not is_local(self._path)
         with as_os_error(self._path):
             self._held = self._path.read_bytes() if self._path.exists() else b""
         if self._held and not self._held.endswith(b"\n"):  # a killed process left half a line, which the next one must not continue

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 
 from etils import epath
+
+from keysync_jax.core.files import is_local
 
 
 def absolute(workdir: epath.PathLike) -> epath.Path:
     """The workdir as Orbax wants it, whatever the current folder. `epath.Path.resolve` would make a local folder `gs:` of `gs://`."""
     path = epath.Path(workdir)
-    return path if "://" in os.fspath(path) else path.resolve()
+    return path.resolve() if is_local(path) else path
 
 
 @contextlib.contextmanager
