@@ -10,9 +10,9 @@ from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.converters import speech
 from keysync_jax.converters.assemble_stage import refuse
 from keysync_jax.converters.containers import Source
-from keysync_jax.converters.differences import compare
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.converters.parts import Part, audio_part_name
+from keysync_jax.core.differences import compare
 from keysync_jax.core.errors import KeySyncError
 
 # Kept or not, depending on how the checkpoint was saved.
@@ -27,7 +27,7 @@ def assemble(source: Source, options: Any, used: set[str]) -> Part:
     """
     config, tensors = read(source)
     table = speech.audio_table(config)
-    found = compare(tensors, {e.torch_key: e.torch_shape for e in table})
+    found = compare(tensors.shapes, {e.torch_key: e.torch_shape for e in table})
     # A speech encoder with random tensors has no use, so nothing may be missing.
     if found.missing or found.wrong:
         raise KeySyncError(f"{source.path} does not fit its config: {found}")

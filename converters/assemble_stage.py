@@ -10,10 +10,10 @@ import numpy as np
 from keysync_jax.config import StageConfig, VAEConfig
 from keysync_jax.converters import diffusers, sgm, shapes
 from keysync_jax.converters.containers import Source
-from keysync_jax.converters.differences import compare, some
 from keysync_jax.converters.fresh import fresh, stage_constants
 from keysync_jax.converters.lazy import BFLOAT16, Tensors
 from keysync_jax.converters.parts import DECODER, ENCODER, KL_PREFIX, Part, first_stage_encoder_table, kl_table, part_table
+from keysync_jax.core.differences import compare, some
 from keysync_jax.core.errors import KeySyncError
 
 # Submodules of the SVD release that no part of KeySync comes from: its own embedders.
@@ -67,7 +67,7 @@ def from_checkpoint(
     copies = optional_copies(tensors, vae_config) & set(tensors)
     if copies:
         notes.append(f"{source.path}: {len(copies)} optional VAE copies were recognised and left out")
-    found = compare(tensors.select(key for key in tensors if key not in copies), expected)
+    found = compare(tensors.select(key for key in tensors if key not in copies).shapes, expected)
     refuse(source.path, found.without(options.allow_missing, options.allow_unexpected))
     used |= {*found.missing, *found.wrong, *found.unexpected}
     drawn = [key for key in (*found.missing, *found.wrong) if not key.startswith(DECODER)]
@@ -127,7 +127,7 @@ def from_svd(
     config = StageConfig(stage=name, unet=shapes.with_audio(plain, name), **settings)
     table = sgm.stage_table(config)
     expected = {e.torch_key: e.torch_shape for e in table}
-    found = compare(tensors.select(key for key in tensors if not _is_svd_extra(key)), expected)
+    found = compare(tensors.select(key for key in tensors if not _is_svd_extra(key)).shapes, expected)
     # New in KeySync; everything else must come from SVD.
     new = {e.torch_key for e in table if not e.torch_key.startswith(diffusers.UNET_PREFIX)}
     new |= {f"{diffusers.UNET_PREFIX}label_emb.0.0.weight"} | (

@@ -12,9 +12,9 @@ from keysync_jax.config import VAEConfig
 from keysync_jax.converters import diffusers, shapes
 from keysync_jax.converters.assemble_stage import refuse
 from keysync_jax.converters.containers import Source
-from keysync_jax.converters.differences import compare
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import DECODER, ENCODER, Part, part_table
+from keysync_jax.core.differences import compare
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.weights.table import Table
 
@@ -42,7 +42,7 @@ def assemble(svd: Source | None, checkpoints: Sequence[Source], options: Any, no
     if config is None:
         return None
     table = part_table(config)
-    found = compare(tensors, {e.torch_key: e.torch_shape for e in table})
+    found = compare(tensors.shapes, {e.torch_key: e.torch_shape for e in table})
     where = tensors.source
     own = [source for source in checkpoints if any(key.startswith(DECODER) for key in source.tensors)]
     missing_decoder = [key for key in found.missing if key.startswith(DECODER)]

@@ -18,11 +18,11 @@ from keysync_jax.config import MaskConfig, StageConfig, VAEConfig
 from keysync_jax.converters import assemble_audio, assemble_stage, assemble_vae, model_directory
 from keysync_jax.converters.byte_progress import byte_progress
 from keysync_jax.converters.containers import KINDS, Source, open_sources
-from keysync_jax.converters.differences import some
 from keysync_jax.converters.lazy import FLOAT_TYPES
 from keysync_jax.converters.parts import STAGES, Part, audio_part_name
 from keysync_jax.converters.shapes import RELEASED_ENCODERS
 from keysync_jax.converters.staging import check_free
+from keysync_jax.core.differences import some
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import sha256
 

@@ -17,9 +17,9 @@ from keysync_jax import config as configs
 from keysync_jax.config import StageConfig
 from keysync_jax.converters import assemble_audio, assemble_stage, diffusers, hub, model_directory, shapes
 from keysync_jax.converters.containers import KINDS, Source, open_sources
-from keysync_jax.converters.differences import Differences, compare
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.converters.parts import DECODER, STAGES, PartConfig, part_table
+from keysync_jax.core.differences import Differences, compare
 from keysync_jax.core.errors import KeySyncError
 
 # Tensors are counted by module; these names alone would lump too much together.
@@ -113,15 +113,15 @@ def _account(source: Source) -> tuple[PartConfig | None, Differences | None, int
         return _account_stage(source)
     if source.kind in ("hubert", "wavlm", "wavlm_microsoft"):
         config, tensors = assemble_audio.read(source)
-        return config, compare(tensors, {e.torch_key: e.torch_shape for e in part_table(config)}), 0
+        return config, compare(tensors.shapes, {e.torch_key: e.torch_shape for e in part_table(config)}), 0
     if source.kind == "diffusers_unet" and source.config is not None:
         unet = diffusers.unet_config_from_diffusers(source.config, source.path)
         names = diffusers.unet_map(unet)
         sizes = {e.torch_key: e.torch_shape for e in diffusers.sgm.unet_table(unet)}
-        return unet, compare(source.tensors, {theirs: sizes[ours] for theirs, ours in names.items()}), 0
+        return unet, compare(source.tensors.shapes, {theirs: sizes[ours] for theirs, ours in names.items()}), 0
     if source.kind == "diffusers_vae" and source.config is not None:
         vae = diffusers.vae_config_from_diffusers(source.config, source.path)
-        found = compare(diffusers.vae_to_sgm(source.tensors, vae), {e.torch_key: e.torch_shape for e in part_table(vae)})
+        found = compare(diffusers.vae_to_sgm(source.tensors, vae).shapes, {e.torch_key: e.torch_shape for e in part_table(vae)})
         return vae, found, 0
     return None, None, 0
 
@@ -136,7 +136,7 @@ def _account_stage(source: Source) -> tuple[StageConfig, Differences, int]:
         vae = shapes.vae_config(tensors, diffusers.VAE_PREFIX, quant_conv=False)
         expected |= {e.torch_key: e.torch_shape for e in part_table(vae, ("decoder",))}
     copies = assemble_stage.optional_copies(tensors, vae) & set(tensors)
-    return config, compare(tensors.select(key for key in tensors if key not in copies), expected), len(copies)
+    return config, compare(tensors.select(key for key in tensors if key not in copies).shapes, expected), len(copies)
 
 
 def _numbers(tensors: Tensors) -> dict[str, Any]:

@@ -101,6 +101,10 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._items.items()
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: tensor.shape for key, tensor in self._items.items()}
+
+    @property
     def parameters(self) -> int:
         return sum(t.size for t in self._items.values())
 

@@ -25,7 +25,6 @@ from etils import epath
 from keysync_jax import config as configs
 from keysync_jax.config import AUDIO_ENCODERS, AudioEncoderConfig, StageConfig, VAEConfig
 from keysync_jax.converters import hub, safetensors_file
-from keysync_jax.converters.differences import compare
 from keysync_jax.converters.lazy import Tensors, from_params
 from keysync_jax.converters.parts import (
     DECODER,
@@ -42,6 +41,7 @@ from keysync_jax.converters.parts import (
 from keysync_jax.converters.safetensors_file import Written
 from keysync_jax.converters.shapes import check_encoder
 from keysync_jax.converters.staging import staged
+from keysync_jax.core.differences import compare
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.core.files import sha256
 from keysync_jax.version import __version__
@@ -113,7 +113,7 @@ class ModelDirectory:
             expected |= {e.torch_key: e.torch_shape for e in part_table(self.vae, ("decoder",))}
         elif copy:  # nothing to compare it with
             expected |= {key: tensors.info(key).shape for key in copy}
-        differences = compare(tensors, expected)
+        differences = compare(tensors.shapes, expected)
         if differences:
             raise KeySyncError(f"{self._file(part)} does not fit its config.json: {differences}; convert it again")
         return tensors

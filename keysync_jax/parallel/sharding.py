@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.trees import leaf_name
 from keysync_jax.parallel.mesh import BATCH_AXES, FSDP_AXIS, TENSOR_AXIS
 
 # Heads over `tensor`: the columns that make them, the rows that read them. Shapes do not tell how wide a head is, so a cut may go through
@@ -59,10 +60,6 @@ def placement(name: str, shape: tuple[int, ...], itemsize: int, mesh: Mesh) -> P
         else:
             reasons.append(f"replicated: no dimension is a multiple of {fsdp}")
     return Placement(PartitionSpec(*axes), " + ".join(reasons) or "replicated")
-
-
-def leaf_name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

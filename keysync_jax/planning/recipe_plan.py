@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from keysync_jax.config import VAEConfig
 from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.trees import leaf_name
 from keysync_jax.costs import activations, flops
 from keysync_jax.models import conditioning
 from keysync_jax.parallel import mesh as meshes
@@ -253,7 +254,7 @@ def _memory(config: TrainConfig, mesh: Any, state: states.TrainState, rows: list
     over = sharding.batch_sharding(mesh)
     blocks: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.frozen)):
-        block = "/".join(sharding.leaf_name(path).split("/")[1:4])
+        block = "/".join(leaf_name(path).split("/")[1:4])
         blocks[block] = blocks.get(block, 0) + math.prod(leaf.shape) * jnp.dtype(config.dtype).itemsize
     gradients = sum(row.bytes_per_device for row in rows if row.item == "params")
     gathered = sum(sorted(blocks.values())[-2:]) if mesh.shape[meshes.FSDP_AXIS] > 1 else 0

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keysync_jax.core.differences import some
 from keysync_jax.core.errors import KeySyncError
 
 Path = tuple[str, ...]
@@ -128,7 +129,7 @@ def to_flax(table: Table, tensors: Mapping[str, np.ndarray], source: str = "weig
     """
     missing = [e.torch_key for e in table if e.torch_key not in tensors]
     if missing:
-        raise KeySyncError(f"{source}: {len(missing)} tensors are missing: {_some(missing)}")
+        raise KeySyncError(f"{source}: {len(missing)} tensors are missing: {some(missing, 12)}")
     tree: dict = {}
     wrong = []
     for entry in table:
@@ -139,7 +140,7 @@ def to_flax(table: Table, tensors: Mapping[str, np.ndarray], source: str = "weig
         value = LAYOUTS[entry.layout].to_flax(value)
         set_leaf(tree, entry.flax_path, np.ascontiguousarray(value, dtype=dtype))
     if wrong:
-        raise KeySyncError(f"{source}: {len(wrong)} tensors have the wrong shape: {_some(wrong)}")
+        raise KeySyncError(f"{source}: {len(wrong)} tensors have the wrong shape: {some(wrong, 12)}")
     return tree
 
 
@@ -157,8 +158,3 @@ def to_torch(table: Table, params: Mapping) -> Iterator[tuple[str, np.ndarray]]:
         if value.shape != entry.flax_shape:
             raise KeySyncError(f"{'/'.join(entry.flax_path)} is {value.shape}, expected {entry.flax_shape}")
         yield entry.torch_key, np.ascontiguousarray(LAYOUTS[entry.layout].to_torch(value))
-
-
-def _some(names: list[str], limit: int = 12) -> str:
-    more = f" … and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

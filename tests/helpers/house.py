@@ -8,6 +8,7 @@ may be an older one, with `configs`, `converters` and `data_pipeline` as package
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -42,7 +43,13 @@ class Lines:
 @dataclass
 class House:
     modules: dict[str, Module]
-    lines: Lines
+
+    @functools.cached_property
+    def lines(self) -> Lines:
+        counts: Counter[str] = Counter()
+        for module in self.modules.values():
+            counts.update(_count(module.path.read_text(encoding="utf-8")))
+        return Lines(counts["code"], counts["docstring"], counts["comment"])
 
     def room(self, module: str) -> str:
         """First name under the package: `core`, `media`, `config`; `__init__` of the package itself."""
@@ -89,17 +96,13 @@ def read_house(root: Path) -> House:
                 parts.pop()
             files[".".join(parts if parts[0] == PACKAGE else [PACKAGE, *parts])] = (path, package)
     modules: dict[str, Module] = {}
-    counts: Counter[str] = Counter()
     for name, (path, package) in files.items():
-        source = path.read_text(encoding="utf-8")
-        tree = ast.parse(source)
-        counts.update(_count(source, tree))
         modules[name] = module = Module(name, path, package)
-        for node, typing in _imports(tree):
+        for node, typing in _imports(ast.parse(path.read_text(encoding="utf-8"))):
             (module.typing_imports if typing else module.imports).update(_targets(node, module, files))
         module.imports.discard(name)
         module.typing_imports -= module.imports | {name}
-    return House(modules, Lines(counts["code"], counts["docstring"], counts["comment"]))
+    return House(modules)
 
 
 def read_order(design: Path) -> list[list[str]]:
@@ -169,7 +172,8 @@ def _imports(tree: ast.Module) -> list[tuple[ast.Import | ast.ImportFrom, bool]]
                 walk(child, typing)
         else:
             for child in ast.iter_child_nodes(node):
-                walk(child, typing)
+                if not isinstance(child, ast.expr):  # no import is in one, and most nodes are
+                    walk(child, typing)
 
     walk(tree, False)
     return found
@@ -192,9 +196,9 @@ def _as_installed(name: str) -> str:
     return f"{PACKAGE}.{name}" if name.partition(".")[0] in FOLDERS else name
 
 
-def _count(source: str, tree: ast.Module) -> Counter[str]:
+def _count(source: str) -> Counter[str]:
     docstrings: set[int] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if (
             isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
             and ast.get_docstring(node, clean=False) is not None

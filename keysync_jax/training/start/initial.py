@@ -15,6 +15,7 @@ from etils import epath
 from keysync_jax import assets
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.trees import require_alike
 from keysync_jax.models.freezing import frozen_mask
 from keysync_jax.models.stage import abstract_params, abstract_vae_params, init_params, init_vae_params
 from keysync_jax.training.config import InitConfig, TrainConfig
@@ -84,14 +85,7 @@ def checked(params: Tree, abstract: Tree, where: str) -> Tree:
     Raises:
       KeySyncError: the first leaves that differ, by name and shape.
     """
-    found, wanted = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (params, abstract)
-    )
-    wrong = [f"{n} is missing" for n in wanted if n not in found] + [f"{n} is unknown" for n in found if n not in wanted]
-    wrong += [f"{n} is {np.shape(found[n])}, not {wanted[n].shape}" for n in wanted if n in found and np.shape(found[n]) != wanted[n].shape]
-    if wrong:
-        raise KeySyncError(f"{where} does not fit the recipe: {'; '.join(wrong[:4])}{' …' if len(wrong) > 4 else ''}")
+    require_alike(params, abstract, f"{where} does not fit the recipe")
     return params
 
 
@@ -407,13 +401,13 @@ def _compose(config: TrainConfig, tensors: Any, new: set[str], spare: set[str], 
       KeySyncError: anything else is missing, unexpected or mis-shaped.
     """
     from keysync_jax.converters import sgm
-    from keysync_jax.converters.differences import compare, some
     from keysync_jax.converters.fresh import fresh, stage_constants
     from keysync_jax.converters.lazy import constant
+    from keysync_jax.core.differences import compare, some
 
     stage = config.stage
     table = sgm.stage_table(stage)
-    found = compare(tensors, {e.torch_key: e.torch_shape for e in table})
+    found = compare(tensors.shapes, {e.torch_key: e.torch_shape for e in table})
     wrong = found.without(new, spare)
     if wrong:
         raise KeySyncError(f"config.init.path: {where} does not fit the recipe: {wrong}")

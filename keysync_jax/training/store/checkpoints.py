@@ -29,10 +29,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from keysync_jax.converters.differences import some
+from keysync_jax.core.differences import some
 from keysync_jax.core.errors import KeySyncError, first_line
 from keysync_jax.core.files import replacing
-from keysync_jax.parallel.sharding import leaf_name
+from keysync_jax.core.trees import require_alike
 from keysync_jax.training.config import CheckpointConfig
 from keysync_jax.training.state import TrainState, Tree
 from keysync_jax.training.store.checksums import changed, checksums
@@ -234,7 +234,7 @@ class Checkpoints:
 
     def _restore(self, step: int, trees: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
         for item, tree in trees.items():
-            compare(found.get(item, {}), tree, f"checkpoint {step} of {self.workdir}, {item},")
+            require_alike(found.get(item, {}), tree, f"checkpoint {step} of {self.workdir}, {item}, is of another model")
         try:
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(tree) for item, tree in trees.items()})
             restored = dict(self._manager.restore(step, args=args).items())
@@ -313,24 +313,6 @@ class Checkpoints:
         thread.join(_SECONDS_TO_CLOSE)
 
 
-def compare(found: Any, wanted: Any, where: str) -> None:
-    """Refuse a stored tree whose leaves are not those wanted. Leaves need a `shape` only.
-
-    Raises:
-      KeySyncError: names the first leaves that are missing, unknown or of another shape.
-    """
-    stored, needed = ({name: tuple(x.shape) for name, x in _named(tree).items()} for tree in (found, wanted))
-    wrong = [f"{n} is missing" for n in needed if n not in stored] + [f"{n} is unknown" for n in stored if n not in needed]
-    wrong += [f"{n} is {stored[n]}, not {needed[n]}" for n in needed if n in stored and stored[n] != needed[n]]
-    if wrong:
-        more = f" … ({len(wrong)} in all)" if len(wrong) > 4 else ""
-        raise KeySyncError(f"{where} is of another model: {'; '.join(wrong[:4])}{more}")
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 def save_frozen(workdir: epath.PathLike, frozen: Tree) -> None:
     """Write the frozen leaves, whole or not at all; replaces what a start that never reached a checkpoint left behind.
 
@@ -370,7 +352,7 @@ def restore_frozen(workdir: epath.PathLike, abstract: Tree, stored: Mapping[str,
         raise KeySyncError(f"{path} is missing: it holds the weights that this run does not train; restore it or start a new run")
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            compare(checkpointer.metadata(str(path)).item_metadata.tree, abstract, f"{path}")
+            require_alike(checkpointer.metadata(str(path)).item_metadata.tree, abstract, f"{path} is of another model")
             frozen = checkpointer.restore(str(path), abstract)
         except KeySyncError:
             raise

@@ -1,12 +1,11 @@
-"""What is missing, unexpected or mis-shaped in a set of tensors, in one place and one wording."""
+"""What is missing, unexpected or mis-shaped in a set of arrays, compared by name."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container, Mapping, Sequence
 
-from keysync_jax.converters.lazy import Tensors
-
+Shapes = Mapping[str, tuple[int, ...]]
 _SHOWN = 40  # names per kind in an error line; `keysync inspect` lists all
 
 
@@ -34,20 +33,22 @@ class Differences:
         kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of the wrong shape", wrong))
         return "; ".join(f"{len(names)} tensor{'s' * (len(names) > 1)} {what}: {some(names)}" for what, names in kinds if names)
 
+    def one_by_one(self, limit: int = 4) -> str:
+        """The first differences, each with its own words."""
+        each = [f"{key} is missing" for key in self.missing] + [f"{key} is unknown" for key in self.unexpected]
+        each += [f"{key} is {found}, not {wanted}" for key, (found, wanted) in self.wrong.items()]
+        return "; ".join(each[:limit]) + (f" … ({len(each)} in all)" if len(each) > limit else "")
+
 
 def some(names: Sequence[str], limit: int = _SHOWN) -> str:
     more = f" … and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
-def compare(tensors: Tensors, expected: Mapping[str, tuple[int, ...]]) -> Differences:
-    """`tensors` against expected shapes by key."""
+def compare(found: Shapes, expected: Shapes) -> Differences:
+    """Shapes by name against those expected, in the order of each."""
     return Differences(
-        tuple(key for key in expected if key not in tensors),
-        tuple(key for key in tensors if key not in expected),
-        {
-            key: (tensors.info(key).shape, tuple(shape))
-            for key, shape in expected.items()
-            if key in tensors and tensors.info(key).shape != tuple(shape)
-        },
+        tuple(key for key in expected if key not in found),
+        tuple(key for key in found if key not in expected),
+        {key: (found[key], shape) for key, shape in expected.items() if key in found and found[key] != shape},
     )
