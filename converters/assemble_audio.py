@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.converters import speech
+from keysync_jax.config import SpeechEncoderConfig, StageConfig
 from keysync_jax.converters.assemble_stage import refuse
 from keysync_jax.converters.containers import Source
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.converters.parts import Part, audio_part_name
 from keysync_jax.core.differences import compare
 from keysync_jax.core.errors import KeySyncError
-
-# Kept or not, depending on how the checkpoint was saved.
-_MASK_KEYS = {"hubert": "masked_spec_embed", "wavlm": "mask_emb"}
+from keysync_jax.speech import registry
 
 
 def assemble(source: Source, options: Any, used: set[str]) -> Part:
-    """The part of a HuBERT or WavLM source, under its published names.
+    """The part of a speech encoder's source, under its published names.
 
     Raises:
       KeySyncError: no config beside or inside it, or tensors that are missing, unexpected or mis-shaped and not allowed.
     """
     config, tensors = read(source)
-    table = speech.audio_table(config)
+    table = registry.audio_table(config)
     found = compare(tensors.shapes, {e.torch_key: e.torch_shape for e in table})
     # A speech encoder with random tensors has no use, so nothing may be missing.
     if found.missing or found.wrong:
@@ -36,33 +32,44 @@ def assemble(source: Source, options: Any, used: set[str]) -> Part:
     return Part(audio_part_name(config.kind), config, tensors.select(e.torch_key for e in table), source.random)
 
 
-def read(source: Source) -> tuple[AudioEncoderConfig, Tensors]:
+def read(source: Source) -> tuple[SpeechEncoderConfig, Tensors]:
     """Config and renamed tensors of a speech encoder source."""
-    if isinstance(source.own, AudioEncoderConfig):
+    if isinstance(source.own, SpeechEncoderConfig):
         return source.own, source.tensors
+    encoder, form = registry.published()[source.kind]
     if source.config is None:
-        needed = "its cfg inside the file" if source.kind == "wavlm_microsoft" else "the config.json that belongs beside it"
+        needed = "its cfg inside the file" if form.config else "the config.json that belongs beside it"
         raise KeySyncError(f"{source.path} needs {needed}")
-    if source.kind == "wavlm_microsoft":
-        config, names = speech.config_from_microsoft(source.config, source.path), {}
+    if form.config:
+        config = form.config(source.config, source.path)
     else:
-        config = speech.config_from_hf(source.config, source.preprocessor, source.path)
-        if config.kind != source.kind:
-            raise KeySyncError(f"{source.path} holds {source.kind} tensors, but its config.json says {config.kind}")
-        if config.kind == "hubert":
-            names = {key: speech.rename_hf_hubert(key) for key in source.tensors}
-        else:
-            names = {key: speech.rename_hf_wavlm(key, config.extractor_mode) for key in source.tensors}
-    tensors = source.tensors.renamed(names)
-    return dataclasses.replace(config, mask_embedding=_MASK_KEYS[config.kind] in tensors), tensors
+        config = registry.config_from_hf(source.config, source.preprocessor, source.path)
+    if config.kind != encoder.name:
+        raise KeySyncError(f"{source.path} holds {source.kind} tensors, but its config.json says {config.kind}")
+    tensors = source.tensors.renamed({key: form.rename(key, config) for key in source.tensors})
+    return encoder.settle(config, tensors), tensors
 
 
-def without_weights(stages: Sequence[Part]) -> list[Part]:
-    """The log-mel encoder's part, if a stage was trained with it: a config and no weights."""
-    widths = {part.config.audio_feature_dim for part in stages if part.config.audio_encoder == "log_mel"}
-    if len(widths) > 1:
-        raise KeySyncError(f"the stages read log-mel features of different widths, {sorted(widths)}; one encoder cannot give both")
-    return [
-        Part(audio_part_name("log_mel"), AudioEncoderConfig(kind="log_mel", hidden_size=width, num_mels=width), Tensors({}, "log_mel"))
-        for width in widths
-    ]
+def without_weights(stages: Sequence[StageConfig], parts: Mapping[str, Part]) -> list[Part]:
+    """The encoders without weights that stages were trained with: a config, which follows from how wide the stage's tokens are.
+
+    Args:
+      stages: the stages.
+      parts: the parts there are, by name: an encoder among them is not made again, and gives the width of what stands beside it.
+
+    Raises:
+      KeySyncError: two stages want different widths of one encoder.
+    """
+    configs = {config.kind: config for config in (part.config for part in parts.values()) if isinstance(config, SpeechEncoderConfig)}
+    made: dict[str, SpeechEncoderConfig] = {}
+    for stage in stages:
+        lacking = [name for name in stage.audio_encoders if name not in configs]
+        encoder = registry.ENCODERS.get(lacking[0]) if len(lacking) == 1 else None  # of two, no one knows which is how wide
+        if encoder is None or encoder.of_width is None:
+            continue
+        width = stage.audio_feature_dim - sum(configs[name].hidden_size for name in stage.audio_encoders if name in configs)
+        before = made.setdefault(encoder.name, encoder.of_width(width))
+        if before.hidden_size != width:
+            widths = sorted({before.hidden_size, width})
+            raise KeySyncError(f"the stages read {encoder.title} features of different widths, {widths}; one encoder cannot give both")
+    return [Part(audio_part_name(name), config, Tensors({}, name)) for name, config in made.items()]

@@ -20,17 +20,15 @@ from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import DECODER, SELF_DESCRIPTION, PartConfig, described
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.core.files import is_local
+from keysync_jax.speech import registry
 
-# What a source can be -> how to say it.
-KINDS = {
+# What a source can be, apart from a speech encoder -> how to say it.
+_KINDS = {
     "keyframe": "KeySync keyframe checkpoint",
     "interpolation": "KeySync interpolation checkpoint",
     "svd": "Stable Video Diffusion in one file (sgm names)",
     "diffusers_unet": "Stable Video Diffusion U-Net (diffusers)",
     "diffusers_vae": "Stable Video Diffusion VAE (diffusers)",
-    "hubert": "HuBERT (Hugging Face)",
-    "wavlm": "WavLM (Hugging Face)",
-    "wavlm_microsoft": "WavLM (Microsoft)",
     "unknown": "tensors of an unknown model",
 }
 _WRAPPERS = {"module": "DeepSpeed", "state_dict": "Lightning", "model": "fairseq"}
@@ -46,12 +44,17 @@ _WEIGHT_NAMES = tuple(
 SIDECAR = "keysync.safetensors"  # beside unet/ and vae/ in our diffusers exports
 
 
+def title(kind: str) -> str:
+    """A kind of source in words."""
+    return _KINDS.get(kind) or registry.published()[kind][1].title
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One recognised set of tensors.
 
     Attributes:
-      kind: a key of `KINDS`.
+      kind: what it is; `title` says it in words.
       path: the file or folder it was read from.
       container: what that is, in words.
       tensors: torch key -> array, wrappers and prefixes removed.
@@ -103,7 +106,7 @@ def _open_diffusers(folder: epath.Path) -> list[Source]:
     parts = {name: _open_file(_weights_in(folder / name)) for name in ("unet", "vae") if (folder / name).is_dir()}
     for name, source in parts.items():
         if source.kind != f"diffusers_{name}":
-            raise KeySyncError(f"{folder / name} holds {KINDS[source.kind]}, not a diffusers {name} of Stable Video Diffusion")
+            raise KeySyncError(f"{folder / name} holds {title(source.kind)}, not a diffusers {name} of Stable Video Diffusion")
     sidecar = folder / SIDECAR
     if "unet" in parts and sidecar.is_file():
         parts["unet"] = _with_sidecar(parts["unet"], parts.get("vae"), sidecar)
@@ -274,13 +277,7 @@ def recognise(tensors: Tensors, config: Mapping[str, Any] | None = None) -> str:
         return "diffusers_unet"
     if any(key.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for key in tensors):
         return "diffusers_vae"
-    keys = [key.split(".", 1)[-1] if key.startswith(("hubert.", "wavlm.")) else key for key in tensors]
-    if any(key.startswith("feature_extractor.conv_layers.") for key in keys):
-        if any(key.startswith(("post_extract_proj.", "encoder.pos_conv.")) for key in keys):
-            return "wavlm_microsoft"
-        gated = any("rel_attn_embed" in key or "gru_rel_pos" in key for key in keys)
-        return "wavlm" if gated or (config or {}).get("model_type") == "wavlm" else "hubert"
-    return "unknown"
+    return registry.recognise(tensors, config) or "unknown"
 
 
 def _stage_kind(tensors: Tensors) -> str:

@@ -17,7 +17,7 @@ from rich.console import Console
 from keysync_jax.config import MaskConfig, StageConfig, VAEConfig
 from keysync_jax.converters import assemble_audio, assemble_stage, assemble_vae, model_directory
 from keysync_jax.converters.byte_progress import byte_progress
-from keysync_jax.converters.containers import KINDS, Source, open_sources
+from keysync_jax.converters.containers import Source, open_sources, title
 from keysync_jax.converters.lazy import FLOAT_TYPES
 from keysync_jax.converters.parts import STAGES, Part, audio_part_name
 from keysync_jax.converters.shapes import RELEASED_ENCODERS
@@ -25,6 +25,7 @@ from keysync_jax.converters.staging import check_free
 from keysync_jax.core.differences import some
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import sha256
+from keysync_jax.speech import registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Options:
     Attributes:
       allow_missing: tensors that may be missing or mis-shaped (they are drawn at random), or parts that may be left out.
       allow_unexpected: tensors that may be there and are ignored.
-      encoders: stage -> kind of the speech encoder that it was trained with.
+      encoders: stage -> the speech encoder that it was trained with ("hubert+wavlm" for two side by side).
       mask: kind of the mask that the stages were trained with.
       resolution: side of the face crop in pixels; None follows from the learned filler, or is 512.
       head_channels: width of an attention head, for U-Nets that are not SVD's size.
@@ -141,17 +142,19 @@ def _refuse_contradictions(by_role: Mapping[str, Source], given: Mapping[str, An
                 raise UsageError(f"--{option}{asked}: {by_role[stage].path} says of itself that this is {says}; leave the option out")
 
 
-# Which role a kind of source plays; "svd" plays two.
+# Which role a kind of source plays, apart from a speech encoder; "svd" plays two.
 _ROLES = {
     "keyframe": ("keyframe",),
     "interpolation": ("interpolation",),
     "svd": ("svd_unet", "svd_vae"),
     "diffusers_unet": ("svd_unet",),
     "diffusers_vae": ("svd_vae",),
-    "hubert": ("hubert",),
-    "wavlm": ("wavlm",),
-    "wavlm_microsoft": ("wavlm",),
 }
+
+
+def _roles(kind: str) -> tuple[str, ...]:
+    """A speech encoder plays itself, in whatever form it was published."""
+    return _ROLES[kind] if kind in _ROLES else (registry.published()[kind][0].name,)
 
 
 def _by_role(opened: Sequence[Source]) -> dict[str, Source]:
@@ -160,7 +163,7 @@ def _by_role(opened: Sequence[Source]) -> dict[str, Source]:
         if source.kind == "unknown":
             names = some(sorted(source.tensors), 3)
             raise KeySyncError(f"{source.path} holds tensors of an unknown model ({names}); docs/convert.md lists what is read")
-        for role in _ROLES[source.kind]:
+        for role in _roles(source.kind):
             if role == "svd_unet" and source.kind == "svd" and not assemble_stage.has_unet(source):
                 continue
             if role == "svd_vae" and source.kind == "svd" and not assemble_vae.has_vae(source):
@@ -168,7 +171,7 @@ def _by_role(opened: Sequence[Source]) -> dict[str, Source]:
             if role == "svd_vae" and role in by_role and assemble_vae.same_encoder(by_role[role], source):
                 continue
             if role in by_role:
-                raise UsageError(f"{by_role[role].path} and {source.path} are both {KINDS[source.kind]}; give one of them")
+                raise UsageError(f"{by_role[role].path} and {source.path} are both {title(source.kind)}; give one of them")
             by_role[role] = source
     return by_role
 
@@ -196,8 +199,8 @@ def _assemble(by_role: Mapping[str, Source], options: Options) -> tuple[list[Par
         unet_only = by_role["svd_unet"]
         if not training and unet_only.kind == "diffusers_unet":
             notes.append(f"{unet_only.path} is not part of the result: both stages come from KeySync checkpoints")
-    audio = [assemble_audio.assemble(by_role[kind], options, used) for kind in ("hubert", "wavlm") if kind in by_role]
-    audio += assemble_audio.without_weights(stages)
+    audio = [assemble_audio.assemble(by_role[kind], options, used) for kind in registry.ENCODERS if kind in by_role]
+    audio += assemble_audio.without_weights([part.config for part in stages], {part.name: part for part in audio})
     return [*stages, *([vae] if vae else []), *audio], notes, used
 
 
@@ -225,8 +228,8 @@ def _refuse_incomplete(parts: Sequence[Part], training: bool, options: Options, 
     needed["vae"] = "Stable Video Diffusion's VAE, as a diffusers folder or a single file"
     for part in parts:
         if part.name in STAGES:
-            encoder = part.config.audio_encoder
-            needed[audio_part_name(encoder)] = f"the {encoder} encoder that the {part.name} stage was trained with"
+            for encoder in part.config.audio_encoders:
+                needed[audio_part_name(encoder)] = f"the {encoder} encoder that the {part.name} stage was trained with"
     lacking = [name for name in needed if name not in names]
     # A directory to start training from needs no speech encoders: features are computed beforehand.
     fatal = [name for name in lacking if name not in options.allow_missing and not (training and name.startswith("audio/"))]

@@ -9,13 +9,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from keysync_jax.config import AudioEncoderConfig, StageConfig, UNetConfig, VAEConfig
-from keysync_jax.converters import model_directory, speech
+from keysync_jax.converters import model_directory
 from keysync_jax.converters.byte_progress import byte_progress
 from keysync_jax.converters.fresh import NON_DEGENERATE, VAE_CONSTANTS, fresh, stage_constants
 from keysync_jax.converters.lazy import Tensors, from_params
 from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.converters.parts import Part, audio_part_name, part_table
 from keysync_jax.core.errors import UsageError
+from keysync_jax.speech import registry
+from keysync_jax.speech.random_params import init_params
 
 SIZES = ("tiny", "full")
 
@@ -108,7 +110,5 @@ def _random(table, seed: int, constants: dict[str, float]) -> Tensors:
 
 
 def _random_encoder(config: AudioEncoderConfig, seed: int) -> Tensors:
-    from keysync_jax.speech import audio_encoder
-
-    params = audio_encoder.init_params(config, np.random.default_rng([seed, len(config.kind)]))
-    return from_params(speech.audio_table(config), params, config.kind)
+    params = init_params(config, np.random.default_rng([seed, len(config.kind)]))
+    return from_params(registry.audio_table(config), params, config.kind)

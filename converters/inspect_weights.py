@@ -16,11 +16,12 @@ from rich.text import Text
 from keysync_jax import config as configs
 from keysync_jax.config import StageConfig
 from keysync_jax.converters import assemble_audio, assemble_stage, diffusers, hub, model_directory, shapes
-from keysync_jax.converters.containers import KINDS, Source, open_sources
+from keysync_jax.converters.containers import Source, open_sources, title
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.converters.parts import DECODER, STAGES, PartConfig, part_table
 from keysync_jax.core.differences import Differences, compare
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.speech import registry
 
 # Tensors are counted by module; these names alone would lump too much together.
 _OUTER = r"model\.diffusion_model|first_stage_model|conditioner\.embedders\.\d+|encoder|decoder|feature_extractor"
@@ -41,7 +42,7 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     if model_directory.is_model_directory(where := _resolved(path)):
         return _inspect_directory(where)
     sources = open_sources(where)
-    return {"path": where, "what": " and ".join(KINDS[s.kind] for s in sources), "items": [_inspect_source(s) for s in sources]}
+    return {"path": where, "what": " and ".join(title(s.kind) for s in sources), "items": [_inspect_source(s) for s in sources]}
 
 
 def _resolved(path: str | os.PathLike) -> str:
@@ -86,7 +87,7 @@ def _inspect_directory(path: str) -> dict[str, Any]:
 
 
 def _inspect_source(source: Source) -> dict[str, Any]:
-    item = {"name": source.path, "kind": source.kind, "what": KINDS[source.kind], "container": source.container, **_numbers(source.tensors)}
+    item = {"name": source.path, "kind": source.kind, "what": title(source.kind), "container": source.container, **_numbers(source.tensors)}
     try:
         config, found, optional = _account(source)
     except KeySyncError as error:  # e.g. a size-giving tensor is missing, or no config.json beside
@@ -111,7 +112,7 @@ def _account(source: Source) -> tuple[PartConfig | None, Differences | None, int
     """(config, differences from its table, number of optional VAE copies) of a source; None where there is nothing to compare with."""
     if source.kind in STAGES:
         return _account_stage(source)
-    if source.kind in ("hubert", "wavlm", "wavlm_microsoft"):
+    if source.kind in registry.published():
         config, tensors = assemble_audio.read(source)
         return config, compare(tensors.shapes, {e.torch_key: e.torch_shape for e in part_table(config)}), 0
     if source.kind == "diffusers_unet" and source.config is not None:

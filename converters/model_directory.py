@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from keysync_jax import config as configs
-from keysync_jax.config import AUDIO_ENCODERS, AudioEncoderConfig, StageConfig, VAEConfig
+from keysync_jax.config import AUDIO_ENCODERS, SpeechEncoderConfig, StageConfig, VAEConfig
 from keysync_jax.converters import hub, safetensors_file
 from keysync_jax.converters.lazy import Tensors, from_params
 from keysync_jax.converters.parts import (
@@ -33,13 +33,14 @@ from keysync_jax.converters.parts import (
     Part,
     PartConfig,
     audio_part_name,
+    audio_part_names,
     config_class,
     describe,
     is_part_name,
     part_table,
 )
 from keysync_jax.converters.safetensors_file import Written
-from keysync_jax.converters.shapes import check_encoder
+from keysync_jax.converters.shapes import check_encoders
 from keysync_jax.converters.staging import staged
 from keysync_jax.core.differences import compare
 from keysync_jax.core.errors import KeySyncError
@@ -84,8 +85,8 @@ class ModelDirectory:
     def vae(self) -> VAEConfig:
         return self._part("vae").config
 
-    def audio(self, encoder: str) -> AudioEncoderConfig:
-        """The config of a speech encoder, by its kind ("hubert", "wavlm", "log_mel")."""
+    def audio(self, encoder: str) -> SpeechEncoderConfig:
+        """The config of a speech encoder, by its name, one of `config.AUDIO_ENCODERS`."""
         return self._part(audio_part_name(encoder)).config
 
     @property
@@ -98,7 +99,7 @@ class ModelDirectory:
         return part_table(self._part(part).config)
 
     def tensors(self, part: str) -> Tensors:
-        """Every tensor of a part's file, in torch layout and the reference's names; none for "log_mel".
+        """Every tensor of a part's file, in torch layout and the reference's names; none for a speech encoder without weights.
 
         Raises:
           KeySyncError: no such part or file, or the file holds other tensors than its config says (named).
@@ -255,19 +256,19 @@ def check(where: str, parts: Mapping[str, PartConfig], complete: bool = True) ->
         if name not in parts:
             continue
         stage = parts[name]
-        if complete and stage.audio_encoder not in AUDIO_ENCODERS:
+        columns = [encoder for encoder in stage.audio_encoders if encoder not in AUDIO_ENCODERS]
+        if complete and columns:
             raise KeySyncError(
-                f"model directory {where}: the {name} stage was trained on {stage.audio_encoder} tokens, which only keysync prepare "
+                f"model directory {where}: the {name} stage was trained on {columns[0]} tokens, which only keysync prepare "
                 f"computes; it cannot dub. Dubbing runs {', '.join(AUDIO_ENCODERS)}"
             )
-        encoder = audio_part_name(stage.audio_encoder)
-        if encoder in parts:
-            check_encoder(stage, parts[encoder], f"{where}: {encoder}")
-        elif complete:
+        encoders = audio_part_names(stage)
+        check_encoders(stage, {encoder: parts[encoder] for encoder in encoders if encoder in parts}, where)
+        if complete and (lacking := [encoder for encoder in encoders if encoder not in parts]):
             others = [part for part in parts if part.startswith("audio/")]
             has = f" (it has {', '.join(others)})" if others else ""
             raise KeySyncError(
-                f"model directory {where} has no part {encoder}, which the {name} stage was trained with{has}; convert again with it"
+                f"model directory {where} has no part {lacking[0]}, which the {name} stage was trained with{has}; convert again with it"
             )
         if vae is None:
             continue
@@ -345,7 +346,8 @@ def save_params(
     Args:
       path: folder to write.
       configurations: part name -> config.
-      params: part name -> nested dict of arrays; "log_mel" parts need none. Stage files get the decoder of "vae", if that is given.
+      params: part name -> nested dict of arrays; speech encoders without weights need none. Stage files get the decoder of "vae", if that
+        is given.
       random: mark the weights as random.
       force: see `save`.
       notes: see `save`.

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keysync_jax import config as configs
-from keysync_jax.config import AudioEncoderConfig, GuidanceConfig, StageConfig, VAEConfig
-from keysync_jax.converters import sgm, speech
+from keysync_jax.config import AUDIO_ENCODERS, GuidanceConfig, SpeechEncoderConfig, StageConfig, VAEConfig
+from keysync_jax.converters import sgm
 from keysync_jax.converters.lazy import Tensors
+from keysync_jax.speech import registry
 from keysync_jax.weights.table import Table
 
 STAGES = ("keyframe", "interpolation")
@@ -20,7 +21,7 @@ KL_PREFIX = "conditioner.embedders.0.encoder"
 # Under this name our files say which part they are and with which config: header text of safetensors, entry of a torch file.
 SELF_DESCRIPTION = "keysync"
 
-PartConfig = StageConfig | VAEConfig | AudioEncoderConfig
+PartConfig = StageConfig | VAEConfig | SpeechEncoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Part:
     Attributes:
       name: "keyframe", "interpolation", "vae" or "audio/<encoder>".
       config: what it is.
-      tensors: torch key -> array in the reference's names; empty for "log_mel".
+      tensors: torch key -> array in the reference's names; empty for an encoder without weights.
       random: whether all of it is drawn at random.
       fresh: keys that were drawn at random in an otherwise trained part.
     """
@@ -42,8 +43,13 @@ class Part:
     fresh: tuple[str, ...] = ()
 
 
-def audio_part_name(kind: str) -> str:
-    return f"audio/{kind}"
+def audio_part_name(encoder: str) -> str:
+    return f"audio/{encoder}"
+
+
+def audio_part_names(stage: StageConfig) -> tuple[str, ...]:
+    """The parts of the speech encoders that a stage was trained with."""
+    return tuple(map(audio_part_name, stage.audio_encoders))
 
 
 def part_table(config: PartConfig, vae_halves: Sequence[str] = ("encoder", "decoder")) -> Table:
@@ -52,7 +58,7 @@ def part_table(config: PartConfig, vae_halves: Sequence[str] = ("encoder", "deco
         return sgm.stage_table(config)
     if isinstance(config, VAEConfig):
         return sgm.vae_table(config, parts=vae_halves)
-    return speech.audio_table(config)
+    return registry.audio_table(config)
 
 
 def kl_table(config: VAEConfig) -> Table:
@@ -74,11 +80,11 @@ def describe(name: str, config: PartConfig, random: bool) -> dict[str, Any]:
 
 
 def config_class(name: str) -> type[PartConfig]:
-    return StageConfig if name in STAGES else VAEConfig if name == "vae" else AudioEncoderConfig
+    return StageConfig if name in STAGES else VAEConfig if name == "vae" else registry.ENCODERS[name.removeprefix("audio/")].config
 
 
 def is_part_name(name: str) -> bool:
-    return name in (*STAGES, "vae") or name in {audio_part_name(kind) for kind in ("hubert", "wavlm", "log_mel")}
+    return name in (*STAGES, "vae") or name in map(audio_part_name, AUDIO_ENCODERS)
 
 
 def described(description: Any, where: str) -> PartConfig | None:

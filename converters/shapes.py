@@ -6,9 +6,10 @@ Everything but two things shows in the shapes: the width of an attention head, a
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from keysync_jax.config import AudioEncoderConfig, StageConfig, UNetConfig, VAEConfig
+from keysync_jax.config import SpeechEncoderConfig, StageConfig, UNetConfig, VAEConfig
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.core.errors import KeySyncError
 
@@ -165,15 +166,26 @@ def vae_config(tensors: Tensors, prefix: str, quant_conv: bool, post_quant_conv:
     )
 
 
-def check_encoder(stage: StageConfig, encoder: AudioEncoderConfig, where: str) -> None:
-    """Refuses a speech encoder that the stage was not trained with.
+def check_encoders(stage: StageConfig, encoders: Mapping[str, SpeechEncoderConfig], where: str) -> None:
+    """Refuses speech encoders that the stage was not trained with.
+
+    Args:
+      stage: the stage.
+      encoders: part name -> config of those of its encoders that there are.
+      where: what to call the place in errors.
 
     Raises:
-      KeySyncError: another kind, or features of another width.
+      KeySyncError: another kind, or, where all are there, features of another width.
     """
-    if encoder.kind != stage.audio_encoder:
-        raise KeySyncError(f"{where} is a {encoder.kind} encoder, but the {stage.stage} stage was trained with {stage.audio_encoder}")
-    if encoder.hidden_size != stage.audio_feature_dim:
+    for part, encoder in encoders.items():
+        if encoder.kind not in stage.audio_encoders:
+            raise KeySyncError(
+                f"{where}: {part} is a {encoder.kind} encoder, but the {stage.stage} stage was trained with {stage.audio_encoder}"
+            )
+    width = sum(encoder.hidden_size for encoder in encoders.values())
+    if len(encoders) == len(stage.audio_encoders) and width != stage.audio_feature_dim:
+        verb = "gives" if len(encoders) == 1 else "give"
         raise KeySyncError(
-            f"{where} gives {encoder.hidden_size} features per token, but the {stage.stage} stage reads {stage.audio_feature_dim}"
+            f"{where}: {' and '.join(encoders)} {verb} {width} features per token, "
+            f"but the {stage.stage} stage reads {stage.audio_feature_dim}"
         )

@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from keysync_jax.core.errors import KeySyncError
 
 T = TypeVar("T")
 
-# Speech encoders that this package runs itself, and all whose tokens a stage can be trained on: the others' come from prepared data.
-AUDIO_ENCODERS = ("hubert", "wavlm", "log_mel")
-AUDIO_TOKENS = (*AUDIO_ENCODERS, "wav2vec2", "whisper")
+# Speech encoders by name. Each is the file `speech/NAME.py`, whose record says everything else about it (`speech.registry`).
+AUDIO_ENCODERS = ["hubert", "wavlm", "log_mel"]
+# Those that run in PyTorch alone: `keysync prepare` computes columns of their tokens, which a stage can be trained on; it cannot dub.
+COLUMN_ENCODERS = ["wav2vec2", "whisper"]
 
 # Rules of guidance (`diffusion.guidance`), and the numbers that each reads: of a stage its `audio_scale` and `identity_scale`, the others
 # of its `GuidanceConfig`.
@@ -33,7 +35,12 @@ GUIDANCES = {
 SVD_LATENT_SCALE = 0.18215
 
 
-def _choice(config: Any, field: str, allowed: tuple[str, ...]) -> None:
+def encoder_names(encoder: str) -> tuple[str, ...]:
+    """The encoders in a stage's `audio_encoder`: "hubert" is one, "hubert+wavlm" two whose tokens stand side by side in this order."""
+    return tuple(encoder.split("+"))
+
+
+def _choice(config: Any, field: str, allowed: Sequence[str]) -> None:
     value = getattr(config, field)
     if value not in allowed:
         raise KeySyncError(f"{type(config).__name__}.{field} is {value!r}; choose one of {', '.join(allowed)}")
@@ -150,8 +157,23 @@ class VAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AudioEncoderConfig:
-    """Speech encoder that gives two tokens per 40 ms video frame.
+class SpeechEncoderConfig:
+    """What every speech encoder's configuration has; an encoder with more to say has a subclass of its own.
+
+    `kind` is one of `AUDIO_ENCODERS`, `hidden_size` the width of its tokens, of which there are two per 40 ms video frame.
+    """
+
+    kind: str
+    hidden_size: int
+
+    def __post_init__(self):
+        _choice(self, "kind", AUDIO_ENCODERS)
+        _at_least(self, 1, "hidden_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioEncoderConfig(SpeechEncoderConfig):
+    """Speech encoders like HuBERT, and log-mel, whose stored configurations have always had these fields.
 
     `kind`: "hubert" and "wavlm" are transformer encoders with weights; "log_mel" computes a mel spectrogram and has none.
     Defaults are HuBERT-base.
@@ -183,7 +205,7 @@ class AudioEncoderConfig:
     mask_embedding: bool = True  # the checkpoint carries the pre-training mask vector; never used here, kept so that export is complete
 
     def __post_init__(self):
-        _choice(self, "kind", AUDIO_ENCODERS)
+        super().__post_init__()
         _choice(self, "extractor_mode", ("group", "layer"))
         for field in ("conv_dim", "conv_kernel", "conv_stride"):  # lists from JSON: a linen module's configuration must hash
             object.__setattr__(self, field, tuple(getattr(self, field)))
@@ -237,8 +259,8 @@ class StageConfig:
     resolution: int = 512  # side of the face crop in pixels
     latent_size: int = 64  # side of the latent
     num_frames: int = 14
-    audio_encoder: str = "hubert"  # which encoder's tokens it was trained on, one of `AUDIO_TOKENS`
-    audio_feature_dim: int = 768
+    audio_encoder: str = "hubert"  # whose tokens it was trained on: an encoder, or several side by side ("hubert+wavlm")
+    audio_feature_dim: int = 768  # width of a token, of all its encoders together
     audio_merge: str = "mean"  # how the two tokens of a frame are merged: "mean" | "concat" | "add"
     audio_linear: bool = True
     mask: MaskConfig = MaskConfig()
@@ -254,8 +276,18 @@ class StageConfig:
         _choice(self, "stage", ("keyframe", "interpolation"))
         _choice(self, "audio_merge", ("mean", "concat", "add"))
         _choice(self, "filler", ("zeros", "ones", "random", "fixed_zeros", "fixed_ones", "none"))
-        _choice(self, "audio_encoder", AUDIO_TOKENS)
+        names, known = self.audio_encoders, (*AUDIO_ENCODERS, *COLUMN_ENCODERS)
+        if not set(names) <= set(known) or len(set(names)) < len(names):
+            raise KeySyncError(
+                f"StageConfig.audio_encoder is {self.audio_encoder!r}; choose one of {', '.join(known)}, or different ones side by side, "
+                f"joined by + ({known[0]}+{known[1]})"
+            )
         _at_least(self, 1, "resolution", "latent_size", "num_frames", "audio_feature_dim", "num_steps")
+
+    @property
+    def audio_encoders(self) -> tuple[str, ...]:
+        """The speech encoders whose tokens it reads, in the order in which they stand side by side."""
+        return encoder_names(self.audio_encoder)
 
     @property
     def has_learned_filler(self) -> bool:

@@ -22,6 +22,7 @@ from keysync_jax.data_pipeline.prepare.sound import load_sound
 from keysync_jax.data_pipeline.records import AUDIO_PREFIX, LANDMARKS, LATENT, SOUND
 from keysync_jax.media import video
 from keysync_jax.media.crop import Crop, extract
+from keysync_jax.speech import registry
 
 # Frames the VAE sees at once. Part of what the same bytes mean: XLA may choose other kernels for another size.
 MICROBATCH = 4
@@ -76,14 +77,11 @@ class Encoders:
         return LatentCoder(self._plan.vae, self._directory().params("vae"), data_mesh(), microbatch=MICROBATCH)
 
     def _speech(self, name: str):
-        if name not in self._plan.encoders:
-            from keysync_jax.data_pipeline.prepare.torch_features import open_encoder
-
-            return open_encoder(name, self._plan.weights[name])
+        if name in registry.COLUMNS:
+            return registry.COLUMNS[name].open(self._plan.weights[name])
         from keysync_jax.encoders.audio_features import AudioFeatures
 
-        config = self._plan.encoders[name]
-        return AudioFeatures(config, {} if config.kind == "log_mel" else self._directory().params(f"audio/{name}"))
+        return AudioFeatures(self._plan.encoders[name], self._directory().params(f"audio/{name}") if registry.has_weights(name) else {})
 
     def _directory(self):
         from keysync_jax.converters import model_directory

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from keysync_jax.config import AudioEncoderConfig, VAEConfig, to_dict
+from keysync_jax.config import SpeechEncoderConfig, VAEConfig, to_dict
 from keysync_jax.converters import model_directory
 from keysync_jax.core.clock import SAMPLE_RATE, SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError, UsageError
@@ -25,8 +26,8 @@ from keysync_jax.data_pipeline.records import (
     latent_column,
     record_bytes,
 )
+from keysync_jax.speech import registry, torch_encoder
 
-_LOG_MEL = AudioEncoderConfig(kind="log_mel", hidden_size=80)
 # Bytes per pixel of a JPEG crop, measured on talking heads at quality 95; only decides how many frames share a shard.
 _JPEG_BYTES_PER_PIXEL = 0.35
 _LARGEST_LATENT = 60000.0  # float16 ends at 65504
@@ -39,7 +40,7 @@ class FeaturePlan:
     Attributes:
       model: path of the model directory.
       vae: its autoencoder.
-      encoders: JAX speech encoders by name ("hubert", "wavlm", "log_mel"), in whichever group they go.
+      encoders: the speech encoders that run in JAX, by name, in whichever group they go.
       groups: base group first.
       weights: local weights of optional columns.
       jpeg_quality: see `Output`.
@@ -48,7 +49,7 @@ class FeaturePlan:
 
     model: str
     vae: VAEConfig
-    encoders: dict[str, AudioEncoderConfig]
+    encoders: dict[str, SpeechEncoderConfig]
     groups: tuple[Group, ...]
     weights: dict[str, str]
     jpeg_quality: int
@@ -104,10 +105,10 @@ def plan_features(model: str, output: Output, crop_size: int | None) -> FeatureP
     groups = [base]
     for name in output.columns:
         if name in own:
-            continue  # "log_mel" that the model itself holds
+            continue  # an encoder that the model itself holds
         groups.append(_optional(name, output, crop_size, cells))
-        if name == "log_mel":
-            encoders[name] = _LOG_MEL
+        if name in registry.ENCODERS:
+            encoders[name] = _without_weights(name)
     return FeaturePlan(model, vae, encoders, tuple(groups), dict(output.weights), output.jpeg_quality, output.seed)
 
 
@@ -119,16 +120,15 @@ def _optional(name: str, output: Output, crop_size: int, cells: int) -> Group:
     if name == "sound":
         column = Column(SOUND, "int16", (SAMPLES_PER_FRAME,))
         return _group((column,), crop_size, output, name, {SOUND: {"rate": SAMPLE_RATE, "channels": 1}})
-    if name == "log_mel":
-        column = audio_column(name, _LOG_MEL.hidden_size)
-        return _group((column,), crop_size, output, column.name, {column.name: _encoder_info(_LOG_MEL, "")})
-    if name in ("wav2vec2", "whisper"):
-        from keysync_jax.data_pipeline.prepare.torch_features import describe
-
+    if name in registry.ENCODERS:
+        config = _without_weights(name)
+        column = audio_column(name, config.hidden_size)
+        return _group((column,), crop_size, output, column.name, {column.name: _encoder_info(config, "")})
+    if name in registry.COLUMNS:
         if name not in output.weights:
             raise UsageError(f"column {name!r} needs local weights: --column-weights {name}=DIR (a Hugging Face folder)")
-        dim, identity = describe(name, output.weights[name])
-        column = audio_column(name, dim)
+        dim, files = torch_encoder.look(registry.COLUMNS[name], output.weights[name])
+        column, identity = audio_column(name, dim), digest([file_digest(file) for file in files])
         return _group((column,), crop_size, output, column.name, {column.name: {"kind": name, "weights": identity}})
     if name == "emotion":
         columns = (Column("valence", "float32", ()), Column("arousal", "float32", ()), Column("emotion_known", "bool", ()))
@@ -140,12 +140,22 @@ def _optional(name: str, output: Output, crop_size: int, cells: int) -> Group:
     return _group((Column("occluder", "bool", (cells, cells)),), crop_size, output, name, {"occluder": made})
 
 
-def _group(columns, crop_size: int, output: Output, name: str, info: dict[str, Any], frame_bytes: int | None = None) -> Group:
+def _without_weights(name: str) -> SpeechEncoderConfig:
+    """The configuration of an encoder that the model directory does not hold."""
+    config = registry.ENCODERS[name].column
+    if config is None:
+        raise UsageError(f"column {name!r} needs weights, which the model directory lacks; add {name} to it with keysync convert")
+    return config
+
+
+def _group(
+    columns: Sequence[Column], crop_size: int, output: Output, name: str, info: dict[str, Any], frame_bytes: int | None = None
+) -> Group:
     size = frame_bytes or record_bytes(columns)
     return make_group(tuple(columns), (crop_size, crop_size), size, int(output.shard_megabytes * 1e6), name, info)
 
 
-def _encoder_info(config: AudioEncoderConfig, sha256: str) -> dict[str, Any]:
+def _encoder_info(config: SpeechEncoderConfig, sha256: str) -> dict[str, Any]:
     return {"kind": config.kind, "weights": sha256, "config": to_dict(config)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from keysync_jax.config import AUDIO_ENCODERS, COLUMN_ENCODERS
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.clip_index import check_split
 
@@ -12,8 +13,13 @@ from keysync_jax.data_pipeline.clip_index import check_split
 ANALYSIS_VERSION = 2
 FEATURES_VERSION = 1
 
-# Column groups that may stand beside the base group of latents, audio tokens and landmarks, each written on its own.
-OPTIONAL_COLUMNS = ("jpeg", "sound", "log_mel", "wav2vec2", "whisper", "emotion", "occluder")
+
+def optional_columns() -> tuple[str, ...]:
+    """Column groups that may stand beside the base group of latents, audio tokens and landmarks, each written on its own.
+
+    A speech encoder of the model directory is in the base group; to name it here changes nothing.
+    """
+    return ("jpeg", "sound", *AUDIO_ENCODERS, *COLUMN_ENCODERS, "emotion", "occluder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Output:
     """How the shards are written.
 
     Attributes:
-      columns: optional column groups, of `OPTIONAL_COLUMNS`.
+      columns: optional column groups, of `optional_columns`.
       weights: local path of the weights of those columns that need some ("wav2vec2", "whisper", "occluder").
       jpeg_quality: of the crop's pictures.
       shard_megabytes: target size of a shard.
@@ -93,9 +99,9 @@ class Output:
     discard_work: bool = False
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.columns) - set(OPTIONAL_COLUMNS))
+        unknown = sorted(set(self.columns) - set(optional_columns()))
         if unknown:
-            raise UsageError(f"unknown column {unknown[0]!r}; choose among {', '.join(OPTIONAL_COLUMNS)}")
+            raise UsageError(f"unknown column {unknown[0]!r}; choose among {', '.join(optional_columns())}")
         idle = sorted(set(self.weights) - set(self.columns))
         if idle:
             raise UsageError(f"weights are given for {idle[0]!r}, which is none of the columns ({', '.join(self.columns)}); add it to them")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keysync_jax.config import MaskConfig, StageConfig
+from keysync_jax.config import MaskConfig, StageConfig, encoder_names
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.clip_index import Clip
 from keysync_jax.data_pipeline.records import AUDIO_PREFIX, JPEG, LANDMARKS, LATENT
@@ -32,7 +32,7 @@ class SourceConfig:
     Attributes:
       datasets: one or several datasets with weights and filters.
       windows: `KeyframeWindows` or `InterpolationWindows`.
-      audio_encoder: whose tokens to read (column audio_ENCODER).
+      audio_encoder: whose tokens to read (column audio_ENCODER); "hubert+wavlm" for both columns side by side.
       mask: region to regenerate, drawn from the landmarks.
       seed: of order, starts and augmentations.
       sampling: "clip" (each clip once per pass) or "duration" (as often as windows fit into it).
@@ -101,14 +101,14 @@ class WindowReader:
         self.selections: tuple[Selection, ...] = tuple(
             select(choice, store.clips, config.windows, config.sampling) for choice, store in zip(config.datasets, self.stores, strict=True)
         )
-        self._audio = AUDIO_PREFIX + config.audio_encoder
-        self._names = [LATENT, self._audio, LANDMARKS, *([OCCLUDER] if config.use_occluder else []), *config.columns]
+        self._audio = [AUDIO_PREFIX + name for name in encoder_names(config.audio_encoder)]
+        self._names = [LATENT, *self._audio, LANDMARKS, *([OCCLUDER] if config.use_occluder else []), *config.columns]
         for store in self.stores:
             self._check_columns(store)
         self._positions = [{c.id: i for i, c in enumerate(store.clips)} for store in self.stores]
         self._order = Order([len(s.items) for s in self.selections], [c.weight for c in config.datasets], config.seed)
         self.latent_shape = self.stores[0].columns[LATENT].shape
-        self.audio_dim = self.stores[0].columns[self._audio].shape[-1]
+        self.audio_dim = sum(self.stores[0].columns[name].shape[-1] for name in self._audio)
         self.crop_size = self.stores[0].crop_size
 
     @property
@@ -201,8 +201,8 @@ class WindowReader:
         latents = out["known"]
         for i, value in enumerate(values[LATENT]):
             latents[i] = value[:, ::-1] if sample.mirrored else value
-        for i, value in enumerate(values[self._audio]):
-            out["audio"][i] = value
+        for i, tokens in enumerate(zip(*(values[name] for name in self._audio), strict=True)):
+            np.concatenate(tokens, axis=-1, out=out["audio"][i], casting="same_kind")
         for name in config.columns:
             for i, value in enumerate(values[name]):
                 out[name][i] = value
@@ -247,10 +247,11 @@ class WindowReader:
         return picture
 
     def _check_columns(self, store: FrameStore) -> None:
-        if self._audio not in store.columns:
+        if lacking := [name for name in self._audio if name not in store.columns]:
             have = [name.removeprefix(AUDIO_PREFIX) for name in sorted(store.columns) if name.startswith(AUDIO_PREFIX)]
+            encoder = lacking[0].removeprefix(AUDIO_PREFIX)
             raise KeySyncError(
-                f"{store.root} holds no tokens of audio encoder {self.config.audio_encoder!r}; it has {', '.join(have) or 'none'}. "
+                f"{store.root} holds no tokens of audio encoder {encoder!r}; it has {', '.join(have) or 'none'}. "
                 f"Choose one of these or add the column with keysync prepare"
             )
         for name in (*self._names, *([JPEG] if self.config.pixel_frames else [])):

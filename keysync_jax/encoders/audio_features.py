@@ -1,8 +1,6 @@
 """Audio features: a 16 kHz waveform to two encoder tokens per 40 ms video frame.
 
-The alignment is the KeySync reference's offline path (commit cfff7cf): pad to whole frames of 640 samples; HuBERT gives 2F - 1
-tokens, of which frame f takes tokens 2f and 2f + 1 (the last one zero); WavLM's 2F - 1 tokens are stretched to 2F by repeating the
-first, so frame f takes tokens 2f - 1 and 2f.
+How sound is prepared and how tokens are aligned with frames, each encoder says in its own file.
 
 Clips of any length run in bounded memory, with the same few compiled shapes:
 
@@ -20,32 +18,25 @@ have contributed. Token i always stands for the same samples: there is no drift.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, Generic, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keysync_jax.config import AudioEncoderConfig
+from keysync_jax.config import encoder_names
 from keysync_jax.core.clock import SAMPLE_RATE, SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.speech import audio_encoder
-from keysync_jax.speech.speech_layers import Moments
+from keysync_jax.speech import registry
+from keysync_jax.speech.speech_encoder import C, Moments
+from keysync_jax.speech.waveform import TOKENS_PER_FRAME, num_frames, pair
 
-TOKENS_PER_FRAME = 2
 BLOCK_TOKENS = 300  # the convolutional part's unit of work, 6 s
 
-# The reference's raw pipeline splits longer audio: HuBERT by samples, WavLM by frames (20 s each).
-REFERENCE_SPLIT_SAMPLES = 20 * SAMPLE_RATE
-REFERENCE_SPLIT_FRAMES = 500
 
-HUBERT_VARIANCE_EPS = 1e-7
-WAVLM_VARIANCE_EPS = 1e-5
-
-
-class Window(NamedTuple):
+class TokenWindow(NamedTuple):
     """Tokens `[start, stop)` are encoded together; `[keep_from, keep_to)` of them are taken from this window."""
 
     start: int
@@ -54,61 +45,40 @@ class Window(NamedTuple):
     keep_to: int
 
 
-def plan_windows(tokens: int, length: int, context: int) -> list[Window]:
+def plan_windows(tokens: int, length: int, context: int) -> list[TokenWindow]:
     """Windows of exactly `length` tokens, evenly spread over `tokens`, or one shorter window.
 
     Consecutive windows overlap by at least 2 * context and the cut lies in the middle of the overlap.
     """
     if tokens <= length:
-        return [Window(0, tokens, 0, tokens)]
+        return [TokenWindow(0, tokens, 0, tokens)]
     steps = -(-(tokens - length) // (length - 2 * context))
     starts = [(tokens - length) * i // steps for i in range(steps + 1)]
     cuts = [0, *((later + start + length) // 2 for start, later in zip(starts, starts[1:], strict=False)), tokens]
-    return [Window(start, start + length, cuts[i], cuts[i + 1]) for i, start in enumerate(starts)]
+    return [TokenWindow(start, start + length, cuts[i], cuts[i + 1]) for i, start in enumerate(starts)]
 
 
-def calculate_splits(total: int, minimum: int) -> list[int]:
-    """Piece sizes of the reference's chunking: short equal ones, then a last one of at least `minimum`."""
-    if total <= minimum:
-        return [total]
-    count = (total - minimum) // minimum + 1
-    size = (total - minimum) // count
-    return [size] * (count - 1) + [total - size * (count - 1)]
+def side_by_side(encoder: str, tokens: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Tokens that a stage reads, `[F, 2, D]`, from those of each encoder.
+
+    Args:
+      encoder: as the stage says it: "hubert", or "hubert+wavlm" for both, joined along the last axis in this order. (A model whose
+        encoders are summed instead would say so in another way than by "+", and be joined here.)
+      tokens: encoder -> `[F, 2, D']`.
+    """
+    parts = [tokens[name] for name in encoder_names(encoder)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 
-def num_frames(samples: int) -> int:
-    """Video frames at 25 fps that this many samples cover, the last one perhaps in part."""
-    return -(-samples // SAMPLES_PER_FRAME)
-
-
-def pad_to_frames(wav: np.ndarray, multiple: int = 1) -> np.ndarray:
-    """Zeros behind, up to a multiple of that many frames."""
-    unit = SAMPLES_PER_FRAME * multiple
-    return np.pad(wav, (0, -len(wav) % unit))
-
-
-def standardise(wav: np.ndarray, unbiased: bool, eps: float) -> np.ndarray:
-    """Zero mean and unit variance over the whole array: `(x - mean) / sqrt(var + eps)`, statistics in float64."""
-    mean = wav.mean(dtype=np.float64)
-    blocks = (wav[i : i + 1_000_000] for i in range(0, len(wav), 1_000_000))  # a float64 copy of hours of audio would be gigabytes
-    squares = sum(float(np.square(block - mean, dtype=np.float64).sum()) for block in blocks)
-    variance = squares / max(len(wav) - int(unbiased), 1)
-    out = wav.astype(np.float32) - np.float32(mean)
-    out /= np.float32(np.sqrt(variance + eps))
-    return out
-
-
-class AudioFeatures:
+class AudioFeatures(Generic[C]):
     """Computes the audio features of clips with one encoder.
 
     Args:
       config: the encoder.
-      params: its parameters (nested dict; empty for "log_mel").
+      params: its parameters (nested dict; empty for an encoder without weights).
       dtype: what its matmuls compute in. At float32 they run at full precision on every backend.
       window_seconds: longest sequence the transformer sees; longer clips run in windows of this length.
       context_seconds: what a token of a long clip sees at least on either side (less only at the clip's ends).
-      reference_chunking: reproduce the reference's raw pipeline instead: clips of 40 s and more are cut without overlap, tokens are
-        lost at every cut (so HuBERT frames go missing), and WavLM may give one frame more than the audio has.
 
     Raises:
       KeySyncError: an encoder that does not give two tokens per frame, or a window too short for its context.
@@ -116,16 +86,16 @@ class AudioFeatures:
 
     def __init__(
         self,
-        config: AudioEncoderConfig,
-        params: dict,
-        dtype: jnp.dtype = jnp.float32,
+        config: C,
+        params: Mapping[str, Any],
+        dtype: Any = jnp.float32,
         *,
         window_seconds: float = 24.0,
         context_seconds: float = 4.0,
-        reference_chunking: bool = False,
     ):
         self.config = config
-        self._geometry = audio_encoder.geometry(config)
+        self._encoder = registry.record_of(config)
+        self._geometry = self._encoder.geometry(config)
         hop, receptive, _ = self._geometry
         if hop * TOKENS_PER_FRAME != SAMPLES_PER_FRAME or receptive > SAMPLES_PER_FRAME:
             raise KeySyncError(
@@ -135,10 +105,9 @@ class AudioFeatures:
         self._window, self._context = (round(s * SAMPLE_RATE / self._geometry.hop) for s in (window_seconds, context_seconds))
         if self._window <= 2 * self._context or self._context < 0:
             raise KeySyncError(f"a window of {window_seconds} s is too short for {context_seconds} s of context on both sides")
-        self._module = audio_encoder.build(config, dtype)
+        self._module = self._encoder.module(config, dtype)
         self._precision = "highest" if jnp.dtype(dtype) == jnp.float32 else "default"
         self._variables = jax.device_put({"params": params})
-        self._reference = reference_chunking
 
     def __call__(self, wav: np.ndarray) -> np.ndarray:
         """Features of one clip.
@@ -147,13 +116,13 @@ class AudioFeatures:
           wav: `[S]` mono at 16 kHz, floats with full scale 1.
 
         Returns:
-          float32 `[F, 2, D]` with F = ceil(S / 640) (for `reference_chunking`, what the reference gives).
+          float32 `[F, 2, D]` with F = ceil(S / 640).
 
         Raises:
           KeySyncError: empty, not one-dimensional, not floating point or non-finite audio, or a non-finite result.
         """
         wav = _checked(wav)
-        frames = self._reference_frames(wav) if self._reference else self.offline(wav)[: num_frames(len(wav))]
+        frames = self.offline(wav)[: num_frames(len(wav))]
         if not np.isfinite(frames).all():
             raise KeySyncError(f"the {self.config.kind} encoder gave non-finite values for finite audio; check its weights")
         return frames
@@ -166,16 +135,11 @@ class AudioFeatures:
         prepared = self.prepare(wav)
         tokens = self.tokens(prepared)
         slots = TOKENS_PER_FRAME * len(prepared) // SAMPLES_PER_FRAME
-        return _pair(_stretch(tokens, slots) if self.config.kind == "wavlm" else _fill(tokens, slots))
+        return pair(self._encoder.align(tokens, slots))
 
     def prepare(self, wav: np.ndarray) -> np.ndarray:
         """What the encoder reads: normalised if it wants that, and padded to whole frames."""
-        if self.config.kind == "hubert" and self.config.normalize_waveform:
-            wav = standardise(wav, unbiased=True, eps=HUBERT_VARIANCE_EPS)  # before the padding, unlike in the raw pipeline
-        if self.config.kind != "wavlm":
-            return pad_to_frames(wav)
-        wav = pad_to_frames(wav, multiple=2)
-        return standardise(wav, unbiased=False, eps=WAVLM_VARIANCE_EPS) if self.config.normalize_waveform else wav
+        return self._encoder.prepare(self.config, wav)
 
     def tokens(self, prepared: np.ndarray) -> np.ndarray:
         """Encoder tokens of a whole prepared clip, `[S]` -> `[N, D]`, in blocks and windows as described above."""
@@ -210,13 +174,13 @@ class AudioFeatures:
 
     def _moments(self, prepared: np.ndarray) -> Moments | None:
         """Mean and variance `[C]` of the first convolution's output over the whole clip, for the norm after it."""
-        config = self.config
-        if config.kind == "log_mel" or config.extractor_mode != "group":
+        first = self._encoder.first_convolution(self.config)
+        if first is None:
             return None
-        kernel, stride = config.conv_kernel[0], config.conv_stride[0]
+        kernel, stride, channels = first
         total = (len(prepared) - kernel) // stride + 1
         size = BLOCK_TOKENS * self._geometry.hop // stride
-        count, mean, squares = 0, np.zeros(config.conv_dim[0]), np.zeros(config.conv_dim[0])
+        count, mean, squares = 0, np.zeros(channels), np.zeros(channels)
         for start in range(0, total, size):
             block = _slice(prepared, start * stride, (size - 1) * stride + kernel)
             n = min(size, total - start)
@@ -237,29 +201,6 @@ class AudioFeatures:
         padded = np.pad(features, ((0, length - n), (0, 0)))
         with jax.default_matmul_precision(self._precision):
             return np.asarray(_encode(self._module, self._variables, padded[None], np.array([n], np.int32))[0, :n], np.float32)
-
-    def _reference_frames(self, wav: np.ndarray) -> np.ndarray:
-        if self.config.kind == "hubert":
-            wav = pad_to_frames(wav)
-            if self.config.normalize_waveform:
-                wav = standardise(wav, unbiased=True, eps=HUBERT_VARIANCE_EPS)
-            return self.chunked(wav, REFERENCE_SPLIT_SAMPLES)
-        if self.config.kind == "wavlm":
-            wav = pad_to_frames(wav, multiple=2)
-            pieces = _split(wav.reshape(-1, SAMPLES_PER_FRAME), calculate_splits(len(wav) // SAMPLES_PER_FRAME, REFERENCE_SPLIT_FRAMES))
-            return np.concatenate([self._reference_wavlm(piece.ravel()) for piece in pieces])
-        return self.offline(wav)  # the reference has no log-mel path to reproduce
-
-    def _reference_wavlm(self, piece: np.ndarray) -> np.ndarray:
-        if self.config.normalize_waveform:
-            piece = standardise(piece, unbiased=False, eps=WAVLM_VARIANCE_EPS)
-        return _pair(_stretch(self.single_pass(piece), TOKENS_PER_FRAME * len(piece) // SAMPLES_PER_FRAME))
-
-    def chunked(self, prepared: np.ndarray, minimum: int) -> np.ndarray:
-        """The reference's HuBERT chunking of a prepared waveform by samples; pieces lose their last, partial token."""
-        pieces = _split(prepared, calculate_splits(len(prepared), minimum))
-        tokens = np.concatenate([self.single_pass(piece) for piece in pieces])
-        return _pair(_fill(tokens, len(tokens) + len(tokens) % 2))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -302,22 +243,3 @@ def _slice(wav: np.ndarray, start: int, length: int) -> np.ndarray:
     part = wav[max(start, 0) : max(start + length, 0)]
     before = max(-start, 0)
     return np.pad(part, (before, length - before - len(part)))
-
-
-def _split(array: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
-    return np.split(array, np.cumsum(sizes)[:-1])
-
-
-def _fill(tokens: np.ndarray, slots: int) -> np.ndarray:
-    """Zero tokens behind, or surplus ones cut: `[N, D]` -> `[slots, D]`."""
-    return np.pad(tokens[:slots], ((0, max(0, slots - len(tokens))), (0, 0)))
-
-
-def _stretch(tokens: np.ndarray, slots: int) -> np.ndarray:
-    """Nearest-neighbour resampling as torch does it: slot i takes token floor(i * N / slots)."""
-    return tokens[np.arange(slots) * len(tokens) // slots]
-
-
-def _pair(tokens: np.ndarray) -> np.ndarray:
-    """`[2F, D]` -> `[F, 2, D]`."""
-    return tokens.reshape(-1, TOKENS_PER_FRAME, tokens.shape[-1])

@@ -20,7 +20,7 @@ from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.synthetic.clip import TalkerClip
-from keysync_jax.encoders.audio_features import AudioFeatures
+from keysync_jax.encoders.audio_features import AudioFeatures, side_by_side
 from keysync_jax.encoders.latents import LatentCoder
 from keysync_jax.inference.engine import StageSampler, StageSettings, Window
 from keysync_jax.inference.window_plan import KeyframeWindow, Slot, WindowPlan, WindowSizes, make_plan
@@ -128,7 +128,7 @@ class TalkerModel:
             for name, config in self.stages.items()
         }
         self._coder = LatentCoder(directory.vae, directory.params("vae"), mesh, microbatch=2 * self.microbatch)
-        encoders = {config.audio_encoder for config in self.stages.values()}
+        encoders = {name for config in self.stages.values() for name in config.audio_encoders}
         self._features = {name: AudioFeatures(directory.audio(name), directory.params(f"audio/{name}")) for name in sorted(encoders)}
 
     def own_scales(self) -> Scales:
@@ -188,7 +188,7 @@ class TalkerModel:
         Returns:
           Every frame ("dub", "one stage"), or the frames where keyframes stand ("keyframes").
         """
-        heard = [{name: encode(voice) for name, encode in self._features.items()} for voice in voices]
+        heard = [self._hear(voice) for voice in voices]
         settings = {
             name: StageSettings.of(seed, dataclasses.replace(config, audio_scale=audio, identity_scale=identity))
             for name, config in self.stages.items()
@@ -226,6 +226,11 @@ class TalkerModel:
         padded = np.pad(clip.masks, ((0, 0), (1, 1), (1, 1)))  # what lies outside the crop is outside the mask
         rows, columns = (np.clip(index, -1, cells) + 1 for index in (rows, columns))
         return ~padded[:, rows[:, None], columns[None, :]]
+
+    def _hear(self, voice: np.ndarray) -> dict[str, np.ndarray]:
+        """What each stage hears, `[F, 2, D]`, by its `audio_encoder`."""
+        tokens = {name: encode(voice) for name, encode in self._features.items()}
+        return {stage.audio_encoder: side_by_side(stage.audio_encoder, tokens) for stage in self.stages.values()}
 
     def _plan(self, frames: int) -> WindowPlan:
         return make_plan(frames, self._sizes.segment, keyframe_window=self._sizes.keyframes)

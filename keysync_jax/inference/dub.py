@@ -18,7 +18,7 @@ import numpy as np
 from keysync_jax.config import MaskConfig, StageConfig
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import schedules
-from keysync_jax.encoders.audio_features import AudioFeatures
+from keysync_jax.encoders.audio_features import AudioFeatures, side_by_side
 from keysync_jax.encoders.latents import LatentCoder
 from keysync_jax.inference import dub_report as reporting
 from keysync_jax.inference.analysis import Analysis, analyse
@@ -96,12 +96,13 @@ def dub(model: Model, video_path: str, audio_path: str, output: str, options: Du
     with faces.open_backend(options.faces, **weights) as backend, progress.stage("look", info.frames) as advance:
         analysis = analyse(video_path, backend, options.face, advance)
 
-    encoders = sorted({keyframe.audio_encoder, interpolation.audio_encoder})
-    features = {}
+    encoders = sorted({*keyframe.audio_encoders, *interpolation.audio_encoders})
+    heard = {}
     with progress.stage("listen", len(encoders)) as advance:
         for name in encoders:
-            features[name] = model.features(name)(voice.samples)
+            heard[name] = model.features(name)(voice.samples)
             advance()
+    features = {stage.audio_encoder: side_by_side(stage.audio_encoder, heard) for stage in (keyframe, interpolation)}
     num_audio_frames = min(len(f) for f in features.values())
 
     pieces = _plan(analysis, num_audio_frames, WindowSizes.of(keyframe, interpolation), options.reference_windows)

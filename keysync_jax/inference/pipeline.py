@@ -128,7 +128,7 @@ class KeySyncPipeline:
         return self._cached("vae", lambda: LatentCoder(self._directory.vae, self._directory.params("vae"), self._mesh, microbatch=2))
 
     def features(self, encoder: str) -> AudioFeatures:
-        """The speech encoder of that name ("hubert", "wavlm", "log_mel")."""
+        """The speech encoder of that name, one of `config.AUDIO_ENCODERS`."""
         return self._cached(
             ("audio", encoder), lambda: AudioFeatures(self._directory.audio(encoder), self._directory.params(f"audio/{encoder}"))
         )

@@ -15,7 +15,7 @@ import numpy as np
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.clock import SAMPLE_RATE
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.speech.speech_layers import Geometry
+from keysync_jax.speech.speech_encoder import Geometry, SpeechEncoder
 
 Array = jax.Array
 
@@ -73,3 +73,22 @@ class LogMel(nn.Module):
     def encode(self, features: Array, count: Array) -> Array:
         """The spectrogram is the result; there is no transformer."""
         return features.astype(self.dtype)
+
+
+BANDS = 80  # of the column that `keysync prepare` computes of its own accord
+
+
+def of_width(width: int) -> AudioEncoderConfig:
+    """The configuration with that many bands."""
+    return AudioEncoderConfig(kind="log_mel", hidden_size=width, num_mels=width)
+
+
+ENCODER = SpeechEncoder(
+    name="log_mel",
+    title="log-mel",
+    config=AudioEncoderConfig,
+    module=LogMel,
+    geometry=lambda config: GEOMETRY,
+    of_width=of_width,
+    column=AudioEncoderConfig(kind="log_mel", hidden_size=BANDS),  # as it has always been recorded in datasets: num_mels is 0
+)

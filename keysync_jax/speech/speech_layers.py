@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,28 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from keysync_jax.config import AudioEncoderConfig
+from keysync_jax.speech.speech_encoder import FirstConvolution, Geometry, Moments
 
 Array = jax.Array
 NORM_EPS = 1e-5  # of the norms inside the convolution stack, whatever the configuration says about the others
-
-
-class Moments(NamedTuple):
-    """Mean and variance over time of the first convolution's output, `[C]` each; the statistics of its group norm."""
-
-    mean: Array
-    variance: Array
-
-
-class Geometry(NamedTuple):
-    """Which samples a token sees: `[hop * i - left, hop * i - left + receptive)` for token i."""
-
-    hop: int
-    receptive: int
-    left: int = 0
-
-    def tokens(self, samples: int) -> int:
-        """Number of tokens of a waveform with that many samples."""
-        return max(0, (samples + 2 * self.left - self.receptive) // self.hop + 1)
 
 
 def convolution_geometry(config: AudioEncoderConfig) -> Geometry:
@@ -47,6 +28,11 @@ def convolution_geometry(config: AudioEncoderConfig) -> Geometry:
         receptive += (kernel - 1) * hop
         hop *= stride
     return Geometry(hop, receptive)
+
+
+def first_convolution(config: AudioEncoderConfig) -> FirstConvolution | None:
+    """The first convolution, if its norm is one over time."""
+    return FirstConvolution(config.conv_kernel[0], config.conv_stride[0], config.conv_dim[0]) if config.extractor_mode == "group" else None
 
 
 def gelu(x: Array) -> Array:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from checkpoints import STAGES, VAE, WAVLM, draw, merged, same, save_hf_encoder, save_microsoft_wavlm
 
-from keysync_jax.converters import containers, model_directory, speech, torch_file
+from keysync_jax.converters import containers, model_directory, torch_file
 from keysync_jax.converters.convert import convert
 from keysync_jax.converters.export import export
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.converters.parts import part_table
+from keysync_jax.speech import registry
 
 pytestmark = pytest.mark.slow
 
@@ -102,4 +103,4 @@ def test_transformers_folders(tmp_path):
     _, report = WavLMModel.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     (microsoft,) = containers.open_sources(str(save_microsoft_wavlm(tmp_path / "WavLM.pt")))
-    assert same(microsoft.tensors, draw(speech.audio_table(WAVLM), 5)) and json.dumps(microsoft.config)
+    assert same(microsoft.tensors, draw(registry.audio_table(WAVLM), 5)) and json.dumps(microsoft.config)

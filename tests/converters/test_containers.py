@@ -23,10 +23,11 @@ from checkpoints import (
     stage_tensors,
 )
 
-from keysync_jax.converters import containers, safetensors_file, speech, torch_write
+from keysync_jax.converters import containers, safetensors_file, torch_write
 from keysync_jax.converters.lazy import Tensors, constant
 from keysync_jax.converters.parts import part_table
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.speech import registry
 
 
 @pytest.mark.parametrize("name", ["keyframe", "interpolation"])
@@ -103,7 +104,7 @@ def test_speech_encoders(tmp_path):
             assert source.kind == kind and source.config["model_type"] == kind
     (source,) = containers.open_sources(str(save_microsoft_wavlm(tmp_path / "WavLM.pt")))
     assert source.kind == "wavlm_microsoft" and source.config["encoder_layers"] == 2
-    assert same(source.tensors, draw(speech.audio_table(WAVLM), 5))
+    assert same(source.tensors, draw(registry.audio_table(WAVLM), 5))
 
 
 def test_stages_without_their_signs_are_still_told_apart():

@@ -28,7 +28,7 @@ from checkpoints import (
 from rich.console import Console
 
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
-from keysync_jax.converters import assemble_stage, model_directory, safetensors_file, sgm, shapes, speech, torch_write
+from keysync_jax.converters import assemble_stage, model_directory, safetensors_file, sgm, shapes, torch_write
 from keysync_jax.converters.byte_progress import byte_progress
 from keysync_jax.converters.containers import Source
 from keysync_jax.converters.convert import Options, convert
@@ -36,6 +36,7 @@ from keysync_jax.converters.fresh import fresh
 from keysync_jax.converters.lazy import BFLOAT16, LazyTensor, Tensors, constant
 from keysync_jax.converters.parts import kl_table, part_table
 from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.speech import registry
 
 DIFFUSION = "model.diffusion_model."
 
@@ -77,7 +78,7 @@ def test_any_mix_gives_the_same_directory(names, sources, tmp_path):
         assert same(directory.tensors(name), stage_tensors(name, seed=seed))
     assert (directory.audio("hubert"), directory.audio("wavlm")) == tuple(ENCODERS)
     for config in ENCODERS:
-        assert same(directory.tensors(f"audio/{config.kind}"), draw(speech.audio_table(config), 5))
+        assert same(directory.tensors(f"audio/{config.kind}"), draw(registry.audio_table(config), 5))
     if "svd" in names:
         assert directory.vae == VAE and same(directory.tensors("vae"), svd_tensors().select(e.torch_key for e in part_table(VAE)))
     else:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from keysync_jax.converters import hub, model_directory
 from keysync_jax.converters.initialize import initialize
-from keysync_jax.converters.lazy import LazyTensor, Tensors
+from keysync_jax.converters.lazy import LazyTensor
 from keysync_jax.converters.parts import Part, part_table
 from keysync_jax.converters.staging import staged
 from keysync_jax.core.errors import KeySyncError, UsageError
@@ -189,7 +189,7 @@ def test_log_mel_has_a_config_and_no_weights(tmp_path):
     from keysync_jax.converters.assemble_audio import without_weights
 
     stage = STAGES["keyframe"].__class__(**{**STAGES["keyframe"].__dict__, "audio_encoder": "log_mel"})
-    parts = [Part("keyframe", stage, draw(part_table(stage))), *without_weights([Part("keyframe", stage, Tensors({}, "x"))])]
+    parts = [Part("keyframe", stage, draw(part_table(stage))), *without_weights([stage], {})]
     directory = model_directory.save(tmp_path / "model", parts)
     assert [p.name for p in (tmp_path / "model/audio/log_mel").iterdir()] == ["config.json"]
     assert directory.params("audio/log_mel") == {} and directory.audio("log_mel").hidden_size == 32

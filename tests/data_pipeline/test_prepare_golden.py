@@ -5,7 +5,7 @@ import pytest
 from broken_inputs import encode
 
 from keysync_jax.config import MaskConfig
-from keysync_jax.converters import model_directory, sgm, speech
+from keysync_jax.converters import model_directory, sgm
 from keysync_jax.data_pipeline.prepare.features import Encoders
 from keysync_jax.data_pipeline.prepare.groups import plan_features
 from keysync_jax.data_pipeline.prepare.manifest import read_inputs
@@ -15,6 +15,7 @@ from keysync_jax.data_pipeline.source.clips import FrameStore
 from keysync_jax.data_pipeline.source.latent_masks import latent_masks
 from keysync_jax.data_pipeline.synthetic import make_clip
 from keysync_jax.diffusion.noise import stream_key
+from keysync_jax.speech import registry, wavlm
 from keysync_jax.verify.harness import load_case
 from keysync_jax.weights import table
 
@@ -30,13 +31,13 @@ def model(golden_dir, tmp_path_factory):
     vae = cases["vae_autoencoding_engine"]
     configs = {
         "vae": sgm.vae_config_from_sgm(vae.config),
-        "audio/hubert": speech.config_from_hf(cases["hubert"].config | {"model_type": "hubert"}),
-        "audio/wavlm": speech.config_from_microsoft(cases["wavlm"].config),
+        "audio/hubert": registry.config_from_hf(cases["hubert"].config | {"model_type": "hubert"}),
+        "audio/wavlm": wavlm.config_from_microsoft(cases["wavlm"].config),
     }
     params = {
         "vae": table.to_flax(sgm.vae_table(configs["vae"]), vae.weights, "vae"),
-        "audio/hubert": table.to_flax(speech.audio_table(configs["audio/hubert"]), cases["hubert"].weights, "hubert"),
-        "audio/wavlm": table.to_flax(speech.audio_table(configs["audio/wavlm"]), cases["wavlm"].weights, "wavlm"),
+        "audio/hubert": table.to_flax(registry.audio_table(configs["audio/hubert"]), cases["hubert"].weights, "hubert"),
+        "audio/wavlm": table.to_flax(registry.audio_table(configs["audio/wavlm"]), cases["wavlm"].weights, "wavlm"),
     }
     path = tmp_path_factory.mktemp("golden") / "model"
     model_directory.save_params(str(path), configs, params)

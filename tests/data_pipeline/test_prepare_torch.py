@@ -15,12 +15,13 @@ from keysync_jax.data_pipeline.prepare.groups import plan_features
 from keysync_jax.data_pipeline.prepare.manifest import read_inputs
 from keysync_jax.data_pipeline.prepare.run import prepare
 from keysync_jax.data_pipeline.prepare.settings import Curation, Output
-from keysync_jax.data_pipeline.prepare.torch_features import describe, open_encoder
 from keysync_jax.data_pipeline.source.clips import FrameStore
 from keysync_jax.data_pipeline.source.mixture import DatasetChoice
 from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader
 from keysync_jax.data_pipeline.source.windows import InterpolationWindows
 from keysync_jax.data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
+from keysync_jax.speech import torch_encoder
+from keysync_jax.speech.registry import COLUMNS
 
 pytestmark = pytest.mark.slow
 
@@ -68,9 +69,9 @@ def test_wav2vec2_tokens_are_what_transformers_gives(wav2vec2):
     import torch
     import transformers
 
-    assert describe("wav2vec2", str(wav2vec2))[0] == 32
+    assert torch_encoder.look(COLUMNS["wav2vec2"], str(wav2vec2))[0] == 32
     samples = voice(2.0)
-    tokens = open_encoder("wav2vec2", str(wav2vec2))(samples)
+    tokens = COLUMNS["wav2vec2"].open(str(wav2vec2))(samples)
     assert tokens.shape == (50, 2, 32) and tokens.dtype == np.float32
     processed = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)(samples, sampling_rate=16000, return_tensors="pt").input_values
     with torch.inference_mode():
@@ -84,7 +85,7 @@ def test_wav2vec2_tokens_are_what_transformers_gives(wav2vec2):
 def test_frames_are_counted_as_everywhere(wav2vec2, whisper, samples):
     frames = -(-samples // 640)
     for kind, folder, width in (("wav2vec2", wav2vec2, 32), ("whisper", whisper, 24)):
-        tokens = open_encoder(kind, str(folder))(voice(1.0)[:samples])
+        tokens = COLUMNS[kind].open(str(folder))(voice(1.0)[:samples])
         assert tokens.shape == (frames, 2, width) and np.isfinite(tokens).all()
 
 
@@ -92,9 +93,9 @@ def test_whisper_tokens_follow_the_sound_over_thirty_seconds(whisper):
     import torch
     import transformers
 
-    assert describe("whisper", str(whisper))[0] == 24
+    assert torch_encoder.look(COLUMNS["whisper"], str(whisper))[0] == 24
     samples = voice(32.0, seed=1)
-    encode = open_encoder("whisper", str(whisper))
+    encode = COLUMNS["whisper"].open(str(whisper))
     tokens = encode(samples)
     assert tokens.shape == (800, 2, 24)
     extractor = transformers.WhisperFeatureExtractor(feature_size=80)
@@ -111,13 +112,13 @@ def test_whisper_tokens_follow_the_sound_over_thirty_seconds(whisper):
 
 def test_other_folders_are_refused(wav2vec2, whisper, tmp_path):
     with pytest.raises(KeySyncError, match="holds a 'wav2vec2' model"):
-        describe("whisper", str(wav2vec2))
+        torch_encoder.look(COLUMNS["whisper"], str(wav2vec2))
     (tmp_path / "config.json").write_text((whisper / "config.json").read_text())
     with pytest.raises(KeySyncError, match="holds no weights"):
-        describe("whisper", str(tmp_path))
+        torch_encoder.look(COLUMNS["whisper"], str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"not this")
     with pytest.raises(KeySyncError) as caught:
-        open_encoder("whisper", str(tmp_path))
+        COLUMNS["whisper"].open(str(tmp_path))
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
@@ -130,7 +131,7 @@ def test_weights_that_are_missing_are_not_made_up(whisper, tmp_path):
     assert len(weights) - len(kept) == 2
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(KeySyncError, match=r"lacks 2 weights of whisper, the first is encoder\.layers\.1\.fc1\.bias"):
-        open_encoder("whisper", str(tmp_path))
+        COLUMNS["whisper"].open(str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_both_columns_in_a_dataset(talkers, tiny_model, wav2vec2, whisper, tmp_p
     stored = store.read(clip, list(range(FRAMES)), ["audio_wav2vec2", "audio_whisper", "samples"])
     samples = np.concatenate(stored["samples"]).astype(np.float32) / 32768
     for name, folder in (("wav2vec2", wav2vec2), ("whisper", whisper)):
-        tokens = open_encoder(name, str(folder))(samples)
+        tokens = COLUMNS[name].open(str(folder))(samples)
         np.testing.assert_allclose(np.stack(stored[f"audio_{name}"]).astype(np.float32), tokens, atol=0.02)
         reader = WindowReader(SourceConfig((DatasetChoice(str(tmp_path / "data")),), InterpolationWindows(), audio_encoder=name))
         batch = reader.read([reader.sample(0, 0, 1)])

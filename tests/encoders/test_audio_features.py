@@ -1,40 +1,19 @@
-"""Audio features: alignment, exactness of streaming, windows, the reference's chunking, errors."""
+"""Audio features: alignment, exactness of streaming, windows, encoders side by side, errors."""
 
 import functools
-import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_speech import SIZES, encoder
 
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.encoders import audio_features
-from keysync_jax.encoders.audio_features import AudioFeatures, calculate_splits, plan_windows, standardise
-from keysync_jax.speech import audio_encoder
-
-SIZES = {
-    "hidden_size": 16,
-    "num_layers": 2,
-    "num_heads": 2,
-    "intermediate_size": 24,
-    "conv_dim": (8, 8, 12),
-    "conv_kernel": (10, 9, 9),  # a token reads 400 samples, as in the released encoders
-    "conv_stride": (5, 8, 8),
-    "conv_pos": 16,
-    "conv_pos_groups": 4,
-}
-
-
-@functools.cache
-def encoder(kind: str, mode: str = "group") -> tuple[AudioEncoderConfig, dict]:
-    if kind == "log_mel":
-        return AudioEncoderConfig(kind=kind, hidden_size=80, num_mels=80), {}
-    config = AudioEncoderConfig(kind=kind, extractor_mode=mode, normalize_waveform=kind == "hubert", **SIZES)
-    return config, audio_encoder.init_params(config, np.random.default_rng(3))
+from keysync_jax.encoders.audio_features import AudioFeatures, plan_windows, side_by_side
+from keysync_jax.speech.waveform import standardise
 
 
 @functools.cache
@@ -47,13 +26,11 @@ def voice(seconds: float, seed: int = 0) -> np.ndarray:
     return (0.01 + envelope * rng.standard_normal(n)).astype(np.float32)
 
 
-# The modes differ so that both are run; each further combination would cost compilations.
-MODES = {"hubert": "group", "wavlm": "layer", "log_mel": "group"}
 SHORT = {"window_seconds": 4.0, "context_seconds": 1.0}
 
 
 def features(kind: str, **settings) -> AudioFeatures:
-    return AudioFeatures(*encoder(kind, MODES[kind]), **settings)
+    return AudioFeatures(*encoder(kind), **settings)
 
 
 @pytest.mark.parametrize("kind", ["hubert", "wavlm", "log_mel"])
@@ -147,6 +124,15 @@ def test_same_shapes_for_every_length():
     assert counts == [f._cache_size() for f in (audio_features._features, audio_features._encode, audio_features._first_moments)]
 
 
+def test_side_by_side_in_the_order_that_the_stage_says():
+    tokens = {name: features(name)(voice(1.0)) for name in ("hubert", "log_mel")}
+    both = side_by_side("log_mel+hubert", tokens)
+    assert both.shape == (25, 2, 96)
+    np.testing.assert_array_equal(both[..., :80], tokens["log_mel"])
+    np.testing.assert_array_equal(both[..., 80:], tokens["hubert"])
+    assert side_by_side("hubert", tokens) is tokens["hubert"]
+
+
 def test_deterministic():
     np.testing.assert_array_equal(features("wavlm", **SHORT)(voice(9.0)), features("wavlm", **SHORT)(voice(9.0)))
 
@@ -186,27 +172,6 @@ def test_standardise_uses_the_unbiased_variance():
     np.testing.assert_allclose(standardise(x, unbiased=True, eps=0.0), (x - x.mean()) / x.std(ddof=1), rtol=1e-6)
     np.testing.assert_allclose(standardise(x, unbiased=False, eps=0.5), (x - x.mean()) / np.sqrt(x.var() + 0.5), rtol=1e-6)
     assert not standardise(np.zeros(5, np.float32), unbiased=True, eps=1e-7).any()
-
-
-class TestReferenceChunking:
-    def test_splits(self):
-        stored = json.loads((Path(__file__).parents[1] / "golden" / "hubert" / "splits.json").read_text())
-        for chunk, totals in stored.items():
-            for total, paths in totals.items():
-                for sizes in paths.values():
-                    assert calculate_splits(int(total), int(chunk.removeprefix("chunk_"))) == sizes
-
-    def test_loses_frames_only_where_asked_for(self, monkeypatch):
-        monkeypatch.setattr(audio_features, "REFERENCE_SPLIT_SAMPLES", 2 * 16000)
-        wav = voice(9.0)
-        assert len(features("hubert", reference_chunking=True)(wav)) == 224  # each cut loses a token
-        assert len(features("hubert")(wav)) == 225
-
-    def test_wavlm_may_give_a_frame_more(self):
-        wav = voice(1.0)
-        reference = features("wavlm", reference_chunking=True)(wav)
-        assert len(reference) == 26
-        np.testing.assert_allclose(reference[:25], features("wavlm")(wav), atol=1e-5)
 
 
 @pytest.mark.parametrize(

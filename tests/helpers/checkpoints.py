@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from keysync_jax.config import UNetConfig
-from keysync_jax.converters import diffusers, safetensors_file, sgm, speech, torch_write
+from keysync_jax.converters import diffusers, safetensors_file, sgm, torch_write
 from keysync_jax.converters.initialize import configurations
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import kl_table, part_table
+from keysync_jax.speech import registry, wavlm
 from keysync_jax.weights.table import prefixed
 
 STAGES, VAE, ENCODERS = configurations("tiny")
@@ -116,9 +117,9 @@ def save_hf_encoder(path, config, container="safetensors", parametrized=False) -
     path = Path(path)
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(hf_config(config)))
-    tensors = draw(speech.audio_table(config), 5)
+    tensors = draw(registry.audio_table(config), 5)
     if config.kind == "wavlm":
-        tensors = tensors.renamed({key: speech.to_hf_wavlm(key) for key in tensors})
+        tensors = tensors.renamed({key: wavlm.to_hf_wavlm(key) for key in tensors})
     if parametrized:
         pairs = (("weight_g", "parametrizations.weight.original0"), ("weight_v", "parametrizations.weight.original1"))
         tensors = tensors.renamed({k: k.replace(old, new) for k in tensors for old, new in pairs if k.endswith(old)})
@@ -145,7 +146,7 @@ def save_microsoft_wavlm(path) -> Path:
         "max_distance": 800,
         "normalize": False,
     }
-    torch_write.write(path, draw(speech.audio_table(WAVLM), 5), wrapper="model", extra={"cfg": cfg})
+    torch_write.write(path, draw(registry.audio_table(WAVLM), 5), wrapper="model", extra={"cfg": cfg})
     return Path(path)
 
 

@@ -15,16 +15,17 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from keysync_jax.config import AudioEncoderConfig, StageConfig
+from keysync_jax.config import SpeechEncoderConfig, StageConfig
 from keysync_jax.converters import assemble_audio, model_directory
 from keysync_jax.converters import export as torch_formats
 from keysync_jax.converters.byte_progress import byte_progress
 from keysync_jax.converters.lazy import FLOAT_TYPES, Tensors, from_params
 from keysync_jax.converters.model_directory import ModelDirectory
-from keysync_jax.converters.parts import STAGES, Part, audio_part_name, part_table
+from keysync_jax.converters.parts import STAGES, Part, audio_part_name, audio_part_names, part_table
 from keysync_jax.converters.staging import check_free
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import is_local
+from keysync_jax.speech import log_mel, registry
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.export import model_card
 from keysync_jax.training.start import runs, vae_scale
@@ -33,7 +34,6 @@ from keysync_jax.training.start.runs import RunWeights
 from keysync_jax.training.state import Tree
 
 FORMATS = ("model", *torch_formats.FORMATS)
-_LOG_MEL_BANDS = 80  # what `keysync prepare` computes by default
 _ORDER = (*STAGES, "vae")
 
 
@@ -218,7 +218,7 @@ def _collect(sources: Sequence[str | os.PathLike], options: ExportOptions, conso
     _scale(parts, found, options, notes, console)
     _check_trained_with(parts, origins, found)
     _with_decoders(parts, found)
-    _with_log_mel(parts, options, notes)
+    _add_without_weights(parts, options, notes)
     return Collected(parts, tuple(found), notes)
 
 
@@ -239,29 +239,36 @@ def _tensors(run: RunWeights) -> Tensors:
     return from_params(part_table(config), run.params, run.workdir)
 
 
-def _complete(parts: dict[str, Part], origins: dict[str, str], found: Sequence[RunWeights], notes: list[str], log_mel: int | None) -> None:
+def _complete(parts: dict[str, Part], origins: dict[str, str], found: Sequence[RunWeights], notes: list[str], bands: int | None) -> None:
     """Adds the VAE and the speech encoders of the directories that the stage runs started from; no encoder of other tokens than the
-    run's, and no log-mel one where `log_mel` bands are asked for."""
+    run's, and no log-mel one where its `bands` are asked for."""
     for run in found:
         if run.part == "vae":
             continue
-        wanted = [name for name in ("vae", audio_part_name(run.config.stage.audio_encoder)) if name not in parts]
+        stage = run.config.stage
+        wanted = [name for name in ("vae", *audio_part_names(stage)) if name not in parts]
         for path in _origins(run.config):
             if not wanted or not (path.startswith("hub:") or model_directory.is_model_directory(path)):
                 continue
             directory = model_directory.load(path, complete=False)
             for part in parts_of(directory):
-                if isinstance(part.config, AudioEncoderConfig):
-                    asked = log_mel is not None and part.name == audio_part_name("log_mel")
-                    if asked or part.config.hidden_size != run.config.stage.audio_feature_dim:
+                if isinstance(part.config, SpeechEncoderConfig):
+                    asked = bands is not None and part.name == audio_part_name("log_mel")
+                    alone = len(stage.audio_encoders) == 1
+                    if asked or (alone and part.config.hidden_size != stage.audio_feature_dim):
                         continue
                 if part.name in wanted:
                     parts[part.name], origins[part.name] = part, path
                     wanted.remove(part.name)
                     notes.append(f"{part.name}: from {model_card.basename(path)}, with which the {run.part} run began")
         for name in wanted:
-            if name != audio_part_name("log_mel"):
-                notes.append(f"the directory has no {name}, which a dub needs; name a model directory that holds it as a further source")
+            if not registry.has_weights(name.removeprefix("audio/")):
+                continue  # it is made, see `_add_without_weights`
+            notes.append(_lacks(name))
+
+
+def _lacks(name: str) -> str:
+    return f"the directory has no {name}, which a dub needs; name a model directory that holds it as a further source"
 
 
 def _origins(config: TrainConfig) -> Iterator[str]:
@@ -341,23 +348,25 @@ def _with_decoders(parts: dict[str, Part], found: Sequence[RunWeights]) -> None:
             parts[run.part] = dataclasses.replace(parts[run.part], tensors=parts[run.part].tensors.updated(decoder))
 
 
-def _with_log_mel(parts: dict[str, Part], options: ExportOptions, notes: list[str]) -> None:
-    """The log-mel encoder has no weights, only a width."""
+def _add_without_weights(parts: dict[str, Part], options: ExportOptions, notes: list[str]) -> None:
+    """Speech encoders without weights follow from the width of a stage's tokens; log-mel's bands can be given."""
     name = audio_part_name("log_mel")
+
+    def add_log_mel(bands: int) -> None:
+        parts[name] = Part(name, log_mel.of_width(bands), Tensors({}, "log_mel"))
+
     if options.log_mel is not None:
         if name in parts:
             raise UsageError(f"--log-mel {options.log_mel}: a source already holds {name}")
-        config = AudioEncoderConfig(kind="log_mel", hidden_size=options.log_mel, num_mels=options.log_mel)
-        parts[name] = Part(name, config, Tensors({}, "log_mel"))
-        return
-    stages = [part for part in parts.values() if isinstance(part.config, StageConfig)]
-    if name not in parts:
-        for part in assemble_audio.without_weights(stages):
-            parts[part.name] = part
+        add_log_mel(options.log_mel)
+    stages = [part.config for part in parts.values() if isinstance(part.config, StageConfig)]
+    for part in assemble_audio.without_weights(stages, parts):
+        parts[part.name] = part
+    wanted = {each: encoder for stage in stages for each, encoder in zip(audio_part_names(stage), stage.audio_encoders, strict=True)}
+    notes += [_lacks(each) for each, encoder in wanted.items() if each not in parts and not registry.has_weights(encoder)]
     if not stages and not any(each.startswith("audio/") for each in parts):
-        config = AudioEncoderConfig(kind="log_mel", hidden_size=_LOG_MEL_BANDS, num_mels=_LOG_MEL_BANDS)
-        parts[name] = Part(name, config, Tensors({}, "log_mel"))
-        notes.append(f"{name}: {_LOG_MEL_BANDS} mel bands, so that keysync prepare has a speech encoder (--log-mel N changes it)")
+        add_log_mel(log_mel.BANDS)
+        notes.append(f"{name}: {log_mel.BANDS} mel bands, so that keysync prepare has a speech encoder (--log-mel N changes it)")
 
 
 def parse_steps(texts: Sequence[str]) -> dict[str, int]:

@@ -310,7 +310,7 @@ def _from_svd(config: TrainConfig) -> tuple[Tree, list[str]]:
     sources = containers.open_sources(path)
     source = next((s for s in sources if s.kind == "diffusers_unet" or (s.kind == "svd" and assemble_stage.has_unet(s))), None)
     if source is None:
-        kinds = ", ".join(containers.KINDS[s.kind] for s in sources)
+        kinds = ", ".join(containers.title(s.kind) for s in sources)
         raise KeySyncError(f"config.init.path: {path} holds no U-Net of Stable Video Diffusion, but {kinds}")
     if source.kind == "diffusers_unet" and source.config is not None:
         heads = diffusers.unet_config_from_diffusers(source.config, source.path).num_head_channels

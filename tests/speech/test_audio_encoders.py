@@ -10,9 +10,9 @@ import pytest
 import safetensors
 
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.converters import speech
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.speech import audio_encoder, log_mel, speech_layers
+from keysync_jax.speech import log_mel, registry, speech_layers, transformers_config, wavlm
+from keysync_jax.speech.random_params import init_params
 from keysync_jax.weights import table
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "helpers" / "fixtures" / "speech_hf.safetensors"
@@ -42,11 +42,11 @@ def waveform(samples: int = 16000) -> np.ndarray:
 @functools.cache
 def tiny(kind: str, **overrides) -> tuple[AudioEncoderConfig, dict]:
     config = AudioEncoderConfig(kind=kind, **(TINY | overrides))
-    return config, audio_encoder.init_params(config, np.random.default_rng(0))
+    return config, init_params(config, np.random.default_rng(0))
 
 
 def apply(config, params, *args, **kwargs):
-    module = audio_encoder.build(config)
+    module = registry.build(config)
     with jax.default_matmul_precision("highest"):
         return np.asarray(jax.jit(lambda p, *a: module.apply({"params": p}, *a, **kwargs))(params, *args))
 
@@ -57,12 +57,12 @@ def test_equals_transformers(case):
         values = json.loads(file.metadata()["configs"])[case]
         tensors = {key.removeprefix(f"{case}/"): file.get_tensor(key) for key in file.keys() if key.startswith(f"{case}/")}  # noqa: SIM118
     expected = tensors.pop("out")
-    config = speech.config_from_hf(values)
+    config = registry.config_from_hf(values)
     if config.kind == "wavlm":
-        tensors = {speech.rename_hf_wavlm(key, config.extractor_mode): value for key, value in tensors.items()}
+        tensors = {wavlm.rename_hf_wavlm(key, config.extractor_mode): value for key, value in tensors.items()}
     else:
-        tensors = {speech.rename_hf_hubert(key): value for key, value in tensors.items()}
-    entries = speech.audio_table(config)
+        tensors = {transformers_config.bare(key): value for key, value in tensors.items()}
+    entries = registry.audio_table(config)
     assert {e.torch_key for e in entries} == set(tensors)
     got = apply(config, table.to_flax(entries, tensors), waveform()[None])
     assert got.shape == (1, *expected.shape)
@@ -74,7 +74,7 @@ def test_equals_transformers(case):
 def test_table_names_every_parameter(kind, mode):
     config, params = tiny(kind, extractor_mode=mode, conv_bias=mode == "layer")
     paths = {tuple(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    assert paths == {e.flax_path: e.flax_shape for e in speech.audio_table(config)}
+    assert paths == {e.flax_path: e.flax_shape for e in registry.audio_table(config)}
 
 
 @pytest.mark.parametrize("kind", ["hubert", "wavlm"])
@@ -82,7 +82,7 @@ def test_every_parameter_but_the_mask_vector_matters(kind):
     config, params = tiny(kind)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), params)
-    module = audio_encoder.build(config)
+    module = registry.build(config)
     forward = jax.jit(lambda p: module.apply({"params": p}, waveform(4000)[None]))
     base = np.asarray(forward(params))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -109,11 +109,11 @@ def test_masked_padding_changes_nothing(kind):
 
 
 def test_token_counts():
-    hubert = audio_encoder.geometry(AudioEncoderConfig())
+    hubert = registry.geometry(AudioEncoderConfig())
     assert (hubert.hop, hubert.receptive) == (320, 400)
     assert [hubert.tokens(640 * f) for f in (1, 2, 25)] == [1, 3, 49]
     assert hubert.tokens(399) == 0
-    mel = audio_encoder.geometry(AudioEncoderConfig(kind="log_mel", hidden_size=80))
+    mel = registry.geometry(AudioEncoderConfig(kind="log_mel", hidden_size=80))
     assert [mel.tokens(640 * f) for f in (1, 2, 25)] == [2, 4, 50]
 
 
@@ -132,8 +132,8 @@ class TestLogMel:
     config = AudioEncoderConfig(kind="log_mel", hidden_size=80, num_mels=80)
 
     def test_has_no_weights(self):
-        assert audio_encoder.init_params(self.config, np.random.default_rng(0)) == {}
-        assert speech.audio_table(self.config) == []
+        assert init_params(self.config, np.random.default_rng(0)) == {}
+        assert registry.audio_table(self.config) == []
 
     def test_sine_lights_its_band_and_silence_is_the_floor(self):
         t = np.arange(6400) / 16000

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.converters import speech
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.speech import registry, transformers_config, wavlm
 from keysync_jax.weights import table
 
 MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
@@ -27,7 +27,7 @@ TINY = {
 @pytest.mark.parametrize(("kind", "manifest", "count"), [("hubert", "hubert_base_ls960", 211), ("wavlm", "wavlm_base_plus", 248)])
 def test_full_size_tables_match_the_manifests(kind, manifest, count):
     stored = json.loads((MANIFESTS / f"{manifest}.json").read_text())["tensors"]
-    assert {e.torch_key: list(e.torch_shape) for e in speech.audio_table(FULL[kind])} == {k: v["shape"] for k, v in stored.items()}
+    assert {e.torch_key: list(e.torch_shape) for e in registry.audio_table(FULL[kind])} == {k: v["shape"] for k, v in stored.items()}
     assert len(stored) == count
 
 
@@ -35,9 +35,9 @@ def test_configurations_of_the_manifests():
     def config(name):
         return json.loads((MANIFESTS / f"{name}.json").read_text())["meta"]["config"]
 
-    assert speech.config_from_hf(config("hubert_base_ls960")) == FULL["hubert"]
-    assert speech.config_from_microsoft(config("wavlm_base_plus")) == FULL["wavlm"]
-    assert speech.config_from_hf({"model_type": "wavlm"}) == FULL["wavlm"]
+    assert registry.config_from_hf(config("hubert_base_ls960")) == FULL["hubert"]
+    assert wavlm.config_from_microsoft(config("wavlm_base_plus")) == FULL["wavlm"]
+    assert registry.config_from_hf({"model_type": "wavlm"}) == FULL["wavlm"]
 
 
 @pytest.mark.parametrize("kind", ["hubert", "wavlm"])
@@ -45,7 +45,7 @@ def test_configurations_of_the_manifests():
     "variant", [{}, {"extractor_mode": "layer", "conv_bias": True}, {"mask_embedding": False, "feature_layer_norm": False}]
 )
 def test_round_trip_is_exact_and_names_are_unique(kind, variant):
-    entries = speech.audio_table(AudioEncoderConfig(kind=kind, **TINY, **variant))
+    entries = registry.audio_table(AudioEncoderConfig(kind=kind, **TINY, **variant))
     rng = np.random.default_rng(0)
     tensors = {e.torch_key: rng.standard_normal(e.torch_shape).astype(np.float32) for e in entries}
     assert len(tensors) == len(entries) == len({e.flax_path for e in entries})
@@ -56,25 +56,25 @@ def test_round_trip_is_exact_and_names_are_unique(kind, variant):
 
 
 def test_flax_paths_follow_the_torch_names():
-    paths = {e.torch_key: "/".join(e.flax_path) for e in speech.audio_table(FULL["wavlm"])}
+    paths = {e.torch_key: "/".join(e.flax_path) for e in registry.audio_table(FULL["wavlm"])}
     assert paths["encoder.pos_conv.0.weight_v"] == "encoder/pos_conv_0/weight_v"
     assert paths["feature_extractor.conv_layers.0.2.weight"] == "feature_extractor/conv_layers_0_2/scale"
     assert paths["encoder.layers.11.self_attn.grep_a"] == "encoder/layers_11/self_attn/grep_a"
     assert paths["encoder.layers.0.self_attn.relative_attention_bias.weight"].endswith("relative_attention_bias/embedding")
-    hubert = {e.torch_key: e for e in speech.audio_table(FULL["hubert"])}
+    hubert = {e.torch_key: e for e in registry.audio_table(FULL["hubert"])}
     assert hubert["encoder.pos_conv_embed.conv.weight_v"].flax_shape == (128, 48, 768)
     assert hubert["feature_extractor.conv_layers.1.conv.weight"].flax_shape == (3, 512, 512)
 
 
 @pytest.mark.parametrize("mode", ["group", "layer"])
 def test_wavlm_names_there_and_back(mode):
-    keys = [e.torch_key for e in speech.audio_table(AudioEncoderConfig(kind="wavlm", extractor_mode=mode, conv_bias=True, **TINY))]
-    renamed = [speech.to_hf_wavlm(key) for key in keys]
+    keys = [e.torch_key for e in registry.audio_table(AudioEncoderConfig(kind="wavlm", extractor_mode=mode, conv_bias=True, **TINY))]
+    renamed = [wavlm.to_hf_wavlm(key) for key in keys]
     assert len(set(renamed)) == len(keys)
-    assert [speech.rename_hf_wavlm(key, mode) for key in renamed] == keys
-    assert [speech.rename_hf_wavlm(f"wavlm.{key}", mode) for key in renamed] == keys
+    assert [wavlm.rename_hf_wavlm(key, mode) for key in renamed] == keys
+    assert [wavlm.rename_hf_wavlm(f"wavlm.{key}", mode) for key in renamed] == keys
     # Apart from what only WavLM has, a Hugging Face WavLM is named like a Hugging Face HuBERT.
-    hubert = {e.torch_key for e in speech.audio_table(AudioEncoderConfig(extractor_mode=mode, conv_bias=True, **TINY))}
+    hubert = {e.torch_key for e in registry.audio_table(AudioEncoderConfig(extractor_mode=mode, conv_bias=True, **TINY))}
     extra = {key for key in renamed if "gru_rel_pos" in key or "rel_attn_embed" in key}
     assert set(renamed) - extra == hubert
     assert len(extra) == 2 * 3 + 1
@@ -82,8 +82,8 @@ def test_wavlm_names_there_and_back(mode):
 
 def test_both_spellings_of_weight_norm():
     for rename, prefix, target in (
-        (speech.rename_hf_hubert, "hubert.", "encoder.pos_conv_embed.conv."),
-        (speech.rename_hf_wavlm, "wavlm.", "encoder.pos_conv.0."),
+        (transformers_config.bare, "hubert.", "encoder.pos_conv_embed.conv."),
+        (wavlm.rename_hf_wavlm, "wavlm.", "encoder.pos_conv.0."),
     ):
         for key, leaf in (
             ("parametrizations.weight.original0", "weight_g"),
@@ -93,11 +93,11 @@ def test_both_spellings_of_weight_norm():
         ):
             assert rename(f"encoder.pos_conv_embed.conv.{key}") == target + leaf
             assert rename(f"{prefix}encoder.pos_conv_embed.conv.{key}") == target + leaf
-    assert speech.rename_hf_wavlm("lm_head.weight") == "lm_head.weight"
+    assert wavlm.rename_hf_wavlm("lm_head.weight") == "lm_head.weight"
 
 
 def test_microsoft_configuration():
-    config = speech.config_from_microsoft(
+    config = wavlm.config_from_microsoft(
         {
             "conv_feature_layers": "[(16, 10, 5)] + [(32,3,2)] * 4 + 2 * [(24,2,2)]",
             "encoder_embed_dim": 24,
@@ -113,27 +113,27 @@ def test_microsoft_configuration():
     assert (config.extractor_mode, config.layer_norm_first, config.normalize_waveform) == ("layer", True, True)
     assert not config.feature_projection and not config.relative_position and not config.gated_relative_position
     assert config.max_distance == 1280
-    keys = {e.torch_key for e in speech.audio_table(config)}
+    keys = {e.torch_key for e in registry.audio_table(config)}
     assert "post_extract_proj.weight" not in keys and not any("grep" in key or "relative" in key for key in keys)
     assert "feature_extractor.conv_layers.6.2.1.weight" in keys
 
 
 def test_preprocessor_decides_about_normalisation():
-    assert not speech.config_from_hf({"model_type": "hubert"}, {"do_normalize": False}).normalize_waveform
-    assert speech.config_from_hf({"model_type": "wavlm"}, {"do_normalize": True}).normalize_waveform
+    assert not registry.config_from_hf({"model_type": "hubert"}, {"do_normalize": False}).normalize_waveform
+    assert registry.config_from_hf({"model_type": "wavlm"}, {"do_normalize": True}).normalize_waveform
 
 
 @pytest.mark.parametrize(
     ("read", "values", "message"),
     [
-        (speech.config_from_hf, {"model_type": "wav2vec2"}, "'wav2vec2'; a HuBERT or WavLM"),
-        (speech.config_from_hf, {"hidden_act": "relu"}, "hidden_act is 'relu'"),
-        (speech.config_from_hf, {"conv_pos_batch_norm": True}, "conv_pos_batch_norm is True"),
-        (speech.config_from_hf, {"model_type": "wavlm", "add_adapter": True}, "add_adapter is True"),
-        (speech.config_from_microsoft, {"activation_fn": "glu"}, "activation_fn is 'glu'"),
-        (speech.config_from_microsoft, {"extractor_mode": "conv2d"}, "extractor_mode is 'conv2d'"),
-        (speech.config_from_microsoft, {"conv_feature_layers": "__import__('os').getcwd()"}, "conv_feature_layers"),
-        (speech.config_from_microsoft, {"conv_feature_layers": "[(512, 10)]"}, "conv_feature_layers"),
+        (registry.config_from_hf, {"model_type": "wav2vec2"}, "'wav2vec2'; a HuBERT or WavLM"),
+        (registry.config_from_hf, {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        (registry.config_from_hf, {"conv_pos_batch_norm": True}, "conv_pos_batch_norm is True"),
+        (registry.config_from_hf, {"model_type": "wavlm", "add_adapter": True}, "add_adapter is True"),
+        (wavlm.config_from_microsoft, {"activation_fn": "glu"}, "activation_fn is 'glu'"),
+        (wavlm.config_from_microsoft, {"extractor_mode": "conv2d"}, "extractor_mode is 'conv2d'"),
+        (wavlm.config_from_microsoft, {"conv_feature_layers": "__import__('os').getcwd()"}, "conv_feature_layers"),
+        (wavlm.config_from_microsoft, {"conv_feature_layers": "[(512, 10)]"}, "conv_feature_layers"),
     ],
 )
 def test_unsupported_features_are_refused_by_name(read, values, message):
