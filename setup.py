@@ -51,7 +51,7 @@ EXTRAS = {
     "torch": ["torch==2.13.0", "transformers>=5.17", "diffusers>=0.42", "numba", "scikit-image", "hydra-core", "iopath"],
     "web": ["gradio>=6.30"],
     "log": ["tensorboardX>=2.6.5"],
-    "dev": ["pytest>=8", "pytest-xdist", "ruff", "psutil", "tensorboardX>=2.6.5"],
+    "dev": ["pytest>=8", "setuptools>=77", "pytest-xdist", "ruff", "psutil", "tensorboardX>=2.6.5"],
 }
 
 setup(

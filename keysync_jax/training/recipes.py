@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -66,7 +67,8 @@ def _from_python(path: Any, preset: str = "") -> ConfigDict:
     if preset and preset not in known:
         raise UsageError(f"{path} has no preset {preset!r}; it has {', '.join(known) or 'none'}")
     try:
-        config = module.get_config(preset) if preset else module.get_config()
+        with _former_names():
+            config = module.get_config(preset) if preset else module.get_config()
     except Exception as error:  # as in `_module`
         raise _failed(path, error) from error
     if not isinstance(config, ConfigDict):
@@ -101,17 +103,20 @@ def _module(path: Any) -> Any:
 
 @contextlib.contextmanager
 def _former_names() -> Iterator[None]:
-    """While a recipe is loaded, `from configs import ...` means the shipped recipes, as it did when they were installed under that name."""
-    before = {name: sys.modules.get(name) for name in _FORMER_NAMES}
+    """While a recipe runs, `from configs import ...` means the shipped recipes, as it did when they were installed under that name."""
+    before = _known_by_former_names()
     sys.modules.update({old: importlib.import_module(new) for old, new in _FORMER_NAMES.items()})
     try:
         yield
     finally:
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
+        for name in _known_by_former_names():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def _known_by_former_names() -> dict[str, ModuleType]:
+    inside = tuple(f"{name}." for name in _FORMER_NAMES)
+    return {name: module for name, module in sys.modules.items() if name in _FORMER_NAMES or name.startswith(inside)}
 
 
 def _from_json(path: Path) -> ConfigDict:

@@ -1,4 +1,7 @@
+import importlib
 import json
+import sys
+import types
 
 import pytest
 
@@ -44,3 +47,29 @@ def test_a_stored_recipe_of_an_older_version_can_be_given_the_keys_it_lacks(tmp_
     config = recipes.load(str(path), ["--config.optimizer.max_skipped=3", "--config.log.samples=1"])
     assert config.optimizer.max_skipped == 3 and config.log.samples == 1
     assert config.optimizer.learning_rate == values["optimizer"]["learning_rate"]
+
+
+def test_a_recipe_written_for_the_former_names_loads_and_leaves_none_of_them(tmp_path):
+    """`configs` and `keysync_jax.errors` are nobody's names any more, and a package of the user's own under such a name comes back."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from configs import tiny_test\n"
+        "from configs.keyframe import PRESETS as KNOWN\n"
+        "from keysync_jax.errors import KeySyncError\n"
+        "def get_config():\n"
+        "    import configs.demo_keyframe\n"
+        "    if configs.demo_keyframe.UNET is None:\n"
+        "        raise KeySyncError('no network')\n"
+        "    config = tiny_test.get_config()\n"
+        "    config.num_steps = len(KNOWN)\n"
+        "    return config\n"
+    )
+    other = types.ModuleType("configs")
+    for before in (None, other):
+        sys.modules.pop("configs", None) if before is None else sys.modules.update(configs=before)
+        config = recipes.load(str(path))
+        assert config.num_steps == 2 and config.stage == recipes.load("tiny_test").stage
+        assert sys.modules.pop("configs", None) is before
+    assert not [name for name in sys.modules if name.startswith(("configs.", "keysync_jax.errors"))]
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("keysync_jax.errors")
