@@ -1,63 +1,34 @@
-"""Face landmarks from mediapipe 0.10.21, whose wheel carries its models.
+"""Face landmarks by the networks of mediapipe 0.10.21, run by LiteRT.
 
-Detection and landmarks are run as two separate graphs without memory inside: the full-range detector on a small copy of the frame,
-and the attention face mesh (478 points and the probability that a face is there) on a 192-pixel, upright square cut around a face.
+Detection and landmarks are two networks without memory: the full-range detector on a small copy of the frame, and the attention face
+mesh (478 points and the probability that a face is there) on a 192-pixel, upright square cut around a face.
 Which square to look at is decided here, from the previous frame's mesh where there is one, so results depend on the frames alone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import sys
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from keysync_jax.core.errors import KeySyncError, first_line
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.media import face_models
 from keysync_jax.media import landmarks as lm
+from keysync_jax.media.face_networks import DETECTOR_SIZE, MESH_SIZE, FaceDetector, FaceMesh
 from keysync_jax.media.faces import Face, FaceBackend, box_iou, check_frame
 
-VERSION = "0.10.21"
-INSTALL = f"install it with: pip install --no-deps mediapipe=={VERSION}"
-
-MESH_SIZE = 192  # input side of the mesh network
 MESH_SCALE = 1.5  # side of the square the mesh network was trained on, over the long side of the face's mesh
-DETECTOR_SIZE = 192  # input side of the full-range detector
 DETECTION_SCALE = 1.7  # side of that square over the side of the detector's box, which spans brows to chin
 REFINE_SCALE = 2.5  # a candidate is detected again in a square this many boxes wide, because boxes of small faces are coarse
 MESH_PASSES = 3  # a new face's square is re-centred on its own mesh this many times
-CANDIDATE_SCORE = 0.4  # detector's threshold; low, because the mesh's presence score decides
+CANDIDATE_SCORE = 0.6  # detector's threshold, mediapipe's own; above it, the mesh's presence score decides
 PRESENCE = 0.5  # mesh's threshold: mediapipe's own default
 DETECT_EVERY = 5  # frames between two searches for newcomers while a face is tracked, and between thorough ones while there is none
 SAME_FACE_IOU = 0.3  # two meshes that overlap more are one face
 FOLLOWED_IOU = 0.3  # a followed square must overlap the face found in it at least this much, else the face was lost
 EYE_CORNERS = (33, 263)  # mesh points of the outer eye corners (person's right, left): they tell which way is up
-
-# The mesh network with its presence score. mediapipe's own FaceMesh hides the score and keeps a state of its own.
-MESH_GRAPH = """
-input_stream: "image"
-output_stream: "mesh"
-output_stream: "presence"
-node { calculator: "ConstantSidePacketCalculator" output_side_packet: "PACKET:with_attention"
-  options { [mediapipe.ConstantSidePacketCalculatorOptions.ext] { packet { bool_value: true } } } }
-node { calculator: "FaceLandmarksModelLoader" input_side_packet: "WITH_ATTENTION:with_attention" output_side_packet: "MODEL:model" }
-node { calculator: "TfLiteCustomOpResolverCalculator" output_side_packet: "OP_RESOLVER:op_resolver" }
-node { calculator: "ImageToTensorCalculator" input_stream: "IMAGE:image" output_stream: "TENSORS:input"
-  options { [mediapipe.ImageToTensorCalculatorOptions.ext] {
-    output_tensor_width: 192 output_tensor_height: 192 output_tensor_float_range { min: 0.0 max: 1.0 } } } }
-node { calculator: "InferenceCalculator" input_stream: "TENSORS:input" output_stream: "TENSORS:output"
-  input_side_packet: "MODEL:model" input_side_packet: "OP_RESOLVER:op_resolver"
-  options { [mediapipe.InferenceCalculatorOptions.ext] { delegate { xnnpack { num_threads: 1 } } } } }
-node { calculator: "SplitTensorVectorCalculator" input_stream: "output" output_stream: "points" output_stream: "flag"
-  options { [mediapipe.SplitVectorCalculatorOptions.ext] { ranges { begin: 0 end: 6 } ranges { begin: 6 end: 7 } } } }
-node { calculator: "TensorsToFaceLandmarksWithAttention" input_stream: "TENSORS:points" output_stream: "LANDMARKS:mesh" }
-node { calculator: "TensorsToFloatsCalculator" input_stream: "TENSORS:flag" output_stream: "FLOAT:presence"
-  options { [mediapipe.TensorsToFloatsCalculatorOptions.ext] { activation: SIGMOID } } }
-"""
 
 
 class Region(NamedTuple):
@@ -75,7 +46,7 @@ class Region(NamedTuple):
 
 
 class MediaPipeBackend(FaceBackend):
-    """Full-range detection and attention face mesh of mediapipe 0.10.21, mapped to 68 points.
+    """Full-range detection and attention face mesh of mediapipe, mapped to 68 points.
 
     Args:
       max_faces: only this many faces of a frame are looked at, largest first.
@@ -83,7 +54,7 @@ class MediaPipeBackend(FaceBackend):
         a face is lost. False searches every frame, for frames that do not follow each other.
 
     Raises:
-      KeySyncError: mediapipe is missing, is another version, or does not start.
+      KeySyncError: the models are not here, or a file is none of them.
     """
 
     OPTIONS = ("max_faces", "track")
@@ -93,12 +64,8 @@ class MediaPipeBackend(FaceBackend):
         self._max_faces = max_faces
         self._track = track
         self.reset()
-        with _captured_stderr():
-            self._detector, self._mesh = _open_graphs()
-            # The graphs' own threads load the models and log meanwhile; after one picture each they are quiet.
-            blank = np.zeros((MESH_SIZE, MESH_SIZE, 3), np.uint8)
-            self._call("detector", self._detector, blank)
-            self._call("mesh", self._mesh, blank)
+        self._detector: FaceDetector | None = FaceDetector(face_models.locate(face_models.FACE_DETECTOR), CANDIDATE_SCORE)
+        self._mesh: FaceMesh | None = FaceMesh(face_models.locate(face_models.FACE_MESH))
 
     def reset(self) -> None:
         self._regions: list[Region] = []
@@ -106,15 +73,11 @@ class MediaPipeBackend(FaceBackend):
         self._empty = 0  # of these, how many in a row had no face
 
     def close(self) -> None:
-        graphs, self._detector, self._mesh = (self._detector, self._mesh), None, None
-        with _captured_stderr():
-            for graph in graphs:
-                if graph is not None:
-                    graph.close()
+        self._detector = self._mesh = None
 
     def detect(self, rgb: np.ndarray) -> list[Face]:
         rgb = check_frame(rgb)
-        if self._mesh is None:
+        if self._mesh is None or self._detector is None:
             raise KeySyncError("this mediapipe backend is closed; open another one with open_backend")
         found: list[tuple[np.ndarray, float]] = []
         for region in self._regions:
@@ -167,54 +130,22 @@ class MediaPipeBackend(FaceBackend):
     def _run_detector(self, rgb: np.ndarray, area: tuple[int, int, int, int]) -> list[Region]:
         """Detections inside `area` (x0, y0, x1, y1), which may reach beyond the frame."""
         image, scale = _shrunk(rgb, area, 2 * DETECTOR_SIZE)
-        detections = self._call("detector", self._detector, image).detections or []
+        assert self._detector is not None
         regions = []
-        for detection in detections:
-            data = detection.location_data
-            box, eyes = data.relative_bounding_box, data.relative_keypoints[:2]
-            size = np.array([image.shape[1], image.shape[0]]) / scale
-            center = np.array([box.xmin + box.width / 2, box.ymin + box.height / 2]) * size + area[:2]
-            side = max(box.width * size[0], box.height * size[1])
-            if side <= 0:
-                continue
-            angle = math.atan2((eyes[1].y - eyes[0].y) * size[1], (eyes[1].x - eyes[0].x) * size[0])
-            regions.append(Region(float(center[0]), float(center[1]), DETECTION_SCALE * side, angle))
+        for detection in self._detector(image):
+            x0, y0, x1, y1 = np.asarray(detection.box) / scale
+            eyes = detection.points[1] - detection.points[0]
+            side = max(x1 - x0, y1 - y0)
+            angle = math.atan2(eyes[1], eyes[0])
+            regions.append(Region((x0 + x1) / 2 + area[0], (y0 + y1) / 2 + area[1], DETECTION_SCALE * side, angle))
         return regions
 
     def _run_mesh(self, rgb: np.ndarray, region: Region) -> tuple[np.ndarray, float]:
         """float64 `[478, 2]` mesh points in frame pixels of the face in `region`, and the probability that one is there."""
         image, back = _upright_square(rgb, region)
-        output = self._call("mesh", self._mesh, image)
-        points = np.array([(p.x, p.y) for p in output.mesh.landmark]) * MESH_SIZE
-        return points @ back[:, :2].T + back[:, 2], float(output.presence)
-
-    def _call(self, which: str, graph, image: np.ndarray):
-        try:
-            return graph.process(image)
-        except (RuntimeError, ValueError) as error:
-            raise KeySyncError(f"mediapipe's face {which} failed: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _captured_stderr() -> Iterator[None]:
-    """Send file descriptor 2 to nowhere while mediapipe's native code starts or stops: it logs there whatever the Python logging says.
-
-    What it has to say as an error arrives as an exception, and those are reported.
-    """
-    sys.stderr.flush()
-    try:
-        kept = os.dup(2)
-    except OSError:  # no standard error at all: nothing to protect
-        yield
-        return
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
+        assert self._mesh is not None
+        points, presence = self._mesh(image)
+        return points.astype(np.float64) @ back[:, :2].T + back[:, 2], presence
 
 
 def region_of(mesh: np.ndarray) -> Region:
@@ -282,32 +213,3 @@ def _upright_square(rgb: np.ndarray, region: Region) -> tuple[np.ndarray, np.nda
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     image = cv2.warpAffine(source, to_source, (MESH_SIZE, MESH_SIZE), flags=flags, borderMode=cv2.BORDER_REPLICATE)
     return image, back
-
-
-def _open_graphs():
-    """(detector, mesh) graphs. What starting them prints is the caller's to capture."""
-    try:
-        import mediapipe
-        from google.protobuf import text_format
-        from mediapipe.calculators.core import constant_side_packet_calculator_pb2, split_vector_calculator_pb2  # noqa: F401
-        from mediapipe.calculators.tensor import (  # noqa: F401
-            image_to_tensor_calculator_pb2,
-            inference_calculator_pb2,
-            tensors_to_floats_calculator_pb2,
-        )
-        from mediapipe.framework import calculator_pb2
-        from mediapipe.python.solution_base import PacketDataType, SolutionBase
-        from mediapipe.python.solutions.face_detection import FaceDetection
-    except ImportError as error:
-        raise KeySyncError(f"face landmarks need mediapipe {VERSION} ({first_line(error)}); {INSTALL}") from error
-    version = getattr(mediapipe, "__version__", "unknown")
-    if version != VERSION:
-        raise KeySyncError(f"face landmarks need mediapipe {VERSION}, whose wheel holds the models; {version} is installed: {INSTALL}")
-    try:
-        detector = FaceDetection(min_detection_confidence=CANDIDATE_SCORE, model_selection=1)
-        hints = {"image": PacketDataType.IMAGE_FRAME, "mesh": PacketDataType.PROTO, "presence": PacketDataType.FLOAT}
-        config = text_format.Parse(MESH_GRAPH, calculator_pb2.CalculatorGraphConfig())
-        mesh = SolutionBase(graph_config=config, outputs=["mesh", "presence"], stream_type_hints=hints)
-    except (RuntimeError, ValueError, OSError, AttributeError, text_format.ParseError) as error:
-        raise KeySyncError(f"mediapipe {VERSION} does not start: {first_line(error)}; {INSTALL}") from error
-    return detector, mesh

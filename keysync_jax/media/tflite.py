@@ -1,0 +1,99 @@
+"""TFLite networks through LiteRT: a whole file, or the part of one between given tensors.
+
+LiteRT runs the built-in operations on every Python and processor that has wheels. Operations of mediapipe's own are not among them;
+a network that has such runs in parts, and what stands between the parts is ours (see `media.face_networks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter
+from flatbuffers import flexbuffers
+
+from keysync_jax.core.errors import KeySyncError
+
+_IDENTIFIER = b"TFL3"
+
+
+class TfliteFile:
+    """A `.tflite` file with one graph.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      KeySyncError: the file is no TFLite network.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        data = path.read_bytes()
+        if data[4:8] != _IDENTIFIER:
+            raise KeySyncError(f"{path} is no .tflite network; fetch the face models again with keysync fetch faces --force")
+        self._model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
+        self._graph = self._model.subgraphs[0]
+        self._number = {tensor.name.decode(): number for number, tensor in enumerate(self._graph.tensors)}
+
+    def options_of(self, output: str) -> dict:
+        """The settings of the custom operation that makes the tensor `output`."""
+        made = next(op for op in self._graph.operators if self._number[output] in op.outputs)
+        return flexbuffers.Loads(bytes(np.asarray(made.customOptions, np.uint8)))
+
+    def inputs_of(self, output: str) -> list[str]:
+        """Names of the tensors that the operation making `output` reads."""
+        made = next(op for op in self._graph.operators if self._number[output] in op.outputs)
+        return [self._graph.tensors[number].name.decode() for number in made.inputs]
+
+    def network(self, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> TfliteNetwork:
+        """The part that makes `outputs` from `inputs`; the whole graph by default.
+
+        Raises:
+          KeySyncError: LiteRT does not take it.
+        """
+        graph, model = self._graph, self._model
+        own = (graph.inputs, graph.outputs, graph.operators)
+        first = [self._number[name] for name in inputs] or list(graph.inputs)
+        last = [self._number[name] for name in outputs] or list(graph.outputs)
+        try:
+            graph.inputs, graph.outputs, graph.operators = first, last, _between(own[2], first, last)
+            builder = flatbuffers.Builder(1 << 22)
+            builder.Finish(model.Pack(builder), _IDENTIFIER)
+        finally:
+            graph.inputs, graph.outputs, graph.operators = own
+        return TfliteNetwork(bytes(builder.Output()), str(self.path))
+
+
+def _between(operators: Sequence[schema.OperatorT], first: Sequence[int], last: Sequence[int]) -> list[schema.OperatorT]:
+    """The operators, in order, that `last` needs where the tensors `first` are given."""
+    needed, kept = set(last), []
+    for operator in reversed(operators):
+        if needed.intersection(operator.outputs) - set(first):
+            kept.append(operator)
+            needed.update(int(number) for number in operator.inputs)
+    return kept[::-1]
+
+
+class TfliteNetwork:
+    """A network held open. Calls are not to be made from two threads at once."""
+
+    def __init__(self, content: bytes, name: str):
+        try:
+            # One thread: results do not depend on how many there are.
+            self._interpreter = Interpreter(model_content=content, num_threads=1)
+            self._interpreter.allocate_tensors()
+        except (RuntimeError, ValueError) as error:
+            raise KeySyncError(f"{name}: LiteRT does not run this network: {error}") from error
+        self._inputs = [entry["index"] for entry in self._interpreter.get_input_details()]
+        self._outputs = [entry["index"] for entry in self._interpreter.get_output_details()]
+
+    def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """One array per output, in the order of the part's outputs; the inputs in the order of its inputs."""
+        for index, array in zip(self._inputs, arrays, strict=True):
+            self._interpreter.set_tensor(index, np.ascontiguousarray(array, np.float32))
+        self._interpreter.invoke()
+        return [self._interpreter.get_tensor(index) for index in self._outputs]
