@@ -85,6 +85,22 @@ def letterboxed(rgb: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     side = max(height, width)
     origin = np.array([(width - side) / 2, (height - side) / 2])
     scale = size / side
-    matrix = np.array([[scale, 0, -origin[0] * scale], [0, scale, -origin[1] * scale]])
-    square = cv2.warpAffine(rgb, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+    square = warped(rgb, np.array([[1 / scale, 0, origin[0]], [0, 1 / scale, origin[1]]]), size, cv2.BORDER_CONSTANT)
     return square, np.array([origin, [side, side]])
+
+
+def warped(rgb: np.ndarray, back: np.ndarray, size: int, border: int) -> np.ndarray:
+    """Bilinear samples of a picture on a square grid, at positions rounded to 1/32 pixel.
+
+    mediapipe's OpenCV rounds so; newer ones do not, and a strongly shrunk picture shows the difference.
+
+    Args:
+      rgb: uint8 `[H, W, 3]`.
+      back: `[2, 3]`, from the grid's pixels to the picture's.
+      size: side of the grid.
+      border: OpenCV's name of what lies outside.
+    """
+    y, x = np.mgrid[:size, :size].astype(np.float64)
+    at = (back[:, :2] @ np.stack([x.ravel(), y.ravel()]) + back[:, 2:]).reshape(2, size, size).astype(np.float32)
+    fixed = cv2.convertMaps(at[0], at[1], cv2.CV_16SC2)
+    return cv2.remap(rgb, *fixed, cv2.INTER_LINEAR, borderMode=border)
