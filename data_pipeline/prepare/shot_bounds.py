@@ -17,7 +17,7 @@ from keysync_jax.media import video
 from keysync_jax.media.faces import Face
 from keysync_jax.media.shots import picture_change, same_view
 
-_INSTALL = "pip install 'keysync-jax[data]' && pip install --no-deps scenedetect==0.7.2"
+_INSTALL = "install it with: pip install 'keysync-jax[data]'"
 _FRAME_RATE = 25.0  # PySceneDetect wants one to count frames with; nothing depends on it
 
 
@@ -30,7 +30,6 @@ def _adaptive_detector():
     try:
         from scenedetect.detectors import AdaptiveDetector
     except ImportError as error:
-        # Without --no-deps it would bring opencv-python, which overwrites the headless OpenCV.
         raise KeySyncError(f"shot boundaries need PySceneDetect ({error}); {_INSTALL}") from error
     return AdaptiveDetector(min_scene_len=1)
 

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from keysync_jax.cli import bench_verbs, data_verbs, dub_verbs, evaluate_verbs, plan_verbs, train_verbs, weights_verbs
+from keysync_jax.cli import bench_verbs, data_verbs, dub_verbs, evaluate_verbs, fetch_verbs, plan_verbs, train_verbs, weights_verbs
 from keysync_jax.core import cpu
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.version import __version__
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"keysync-jax {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     evaluate_verbs.add_demo(verbs)
+    fetch_verbs.add_fetch(verbs)
     dub_verbs.add_dub(verbs)
     weights_verbs.add_verbs(verbs)
     data_verbs.add_verbs(verbs)

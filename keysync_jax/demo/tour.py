@@ -27,7 +27,7 @@ from keysync_jax.evaluation.talkers_clips import HeldOut
 from keysync_jax.inference.dub import DubResult
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.inference.pipeline import KeySyncPipeline
-from keysync_jax.media import audio, masks, video
+from keysync_jax.media import audio, face_models, masks, video
 from keysync_jax.media.strip import draw_strip
 
 FRAMES = 150  # 6 s
@@ -80,6 +80,9 @@ def run_demo(
       KeySyncError: a file in the folder's place, a model or its record that is incomplete or damaged, or anything the dub itself refuses.
     """
     console = Console(stderr=True, quiet=quiet)
+    if not face_models.is_here():
+        console.print(f"fetching the face models (mediapipe, {face_models.LICENCE}) into {face_models.folder()}, once …")
+        face_models.fetch()
     folder = local_folder(folder)
     pipeline = KeySyncPipeline.from_pretrained(_model(model, folder, seed, console))
     recorded = demo_record.read(pipeline.describe())
@@ -121,6 +124,9 @@ def record(
     if not os.access(model, os.W_OK):  # before the dubs; a hub: or gs:// model is no folder of this machine either
         raise KeySyncError(f"{model}: {demo_record.FILE} cannot be written there; name a model directory of your own on this machine")
     console = Console(stderr=True, quiet=quiet)
+    if not face_models.is_here():
+        console.print(f"fetching the face models (mediapipe, {face_models.LICENCE}) into {face_models.folder()}, once …")
+        face_models.fetch()
     rows = []
     for seed in range(count):
         clip = talkers_clips.held_out("demo", seed, 0, frames, size)

@@ -6,7 +6,11 @@ a network that has such runs in parts, and what stands between the parts is ours
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import flatbuffers
@@ -32,12 +36,21 @@ class TfliteFile:
 
     def __init__(self, path: Path):
         self.path = path
-        data = path.read_bytes()
-        if data[4:8] != _IDENTIFIER:
-            raise KeySyncError(f"{path} is no .tflite network; fetch the face models again with keysync fetch faces --force")
-        self._model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
-        self._graph = self._model.subgraphs[0]
-        self._number = {tensor.name.decode(): number for number, tensor in enumerate(self._graph.tensors)}
+        self._data = path.read_bytes()
+        if self._data[4:8] != _IDENTIFIER:
+            raise KeySyncError(f"{path} is no .tflite network; take the face models anew with keysync fetch faces --from FILE")
+
+    @functools.cached_property
+    def _model(self) -> schema.ModelT:
+        return schema.ModelT.InitFromObj(schema.Model.GetRootAs(self._data, 0))
+
+    @property
+    def _graph(self) -> schema.SubGraphT:
+        return self._model.subgraphs[0]
+
+    @functools.cached_property
+    def _number(self) -> dict[str, int]:
+        return {tensor.name.decode(): number for number, tensor in enumerate(self._graph.tensors)}
 
     def options_of(self, output: str) -> dict:
         """The settings of the custom operation that makes the tensor `output`."""
@@ -55,6 +68,8 @@ class TfliteFile:
         Raises:
           KeySyncError: LiteRT does not take it.
         """
+        if not inputs and not outputs:
+            return TfliteNetwork(self._data, str(self.path))
         graph, model = self._graph, self._model
         own = (graph.inputs, graph.outputs, graph.operators)
         first = [self._number[name] for name in inputs] or list(graph.inputs)
@@ -82,6 +97,10 @@ class TfliteNetwork:
     """A network held open. Calls are not to be made from two threads at once."""
 
     def __init__(self, content: bytes, name: str):
+        with _captured_stderr():
+            self._open(content, name)
+
+    def _open(self, content: bytes, name: str) -> None:
         try:
             # One thread: results do not depend on how many there are.
             self._interpreter = Interpreter(model_content=content, num_threads=1)
@@ -97,3 +116,25 @@ class TfliteNetwork:
             self._interpreter.set_tensor(index, np.ascontiguousarray(array, np.float32))
         self._interpreter.invoke()
         return [self._interpreter.get_tensor(index) for index in self._outputs]
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[None]:
+    """Send file descriptor 2 to nowhere while LiteRT opens a network: its native code logs there whatever the Python logging says.
+
+    What it has to say as an error arrives as an exception, and those are reported.
+    """
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # no standard error at all: nothing to protect
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -153,5 +153,5 @@ def test_without_pyscenedetect_one_line_says_what_to_install(tmp_path, tiny_mode
     (tmp_path / "a.mp4").touch()
     (tmp_path / "a.landmarks.npy").touch()
     monkeypatch.setitem(sys.modules, "scenedetect.detectors", None)
-    with pytest.raises(KeySyncError, match=r"pip install --no-deps scenedetect==0\.7\.2"):
+    with pytest.raises(KeySyncError, match=r"pip install .keysync-jax\[data\]"):
         run("prepare", tmp_path, "-o", tmp_path / "out", "--model", tiny_model, "--quiet")

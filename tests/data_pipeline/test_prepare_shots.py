@@ -136,6 +136,6 @@ def test_faces_of_single_frames(tmp_path):
 
 def test_without_pyscenedetect_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scenedetect.detectors", None)
-    with pytest.raises(KeySyncError, match=r"pip install --no-deps scenedetect==0\.7\.2") as caught:
+    with pytest.raises(KeySyncError, match=r"pip install .keysync-jax\[data\]") as caught:
         check_package()
     assert "\n" not in str(caught.value)

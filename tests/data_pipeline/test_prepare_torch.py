@@ -1,6 +1,6 @@
 """The columns that PyTorch computes: wav2vec2 and Whisper tokens, and masks that SAM 2 follows. Slow because of its imports:
 
-pip install 'keysync-jax[torch,data]' && pip install --no-deps sam2==1.1.0 scenedetect==0.7.2
+pip install 'keysync-jax[torch,data]' && pip install --no-deps sam2==1.1.0
 pytest -m slow -n 0 tests/data_pipeline/test_prepare_torch.py
 """
 
