@@ -91,7 +91,7 @@ def evaluate_video(
 def _read(path: str | os.PathLike, backend: str, weights: str | None, face: str, quiet: bool) -> video_metrics.FrameFigures:
     count = video.probe(path).frames or 0
     options = {"weights": weights} if weights else {}
-    # Opened before the bar: mediapipe's start-up chatter is silenced together with all of stderr.
+    # Opened before the bar: while it opens, all of stderr is silenced.
     with faces.open_backend(backend, **options) as detector, talkers_report.progress(Path(path).name[:24], 2 * count, quiet) as tick:
         return video_metrics.read_figures(path, detector, face, tick)
 

@@ -91,7 +91,7 @@ def dub(model: Model, video_path: str, audio_path: str, output: str, options: Du
     info = video.probe(video_path)
     voice = audio_io.load_audio(audio_path)
 
-    # Opened before the progress bar starts: mediapipe's start-up chatter is silenced together with all of stderr.
+    # Opened before the progress bar starts: while it opens, all of stderr is silenced.
     weights = {"weights": options.face_weights} if options.face_weights else {}
     with faces.open_backend(options.faces, **weights) as backend, progress.stage("look", info.frames) as advance:
         analysis = analyse(video_path, backend, options.face, advance)

@@ -1,7 +1,7 @@
 """Faces in a frame: what a landmark backend returns, and the door to the backends.
 
-A backend finds every face of an RGB frame and gives each 68 landmarks in iBUG order. "mediapipe" is the default (real landmarks, its
-models inside its own wheel, no network); "fan" is the FAN network of the face-alignment package, which made the landmarks that the
+A backend finds every face of an RGB frame and gives each 68 landmarks in iBUG order. "mediapipe" is the default (its networks,
+run by LiteRT); "fan" is the FAN network of the face-alignment package, which made the landmarks that the
 released KeySync weights were trained on. `docs/faces.md` compares the two.
 """
 
