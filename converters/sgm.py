@@ -98,8 +98,6 @@ def transformer_table(
     depth: int = 1,
     inner: int | None = None,
     use_spatial_context: bool = True,
-    disable_self_attn: bool = False,
-    temporal_cross_attention: bool = True,
 ) -> Iterator[Entry]:
     """A `SpatialVideoTransformer` under `key`; `inner` is heads times head size (the channels by default)."""
     inner = inner or channels
@@ -112,7 +110,7 @@ def transformer_table(
     yield from raw(f"{key}.time_mixer.mix_factor", (1,))
     for i in range(depth):
         block = f"{key}.transformer_blocks.{i}"
-        yield from _attention(f"{block}.attn1", inner, context_dim if disable_self_attn else None)
+        yield from _attention(f"{block}.attn1", inner, None)
         yield from _attention(f"{block}.attn2", inner, context_dim)
         yield from _feed_forward(f"{block}.ff", inner)
         for name in ("norm1", "norm2", "norm3"):
@@ -120,10 +118,9 @@ def transformer_table(
         block = f"{key}.time_stack.{i}"
         yield from norm(f"{block}.norm_in", inner)
         yield from _feed_forward(f"{block}.ff_in", inner)
-        yield from _attention(f"{block}.attn1", inner, time_context if disable_self_attn else None)
-        if temporal_cross_attention:
-            yield from norm(f"{block}.norm2", inner)
-            yield from _attention(f"{block}.attn2", inner, time_context)
+        yield from _attention(f"{block}.attn1", inner, None)
+        yield from norm(f"{block}.norm2", inner)
+        yield from _attention(f"{block}.attn2", inner, time_context)
         yield from _feed_forward(f"{block}.ff", inner)
         for name in ("norm1", "norm3"):
             yield from norm(f"{block}.{name}", inner)

@@ -13,15 +13,13 @@ cfff7cf instead, which drops the frames after the last full segment and leaves l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from keysync_jax.config import StageConfig
-from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError
 
-# The reference rounds a requested duration with these whatever its window length is.
-_REFERENCE_FRAMES = 14
+# Frames of a window of the released models.
+_RELEASED_FRAMES = 14
 
 
 class Slot(NamedTuple):
@@ -85,13 +83,13 @@ class WindowSizes(NamedTuple):
     @classmethod
     def of(cls, keyframe: StageConfig, interpolation: StageConfig | None = None) -> WindowSizes:
         """Those of a model. Without interpolation, keyframes stand as far apart as the stage's own window or the reference's says."""
-        own = keyframe.num_frames if keyframe.num_frames > 1 else _REFERENCE_FRAMES
+        own = keyframe.num_frames if keyframe.num_frames > 1 else _RELEASED_FRAMES
         return cls(keyframe.num_frames, own if interpolation is None else interpolation.num_frames)
 
 
 def make_plan(
     num_frames_in: int,
-    window: int = _REFERENCE_FRAMES,
+    window: int = _RELEASED_FRAMES,
     *,
     keyframe_window: int | None = None,
     reference: bool = False,
@@ -164,22 +162,3 @@ def _place(keyframes: list[Slot], window: int, reference: bool, identity_slot: b
             slots.insert(w * window, identity)
     padding = -len(slots) % window
     return slots + [slots[-1]._replace(keyframe=None)] * padding
-
-
-def num_usable_frames(num_video: int, num_audio: int, max_frames: int | None = None) -> int:
-    """N: the shorter of the two streams (longer audio is cut, the video is not looped), at most `max_frames`."""
-    return min(num_video, num_audio, *([] if max_frames is None else [max_frames]))
-
-
-def reference_max_frames(seconds: float) -> int:
-    """Frames after which the reference stops for a requested duration: the next number that fills whole segments of 14."""
-    step = _REFERENCE_FRAMES - 1
-    frames = int(seconds * FRAME_RATE)
-    return frames + (_REFERENCE_FRAMES - frames) % step
-
-
-def output_frames(plan: WindowPlan) -> Iterator[tuple[int, int, int]]:
-    """(output frame, segment, position in the segment) of every frame of the result, in order."""
-    for number, segment in enumerate(plan.segments):
-        for position, frame in enumerate(segment.outputs):
-            yield frame, number, position

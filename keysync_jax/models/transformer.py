@@ -62,7 +62,6 @@ class SpatialBlock(nn.Module):
 
     num_heads: int
     head_dim: int
-    disable_self_attn: bool = False  # the first attention reads the context too
     dtype: Any = jnp.float32
     implementation: str = "auto"
 
@@ -81,7 +80,7 @@ class SpatialBlock(nn.Module):
             layer = MultiHeadAttention(self.num_heads, self.head_dim, self.dtype, self.implementation, name=name)
             return layer(grouped, context).reshape(x.shape)
 
-        x = x + attend("attn1", layers.layer_norm("norm1", self.dtype)(x), context if self.disable_self_attn else None)
+        x = x + attend("attn1", layers.layer_norm("norm1", self.dtype)(x), None)
         x = x + attend("attn2", layers.layer_norm("norm2", self.dtype)(x), context)
         return x + FeedForward(self.dtype, name="ff")(layers.layer_norm("norm3", self.dtype)(x))
 
@@ -91,8 +90,6 @@ class TemporalBlock(nn.Module):
 
     num_heads: int
     head_dim: int
-    disable_self_attn: bool = False
-    cross_attention: bool = True
     dtype: Any = jnp.float32
     implementation: str = "auto"
 
@@ -107,9 +104,8 @@ class TemporalBlock(nn.Module):
             return layer(grouped, context).reshape(x.shape)
 
         x = x + FeedForward(self.dtype, name="ff_in")(layers.layer_norm("norm_in", self.dtype)(x))
-        x = x + attend("attn1", layers.layer_norm("norm1", self.dtype)(x), context if self.disable_self_attn else None)
-        if self.cross_attention:
-            x = x + attend("attn2", layers.layer_norm("norm2", self.dtype)(x), context)
+        x = x + attend("attn1", layers.layer_norm("norm1", self.dtype)(x), None)
+        x = x + attend("attn2", layers.layer_norm("norm2", self.dtype)(x), context)
         return x + FeedForward(self.dtype, name="ff")(layers.layer_norm("norm3", self.dtype)(x))
 
 
@@ -125,8 +121,6 @@ class SpatialVideoTransformer(nn.Module):
     use_spatial_context: bool = True
     merge_strategy: str = "learned_with_images"
     merge_factor: float = 0.5
-    disable_self_attn: bool = False
-    temporal_cross_attention: bool = True
     max_period: float = 10000.0
     dtype: Any = jnp.float32
     implementation: str = "auto"
@@ -156,14 +150,12 @@ class SpatialVideoTransformer(nn.Module):
             if self.use_spatial_context and context is not None:
                 time_context = context if context.ndim == 3 else context[:, 0]
             blender = layers.AlphaBlender(self.merge_strategy, self.merge_factor, name="time_mixer")
-        options = dict(disable_self_attn=self.disable_self_attn, dtype=self.dtype, implementation=self.implementation)
+        options = (self.num_heads, self.head_dim, self.dtype, self.implementation)
         for i in range(self.depth):
-            tokens = SpatialBlock(self.num_heads, self.head_dim, **options, name=f"transformer_blocks_{i}")(tokens, context)
+            tokens = SpatialBlock(*options, name=f"transformer_blocks_{i}")(tokens, context)
             if not self.temporal:
                 continue
-            block = TemporalBlock(
-                self.num_heads, self.head_dim, cross_attention=self.temporal_cross_attention, **options, name=f"time_stack_{i}"
-            )
+            block = TemporalBlock(*options, name=f"time_stack_{i}")
             mixed = block((tokens + position[:, None]).swapaxes(1, 2), time_context).swapaxes(1, 2)
             tokens = blender(tokens, mixed, image_only_indicator)
         return x + layers.dense(c, "proj_out", self.dtype)(tokens).reshape(x.shape)

@@ -187,12 +187,9 @@ def block_spatial_video_transformer(case: Case) -> Tensors:
     options, frames = case.config, case.meta["timesteps"]
     if not options["use_linear"] or options["dropout"] or options["time_context_dim"] not in (None, options["context_dim"]):
         raise KeySyncError(f"{case.name}: use_linear False, dropout and an own time_context_dim are not supported")
-    shared = {
-        "depth": options["depth"],
-        "use_spatial_context": options["use_spatial_context"],
-        "disable_self_attn": options["disable_self_attn"],
-        "temporal_cross_attention": not options["disable_temporal_crossattention"],
-    }
+    if options["disable_self_attn"] or options["disable_temporal_crossattention"]:
+        raise KeySyncError(f"{case.name}: no network here has disable_self_attn or disable_temporal_crossattention; set both to false")
+    shared = {"depth": options["depth"], "use_spatial_context": options["use_spatial_context"]}
     inner = options["n_heads"] * options["d_head"]
     table = list(sgm.transformer_table("block", options["in_channels"], options["context_dim"], inner=inner, **shared))
     params = params_of(table, {f"block.{key}": value for key, value in case.weights.items()}, case.name)["block"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from keysync_jax.core.clock import FRAME_RATE, SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.inference.window_plan import Segment, WindowPlan, make_plan, num_usable_frames, output_frames, reference_max_frames
+from keysync_jax.inference.window_plan import Segment, WindowPlan, make_plan
 from keysync_jax.verify.harness import Case, runner
 
 # The reference generates this many keyframe windows, then the segments they complete, then goes on.
 WINDOWS_PER_CHUNK = 2
+WINDOW = 14  # the reference rounds a requested duration with this whatever its window length is
 
 
 @runner("pipeline_windows")
@@ -40,6 +42,25 @@ def _usable(run: dict[str, Any]) -> int:
     if until == "end":  # the reference takes ten times the video's length, which never cuts
         until = run["n_video"] * 10 // FRAME_RATE
     return num_usable_frames(run["n_video"], run["n_audio"], None if until is None else reference_max_frames(until))
+
+
+def num_usable_frames(num_video: int, num_audio: int, max_frames: int | None = None) -> int:
+    """N: the shorter of the two streams (longer audio is cut, the video is not looped), at most `max_frames`."""
+    return min(num_video, num_audio, *([] if max_frames is None else [max_frames]))
+
+
+def reference_max_frames(seconds: float) -> int:
+    """Frames after which the reference stops for a requested duration: the next number that fills whole segments of 14."""
+    step = WINDOW - 1
+    frames = int(seconds * FRAME_RATE)
+    return frames + (WINDOW - frames) % step
+
+
+def output_frames(plan: WindowPlan) -> Iterator[tuple[int, int, int]]:
+    """(output frame, segment, position in the segment) of every frame of the result, in order."""
+    for number, segment in enumerate(plan.segments):
+        for position, frame in enumerate(segment.outputs):
+            yield frame, number, position
 
 
 def describe(plan: WindowPlan, window: int) -> dict[str, Any]:

@@ -9,15 +9,8 @@ import pytest
 
 from keysync_jax.config import StageConfig
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.inference.window_plan import (
-    KeyframeWindow,
-    Slot,
-    WindowSizes,
-    make_plan,
-    num_usable_frames,
-    output_frames,
-    reference_max_frames,
-)
+from keysync_jax.inference.window_plan import KeyframeWindow, Slot, WindowSizes, make_plan
+from keysync_jax.verify.plan_cases import num_usable_frames, output_frames, reference_max_frames
 
 
 def check_regular(n: int, window: int) -> None:
