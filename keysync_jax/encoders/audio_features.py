@@ -18,7 +18,7 @@ have contributed. Token i always stands for the same samples: there is no drift.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Generic, NamedTuple
 
 import flax.linen as nn
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keysync_jax.config import encoder_names
+from keysync_jax.config import StageConfig, encoder_names
 from keysync_jax.core.clock import SAMPLE_RATE, SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.speech import registry
@@ -34,6 +34,10 @@ from keysync_jax.speech.speech_encoder import C, Moments
 from keysync_jax.speech.waveform import TOKENS_PER_FRAME, num_frames, pair
 
 BLOCK_TOKENS = 300  # the convolutional part's unit of work, 6 s
+
+
+# From a waveform `[S]` at 16 kHz to features `[F, 2, D]`.
+Hearing = Callable[[np.ndarray], np.ndarray]
 
 
 class TokenWindow(NamedTuple):
@@ -68,6 +72,32 @@ def side_by_side(encoder: str, tokens: Mapping[str, np.ndarray]) -> np.ndarray:
     """
     parts = [tokens[name] for name in encoder_names(encoder)]
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+
+def encoders_of(stages: Collection[StageConfig]) -> list[str]:
+    """The speech encoders that stages need, each once."""
+    return sorted({name for stage in stages for name in stage.audio_encoders})
+
+
+def hear(
+    stages: Collection[StageConfig],
+    encoders: Mapping[str, Hearing],
+    samples: np.ndarray,
+    on_encoder: Callable[[], None] = lambda: None,
+) -> dict[str, np.ndarray]:
+    """What stages hear of a voice, `[F, 2, D]` by their `audio_encoder`; each encoder runs once.
+
+    Args:
+      stages: all that hear it.
+      encoders: by name, from a waveform `[S]` to features.
+      samples: `[S]`, mono at 16 kHz.
+      on_encoder: called after each encoder.
+    """
+    tokens = {}
+    for name in encoders_of(stages):
+        tokens[name] = encoders[name](samples)
+        on_encoder()
+    return {stage.audio_encoder: side_by_side(stage.audio_encoder, tokens) for stage in stages}
 
 
 class AudioFeatures(Generic[C]):

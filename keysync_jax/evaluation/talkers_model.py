@@ -7,30 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple
 
-import av
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from keysync_jax.config import StageConfig
 from keysync_jax.converters.model_directory import ModelDirectory
-from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.synthetic.clip import TalkerClip
-from keysync_jax.encoders.audio_features import AudioFeatures, side_by_side
+from keysync_jax.diffusion.guidance import of_stage
+from keysync_jax.encoders.audio_features import encoders_of, hear
 from keysync_jax.encoders.latents import LatentCoder
-from keysync_jax.inference.engine import StageSampler, StageSettings, Window
+from keysync_jax.inference import two_stage
+from keysync_jax.inference.clip_io import array_info, picture_of
+from keysync_jax.inference.phases import PhaseProgress
+from keysync_jax.inference.pipeline import KeySyncPipeline
 from keysync_jax.inference.window_plan import KeyframeWindow, Slot, WindowPlan, WindowSizes, make_plan
-from keysync_jax.media import color, masks
 from keysync_jax.media import crop as cropping
+from keysync_jax.media import masks
 from keysync_jax.media.compositing import Compositor
 from keysync_jax.media.crop import Crop
-from keysync_jax.media.orientation import Orientation
-from keysync_jax.media.video import VideoInfo
-from keysync_jax.parallel.mesh import data_mesh
 
 MODES = ("dub", "keyframes", "one stage")
 # Room for the windows of one clip among the indices that key the noise.
@@ -59,10 +55,10 @@ def parse_grid(text: str) -> list[Scales]:
     out = []
     for item in text.split(","):
         try:
-            pairs = [tuple(float(part) for part in pair.split("/")) for pair in item.strip().split(":")]
+            pairs = [(float(audio), float(identity)) for audio, identity in (pair.split("/") for pair in item.strip().split(":"))]
         except ValueError:
             pairs = []
-        if len(pairs) not in (1, 2) or any(len(pair) != 2 or not all(0 <= v < 100 for v in pair) for pair in pairs):
+        if len(pairs) not in (1, 2) or not all(0 <= scale < 100 for pair in pairs for scale in pair):
             raise UsageError(f"--guidance-grid {item.strip()!r} must read like 5/2 or 5/2:2.5/1.5 (audio/identity, keyframe:interpolation)")
         out.append(Scales(pairs[0], pairs[-1]))
     return out
@@ -106,8 +102,9 @@ class TalkerModel:
         self.mode = mode
         self.microbatch = microbatch or (4 if on_cpu else 16)
         self.dtype = dtype or ("float32" if on_cpu else "bfloat16")
-        names = ("keyframe", "interpolation") if mode == "dub" else ("keyframe",)
-        self.stages: dict[str, StageConfig] = {name: directory.stage(name) for name in names}
+        pipe = KeySyncPipeline(directory, dtype=self.dtype, microbatch=self.microbatch)
+        self._samplers = {"keyframe": pipe.keyframe} | ({"interpolation": pipe.interpolation} if mode == "dub" else {})
+        self.stages = {name: sampler.config for name, sampler in self._samplers.items()}
         self.keyframe = self.stages["keyframe"]
         regions = [config.mask for config in self.stages.values()]
         if regions[0] != regions[-1]:  # a dub refuses such a model too
@@ -119,17 +116,10 @@ class TalkerModel:
         if mode == "one stage" and self._sizes.keyframes == 1:
             raise KeySyncError("the keyframe stage makes every frame on its own (num_frames is 1); --one-stage needs windows of frames")
         self.steps = self.keyframe.num_steps if steps is None else steps
-        mesh = data_mesh()
-        self.group = max(8, self.microbatch * mesh.devices.size)  # clips whose windows are streamed together
-        self._samplers = {
-            name: StageSampler(
-                config, directory.params(name), mesh, num_steps=self.steps, dtype=jnp.dtype(self.dtype), microbatch=self.microbatch
-            )
-            for name, config in self.stages.items()
-        }
-        self._coder = LatentCoder(directory.vae, directory.params("vae"), mesh, microbatch=2 * self.microbatch)
-        encoders = {name for config in self.stages.values() for name in config.audio_encoders}
-        self._features = {name: AudioFeatures(directory.audio(name), directory.params(f"audio/{name}")) for name in sorted(encoders)}
+        self.group = max(8, self.microbatch * pipe.mesh.devices.size)  # clips whose windows are streamed together
+        # Frames at a time in proportion to the windows, which are many here.
+        self._coder = LatentCoder(directory.vae, lambda: directory.params("vae"), pipe.mesh, microbatch=2 * self.microbatch)
+        self._encoders = {name: pipe.encoders[name] for name in encoders_of(self.stages.values())}
 
     def own_scales(self) -> Scales:
         """The guidance written in the model's config."""
@@ -138,8 +128,6 @@ class TalkerModel:
 
     def num_windows(self, frames: int) -> int:
         """Windows that one dub of that many frames takes, for progress."""
-        if self.mode == "one stage":
-            return len(one_stage_windows(frames, self.keyframe.num_frames))
         plan = self._plan(frames)
         return len(plan.keyframe_windows) + (len(plan.segments) if self.mode == "dub" else 0)
 
@@ -188,32 +176,30 @@ class TalkerModel:
         Returns:
           Every frame ("dub", "one stage"), or the frames where keyframes stand ("keyframes").
         """
-        heard = [self._hear(voice) for voice in voices]
-        settings = {
-            name: StageSettings.of(seed, dataclasses.replace(config, audio_scale=audio, identity_scale=identity))
-            for name, config in self.stages.items()
-            for audio, identity in [getattr(scales, name)]
-        }
+        tables: list[dict[int, np.ndarray]] = [{} for _ in clips]
+        work = [self._clip(*each, scales, seed) for each in zip(clips, voices, tables, strict=True)]
+        two_stage.generate(self._samplers, work, PhaseProgress(on_progress=lambda phase, done, total: done and tick()))
+        for clip in work:
+            if clip.error is not None:
+                raise clip.error
+        if self.mode == "dub":
+            return tables
+        found = [clip.stretches[0].keyframes for clip in work]
         if self.mode == "one stage":
-            return self._one_stage(clips, heard, settings["keyframe"], tick)
-        plans = [self._plan(len(clip.frames)) for clip in clips]
-        rounds = [[w for w in plan.keyframe_windows if w.kept] for plan in plans]
-        found = self._first_stage(clips, heard, rounds, settings["keyframe"], tick)
+            return found
         step = self._sizes.segment - 1
-        if self.mode == "keyframes":
-            # The last keyframe may stand for a place past the end of the clip, where it repeats the last frame.
-            return [{min(k * step, len(c.frames) - 1): z for k, z in keys.items()} for c, keys in zip(clips, found, strict=True)]
-        return self._second_stage(clips, heard, plans, found, settings["interpolation"], tick)
+        # The last keyframe may stand for a place past the end of the clip, where it repeats the last frame.
+        return [{min(k * step, len(c.frames) - 1): z for k, z in keys.items()} for c, keys in zip(clips, found, strict=True)]
 
     def compose(self, clips: Sequence[Prepared], latents: Sequence[dict[int, np.ndarray]]) -> Iterator[np.ndarray]:
         """Per clip the dubbed frames uint8 `[K, H, W, 3]`, in order of frame number: the source outside the mask."""
         images = self._coder.decode(table[frame] for table in latents for frame in sorted(table))
         for clip, table in zip(clips, latents, strict=True):
-            info = array_info(clip.frames.shape[1])
-            compositor = Compositor(info)
+            height, width = clip.frames.shape[1:3]
+            compositor = Compositor(array_info(width, height))
             frames = []
             for number in sorted(table):
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(clip.frames[number]), format="gbrp")
+                picture = picture_of(clip.frames[number])
                 frames.append(compositor.composite(picture, next(images), clip.crop, clip.masks[number]).to_ndarray(format="gbrp"))
             yield np.stack(frames)
 
@@ -227,46 +213,26 @@ class TalkerModel:
         rows, columns = (np.clip(index, -1, cells) + 1 for index in (rows, columns))
         return ~padded[:, rows[:, None], columns[None, :]]
 
-    def _hear(self, voice: np.ndarray) -> dict[str, np.ndarray]:
-        """What each stage hears, `[F, 2, D]`, by its `audio_encoder`."""
-        tokens = {name: encode(voice) for name, encode in self._features.items()}
-        return {stage.audio_encoder: side_by_side(stage.audio_encoder, tokens) for stage in self.stages.values()}
-
     def _plan(self, frames: int) -> WindowPlan:
+        if self.mode == "one stage":
+            return WindowPlan(frames, one_stage_windows(frames, self.keyframe.num_frames), ())
         return make_plan(frames, self._sizes.segment, keyframe_window=self._sizes.keyframes)
 
-    def _first_stage(
-        self, clips: Sequence[Prepared], heard: Sequence[dict], rounds: Sequence[Sequence[KeyframeWindow]], settings: StageSettings, tick
-    ) -> list[dict[int, np.ndarray]]:
-        """Latents by keyframe number, per clip."""
-        work = [(c, index, w) for c, own in enumerate(rounds) for index, w in enumerate(own)]
-        identity = [clip.known[0] for clip in clips]
-        features = [voice[self.keyframe.audio_encoder] for voice in heard]
-        windows = (_window(clips[c], index, w.frames, identity[c], features[c]) for c, index, w in work)
-        out: list[dict[int, np.ndarray]] = [{} for _ in clips]
-        for (c, _, w), latents in zip(work, self._samplers["keyframe"](windows, settings), strict=True):
-            out[c].update({number: latents[position] for position, number in w.kept})
-            tick()
-        return out
-
-    def _second_stage(
-        self, clips: Sequence[Prepared], heard: Sequence[dict], plans: Sequence[WindowPlan], keyframes: list[dict[int, np.ndarray]],
-        settings: StageSettings, tick,
-    ) -> list[dict[int, np.ndarray]]:  # fmt: skip
-        work = [(c, k, s) for c, plan in enumerate(plans) for k, s in enumerate(plan.segments)]
-        encoder = self.stages["interpolation"].audio_encoder
-        windows = (_window(clips[c], k, s.frames, np.stack([keyframes[c][k], keyframes[c][k + 1]]), heard[c][encoder]) for c, k, s in work)
-        out: list[dict[int, np.ndarray]] = [{} for _ in clips]
-        for (c, k, s), latents in zip(work, self._samplers["interpolation"](windows, settings), strict=True):
-            # The ends are the keyframes themselves, as in the dub.
-            frames = [keyframes[c][k], *latents[1:-1], keyframes[c][k + 1]]
-            out[c].update(zip(s.outputs, frames, strict=False))
-            tick()
-        return out
-
-    def _one_stage(self, clips, heard, settings: StageSettings, tick) -> list[dict[int, np.ndarray]]:
-        rounds = [one_stage_windows(len(clip.frames), self.keyframe.num_frames) for clip in clips]
-        return self._first_stage(clips, heard, rounds, settings, tick)
+    def _clip(self, clip: Prepared, voice: np.ndarray, table: dict[int, np.ndarray], scales: Scales, seed: int) -> two_stage.Clip:
+        """What the rounds need of a clip; `table` receives the latents by frame."""
+        features = hear(self.stages.values(), self._encoders, voice)
+        shortest = min(map(len, features.values()))
+        if shortest < len(clip.frames):
+            raise KeySyncError(f"the voice gives {shortest} frames of features for a clip of {len(clip.frames)}")
+        stretch = two_stage.Stretch(
+            self._plan(len(clip.frames)), features, lambda frames: clip.known[frames], clip.masks, lambda f, z: table.update({f: z})
+        )
+        guidance = {
+            name: of_stage(dataclasses.replace(config, audio_scale=audio, identity_scale=identity)).needed()
+            for name, config in self.stages.items()
+            for audio, identity in [getattr(scales, name)]
+        }
+        return two_stage.Clip([stretch], seed, self.steps, guidance, first_index=clip.number * _WINDOWS_PER_CLIP)
 
 
 def one_stage_windows(frames: int, window: int) -> tuple[KeyframeWindow, ...]:
@@ -281,29 +247,10 @@ def one_stage_windows(frames: int, window: int) -> tuple[KeyframeWindow, ...]:
     return tuple(out)
 
 
-def _window(clip: Prepared, index: int, frames: tuple[int, ...], ends: np.ndarray, features: np.ndarray) -> Window:
-    if len(features) < len(clip.frames):
-        raise KeySyncError(f"the voice gives {len(features)} frames of features for a clip of {len(clip.frames)}")
-    at = list(frames)
-    mask = clip.masks[at][..., None].astype(np.float32)
-    return Window(np.int32(clip.number * _WINDOWS_PER_CLIP + index), ends, features[at], clip.known[at], mask)
-
-
 def place(clip: TalkerClip) -> Crop:
     """The crop that a dub of this clip would choose, given its exact landmarks."""
     size = clip.frames.shape[1]
     return cropping.fixed_crop(clip.landmarks, (size, size))
-
-
-def array_info(size: int) -> VideoInfo:
-    """Description of square RGB pictures held in memory, for the compositor."""
-    return VideoInfo(
-        path="", width=size, height=size, rotation=0, orientation=Orientation(), display_matrix=(), display_width=size, display_height=size,
-        average_rate=Fraction(FRAME_RATE), time_base=Fraction(1, FRAME_RATE),
-        pix_fmt="gbrp", source_pix_fmt="gbrp", codec="rawvideo", color_space=0,
-        color_range=color.FULL_RANGE, color_primaries=1, color_transfer=1, duration_s=None, frames=None, has_audio=False,
-        start_time=Fraction(0), sample_aspect_ratio=Fraction(1), interlaced=False, planes=color.plane_format("gbrp", 0, 2, size, size),
-    )  # fmt: skip
 
 
 def describe(model: TalkerModel) -> dict[str, Any]:

@@ -1,36 +1,44 @@
 """One dubbing job: a video and a voice in, the dubbed video and a report out.
 
-Three passes over the source, none of which holds it in memory: look (faces, cuts, timestamps), encode (crops to latents on disk),
-compose (decode, blend, write). Between the last two the network runs in two rounds over the whole clip.
+A job goes through five phases. Three of them pass over the source, and none holds it in memory: look (faces, cuts, timestamps), encode
+(crops to latents on disk) and compose (decode, blend, write). Listen hears the voice. Generate runs both rounds of the networks over the
+whole clip; it is the one phase that jobs go through together, so that their windows share the devices, and one job is a batch of one:
+
+    two_stage.generate(model.samplers, [job.clip for job in jobs], progress)
+
+Look and listen need nothing of each other; from encode on, each phase needs those before it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from keysync_jax.config import MaskConfig, StageConfig
+from keysync_jax.core.clock import SAMPLE_RATE
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import schedules
-from keysync_jax.encoders.audio_features import AudioFeatures, side_by_side
+from keysync_jax.diffusion.guidance import of_stage
+from keysync_jax.encoders.audio_features import Hearing, encoders_of, hear
 from keysync_jax.encoders.latents import LatentCoder
-from keysync_jax.inference import dub_report as reporting
-from keysync_jax.inference.analysis import Analysis, analyse
-from keysync_jax.inference.engine import StageSampler, StageSettings, Window
+from keysync_jax.inference import dub_report, two_stage
+from keysync_jax.inference.analysis import Analysis, look
+from keysync_jax.inference.clip_io import FrameCollector, VideoSink, VideoSource, Voice
+from keysync_jax.inference.engine import StageSampler
 from keysync_jax.inference.latent_store import LatentStore
 from keysync_jax.inference.options import DubOptions
-from keysync_jax.inference.phases import StageProgress
+from keysync_jax.inference.phases import PhaseProgress
 from keysync_jax.inference.timeline import Run, make_run
 from keysync_jax.inference.window_plan import WindowPlan, WindowSizes, make_plan
 from keysync_jax.media import audio as audio_io
 from keysync_jax.media import crop as cropping
-from keysync_jax.media import faces, masks, video
 from keysync_jax.media.compositing import Compositor
 from keysync_jax.media.writer import DEFAULT_CRF, VideoWriter, check_output
 
@@ -38,24 +46,38 @@ from keysync_jax.media.writer import DEFAULT_CRF, VideoWriter, check_output
 _COMPOSE_CHUNK = 16
 
 
+T = TypeVar("T")
+
+
 class Model(Protocol):
     """What a job needs of a loaded model (`KeySyncPipeline` provides it)."""
 
-    stages: dict[str, StageConfig]
+    @property
+    def samplers(self) -> Mapping[str, StageSampler]: ...
 
-    def sampler(self, stage: str, num_steps: int) -> StageSampler: ...
+    @property
+    def vae(self) -> LatentCoder: ...
 
-    def coder(self) -> LatentCoder: ...
-
-    def features(self, encoder: str) -> AudioFeatures: ...
+    @property
+    def encoders(self) -> Mapping[str, Hearing]: ...
 
     def describe(self) -> dict[str, Any]: ...
 
 
 class DubResult(NamedTuple):
-    output: Path
+    """What a job made.
+
+    Attributes:
+      output: the file, None where frames were asked for.
+      report: what was done to each shot, settings, timings.
+      summary: the same in a line or two.
+      frames: uint8 `[N, H, W, 3]` RGB, None where a file was asked for.
+    """
+
+    output: Path | None
     report: dict[str, Any]
     summary: str
+    frames: np.ndarray | None = None
 
 
 class _Piece(NamedTuple):
@@ -66,61 +88,194 @@ class _Piece(NamedTuple):
     offset: int
 
 
-def dub(model: Model, video_path: str, audio_path: str, output: str, options: DubOptions, progress: StageProgress) -> DubResult:
-    """Dub one clip.
+class _Work(NamedTuple):
+    """What encode leaves for the phases after it."""
+
+    pieces: list[_Piece]
+    masks: dict[int, np.ndarray]  # source frame -> bool [h, w]
+    generated: LatentStore  # one row per model frame, pieces after one another
+    num_audio_frames: int
+    clip: two_stage.Clip
+
+
+class DubJob:
+    """One clip on its way through `look`, `listen`, `encode`, `two_stage.generate` (of its `clip`) and `compose`.
+
+    Scratch files belong to the job and lie beside its output (of frames: in the system's place for them); leaving the job, or `close`,
+    removes them. Nothing stands at the output before `compose` is over.
 
     Args:
       model: the loaded model.
-      video_path: source video.
-      audio_path: the new voice; what is muxed is this file's own audio.
-      output: file to write; appears only when it is complete.
+      source: the clip.
+      voice: the new voice.
+      output: file to write; None keeps the frames in memory.
       options: settings.
-      progress: where stages are shown and timed.
+      progress: told how far each phase is.
 
     Raises:
-      KeySyncError: bad input, or non-finite values anywhere; nothing is left at `output`.
+      KeySyncError: what can be refused before any work: an impossible number of steps, stages of different masks, an output that cannot
+        be written.
     """
-    keyframe, interpolation = model.stages["keyframe"], model.stages["interpolation"]
-    steps = keyframe.num_steps if options.steps is None else options.steps
-    schedules.ays_sigmas(steps)  # refuses an impossible number before any work
-    if options.mask is None and keyframe.mask != interpolation.mask:
-        kinds = f"{keyframe.mask.kind} and {interpolation.mask.kind}"
-        raise KeySyncError(f"the model's stages were trained with different masks ({kinds}); choose one with --mask")
-    mask_config = keyframe.mask if options.mask is None else dataclasses.replace(keyframe.mask, kind=options.mask)
-    check_output(output)
-    info = video.probe(video_path)
-    voice = audio_io.load_audio(audio_path)
 
-    # Opened before the progress bar starts: while it opens, all of stderr is silenced.
-    weights = {"weights": options.face_weights} if options.face_weights else {}
-    with faces.open_backend(options.faces, **weights) as backend, progress.stage("look", info.frames) as advance:
-        analysis = analyse(video_path, backend, options.face, advance)
+    def __init__(self, model: Model, source: VideoSource, voice: Voice, output: str | None, options: DubOptions, progress: PhaseProgress):
+        self._model, self._source, self._voice, self._output = model, source, voice, output
+        self._options, self._progress = options, progress
+        self._stages = {name: options.guided(sampler.config) for name, sampler in model.samplers.items()}
+        keyframe = self._stages["keyframe"]
+        self._steps = keyframe.num_steps if options.steps is None else options.steps
+        schedules.ays_sigmas(self._steps)  # refuses an impossible number
+        self._mask = mask_of(self._stages, options)
+        if output is not None:
+            check_output(output)
+        self._analysis: Analysis | None = None
+        self._features: dict[str, np.ndarray] | None = None
+        self._work: _Work | None = None
+        self._scratch = contextlib.ExitStack()
 
-    encoders = sorted({*keyframe.audio_encoders, *interpolation.audio_encoders})
-    heard = {}
-    with progress.stage("listen", len(encoders)) as advance:
-        for name in encoders:
-            heard[name] = model.features(name)(voice.samples)
-            advance()
-    features = {stage.audio_encoder: side_by_side(stage.audio_encoder, heard) for stage in (keyframe, interpolation)}
-    num_audio_frames = min(len(f) for f in features.values())
+    def __enter__(self) -> DubJob:
+        return self
 
-    pieces = _plan(analysis, num_audio_frames, WindowSizes.of(keyframe, interpolation), options.reference_windows)
-    guided = {name: options.guided(config) for name, config in model.stages.items()}
-    settings = {name: StageSettings.of(options.seed, config) for name, config in guided.items()}
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
-    with tempfile.TemporaryDirectory(prefix=".keysync-", dir=Path(output).resolve().parent) as scratch:
-        generated = _generate(model, analysis, pieces, features, mask_config, settings, steps, options.seed, Path(scratch), progress)
-        composited = _compose(model, analysis, pieces, generated, voice, output, audio_path, options, progress)
+    def close(self) -> None:
+        """Removes the scratch files."""
+        self._scratch.close()
 
-    details = reporting.build(
-        model.describe(), analysis, [p.run for p in pieces], composited, voice, num_audio_frames, options, steps, guided, progress.seconds
-    )
-    return DubResult(Path(output), details, reporting.summary(details, output))
+    @property
+    def clip(self) -> two_stage.Clip:
+        """The windows to generate, after `encode`."""
+        return _after(self._work, "encode").clip
+
+    def look(self) -> Analysis:
+        """Finds shots, faces and times: the first pass over the source.
+
+        Raises:
+          KeySyncError: unreadable video, or no usable face anywhere in it.
+        """
+        self._analysis = look(self._source, self._options, self._progress)
+        return self._analysis
+
+    def listen(self) -> None:
+        """Computes the features of the voice, of each speech encoder that a stage needs."""
+        stages = self._stages.values()
+        with self._progress.phase("listen", len(encoders_of(stages))) as advance:
+            self._features = hear(stages, self._model.encoders, self._voice.sound.samples, advance)
+
+    def encode(self) -> None:
+        """Plans the windows, draws the masks and encodes the crops: the second pass over the source.
+
+        Raises:
+          KeySyncError: non-finite latents, or no space for the scratch files.
+        """
+        analysis, features = _after(self._analysis, "look"), _after(self._features, "listen")
+        keyframe = self._stages["keyframe"]
+        sizes = WindowSizes.of(keyframe, self._stages["interpolation"])
+        num_audio_frames = min(map(len, features.values()))
+        pieces = list(_plan(analysis, num_audio_frames, sizes, self._options.reference_windows))
+        sources = sorted({source for piece in pieces for source in piece.run.sources})
+        regions = {source: analysis.shot_of(source).mask(source, keyframe, self._mask) for source in sources}
+        scratch = self._new_scratch()
+        shape = (keyframe.latent_size, keyframe.latent_size, keyframe.unet.out_channels)
+        known, generated = (LatentStore(scratch / name, shape) for name in ("known", "generated"))
+        for store in (known, generated):
+            self._scratch.callback(store.close)
+        row = {source: i for i, source in enumerate(sources)}
+        with self._progress.phase("encode", len(sources)) as advance:
+            latents = self._model.vae.encode(self._crops(analysis, set(sources), keyframe.resolution), self._options.seed)
+            for source, latent in zip(sources, latents, strict=True):
+                known[row[source]] = latent
+                advance()
+
+        def stretch(piece: _Piece) -> two_stage.Stretch:
+            shown = piece.run.sources
+            return two_stage.Stretch(
+                plan=piece.plan,
+                audio={name: values[piece.run.first :] for name, values in features.items()},
+                known=lambda frames: known.take([row[shown[frame]] for frame in frames]),
+                masks=[regions[source] for source in shown],
+                write=lambda frame, latent: generated.__setitem__(piece.offset + frame, latent),
+            )
+
+        guidance = {name: of_stage(stage).needed() for name, stage in self._stages.items()}
+        clip = two_stage.Clip([stretch(piece) for piece in pieces], self._options.seed, self._steps, guidance)
+        self._work = _Work(pieces, regions, generated, num_audio_frames, clip)
+
+    def compose(self) -> DubResult:
+        """Decodes and blends the generated crops and writes the output: the third pass over the source.
+
+        Raises:
+          KeySyncError: the clip failed on the devices, non-finite pictures, or an output that cannot be written; nothing is left at it.
+        """
+        analysis, work = _after(self._analysis, "look"), _after(self._work, "encode")
+        if work.clip.error is not None:
+            raise work.clip.error
+        _after(work.clip.finished or None, "generate")
+        place = _places(analysis, work.pieces)
+        compositor = Compositor(analysis.info)
+        pictures = self._source.read()
+        with self._progress.phase("compose", analysis.num_frames) as advance, self._open_sink(analysis) as sink:
+            while chunk := list(itertools.islice(pictures, _COMPOSE_CHUNK)):
+                images = self._model.vae.decode([work.generated[place[f.index][0]] for f in chunk if f.index in place])
+                for frame in chunk:
+                    picture = frame.av_frame
+                    if frame.index in place:
+                        shot = analysis.shot_of(frame.index)
+                        mask = work.masks[place[frame.index][1]]
+                        picture = compositor.composite(picture, next(images), shot.box, mask)
+                    sink.write(picture)
+                    advance()
+        return self._result(analysis, work, sorted(place), sink)
+
+    def _new_scratch(self) -> Path:
+        parent = None if self._output is None else Path(self._output).resolve().parent
+        return Path(self._scratch.enter_context(tempfile.TemporaryDirectory(prefix=".keysync-", dir=parent)))
+
+    def _crops(self, analysis: Analysis, wanted: set[int], size: int) -> Iterator[tuple[int, np.ndarray]]:
+        for frame in self._source.read():
+            if frame.index in wanted:
+                image = cropping.extract(frame.rgb(), analysis.shot_of(frame.index).box, size)
+                yield frame.index, image.astype(np.float32) / 127.5 - 1
+
+    def _open_sink(self, analysis: Analysis) -> VideoSink:
+        if self._output is None:
+            return FrameCollector(analysis.info)
+        voice = self._voice.path
+        if voice is None:  # what is played must be a file
+            voice = str(self._new_scratch() / "voice.wav")
+            audio_io.save_wav(voice, self._voice.sound.samples, SAMPLE_RATE)
+        crf = DEFAULT_CRF if self._options.crf is None else self._options.crf
+        return VideoWriter(self._output, analysis.info, audio=voice, crf=crf, lossless=self._options.lossless)
+
+    def _result(self, analysis: Analysis, work: _Work, blended: list[int], sink: VideoSink) -> DubResult:
+        done = dub_report.Done(
+            self._model.describe(), analysis, [piece.run for piece in work.pieces], blended, self._voice.sound,
+            work.num_audio_frames, sink.audio_note, tuple(sink.notes), self._options, self._steps, self._stages, self._progress.seconds,
+        )  # fmt: skip
+        report = dub_report.build(done)
+        frames = np.stack(sink.frames) if isinstance(sink, FrameCollector) else None
+        where = None if self._output is None else Path(self._output)
+        return DubResult(where, report, dub_report.summary(report, self._output or "frames"), frames)
 
 
-def _plan(analysis: Analysis, num_audio_frames: int, sizes: WindowSizes, reference: bool) -> list[_Piece]:
-    pieces, offset = [], 0
+def mask_of(stages: Mapping[str, StageConfig], options: DubOptions) -> MaskConfig:
+    """The region that a dub regenerates.
+
+    Raises:
+      KeySyncError: the stages were trained with different ones and none is chosen.
+    """
+    keyframe, interpolation = stages["keyframe"].mask, stages["interpolation"].mask
+    if options.mask is not None:
+        return dataclasses.replace(keyframe, kind=options.mask)
+    if keyframe != interpolation:
+        raise KeySyncError(
+            f"the model's stages were trained with different masks ({keyframe.kind} and {interpolation.kind}); choose one with --mask"
+        )
+    return keyframe
+
+
+def _plan(analysis: Analysis, num_audio_frames: int, sizes: WindowSizes, reference: bool) -> Iterator[_Piece]:
+    offset = 0
     for shot in analysis.shots:
         for start, stop in shot.faces.runs:
             run = make_run(shot.index, shot.start + start, shot.start + stop, analysis.times, num_audio_frames)
@@ -128,121 +283,25 @@ def _plan(analysis: Analysis, num_audio_frames: int, sizes: WindowSizes, referen
                 continue  # the reference cannot do less than one window; the report names the frames
             if run.num_frames:
                 plan = make_plan(run.num_frames, sizes.segment, keyframe_window=sizes.keyframes, reference=reference)
-                pieces.append(_Piece(run, plan, offset))
+                yield _Piece(run, plan, offset)
                 offset += run.num_frames
-    return pieces
 
 
-class _Generated(NamedTuple):
-    latents: LatentStore  # one row per model frame, pieces after one another
-    masks: dict[int, np.ndarray]  # source frame -> bool [h, w]
-
-
-def _generate(
-    model: Model, analysis: Analysis, pieces: list[_Piece], features: dict[str, np.ndarray], mask_config: MaskConfig,
-    settings: dict[str, StageSettings], steps: int, seed: int, scratch: Path, progress: StageProgress,
-) -> _Generated:  # fmt: skip
-    keyframe, interpolation = model.stages["keyframe"], model.stages["interpolation"]
-    shape = (keyframe.latent_size, keyframe.latent_size, keyframe.unet.out_channels)
-    sources = sorted({s for piece in pieces for s in piece.run.sources})
-    row = {source: i for i, source in enumerate(sources)}
-    region = {s: _mask(analysis, s, keyframe, mask_config) for s in sources}
-
-    known = LatentStore(scratch / "known", shape)
-    with progress.stage("encode", len(sources)) as advance:
-        latents = model.coder().encode(_crops(analysis, set(sources), keyframe.resolution), seed)
-        for source, latent in zip(sources, latents, strict=True):
-            known[row[source]] = latent
-            advance()
-
-    def window(index: int, piece: _Piece, frames: tuple[int, ...], ends: np.ndarray, audio: np.ndarray) -> Window:
-        shown = [piece.run.sources[f] for f in frames]
-        return Window(
-            np.int32(index),
-            ends,
-            audio[[piece.run.first + f for f in frames]],
-            known.take([row[s] for s in shown]),
-            np.stack([region[s] for s in shown])[..., None].astype(np.float32),
-        )
-
-    # Round one: every keyframe window of the clip. The identity is the first frame of the run, as in the reference.
-    first_round = [(p, w) for p, piece in enumerate(pieces) for w in piece.plan.keyframe_windows if w.kept]
-    keyframes: list[dict[int, np.ndarray]] = [{} for _ in pieces]
-    windows = (
-        window(i, pieces[p], w.frames, known[row[pieces[p].run.sources[0]]], features[keyframe.audio_encoder])
-        for i, (p, w) in enumerate(first_round)
-    )
-    with progress.stage("keyframes", len(first_round)) as advance:
-        results = model.sampler("keyframe", steps)(windows, settings["keyframe"])
-        for (p, w), latents in zip(first_round, results, strict=True):
-            keyframes[p].update({number: latents[position] for position, number in w.kept})
-            advance()
-
-    # Round two: every segment, given the keyframes at its ends (segment k lies between keyframes k and k + 1).
-    second_round = [(p, k, s) for p, piece in enumerate(pieces) for k, s in enumerate(piece.plan.segments)]
-    windows = (
-        window(i, pieces[p], s.frames, np.stack([keyframes[p][k], keyframes[p][k + 1]]), features[interpolation.audio_encoder])
-        for i, (p, k, s) in enumerate(second_round)
-    )
-    output = LatentStore(scratch / "generated", shape)
-    with progress.stage("interpolate", len(second_round)) as advance:
-        results = model.sampler("interpolation", steps)(windows, settings["interpolation"])
-        for (p, k, s), latents in zip(second_round, results, strict=True):
-            # The ends are the keyframes themselves; neighbouring segments agree on them.
-            frames = [keyframes[p][k], *latents[1:-1], keyframes[p][k + 1]]
-            for frame, latent in zip(s.outputs, frames, strict=False):
-                output[pieces[p].offset + frame] = latent
-            advance()
-    known.close()
-    return _Generated(output, region)
-
-
-def _mask(analysis: Analysis, source: int, stage: StageConfig, config: MaskConfig) -> np.ndarray:
-    """Regenerated cells `[h, w]` (bool) of a source frame on the latent grid."""
-    shot = analysis.shot_of(source)
-    landmarks = cropping.to_crop_space(shot.faces.landmarks[source - shot.start], shot.crop, stage.resolution)
-    grid = (stage.latent_size, stage.latent_size)
-    return masks.make_mask(landmarks[None].astype(int), stage.resolution, stage.resolution, config, target=grid)[0] > 0
-
-
-def _crops(analysis: Analysis, wanted: set[int], size: int) -> Iterator[tuple[int, np.ndarray]]:
-    for frame in video.read(analysis.info.path, analysis.info):
-        if frame.index in wanted:
-            image = cropping.extract(frame.rgb(), analysis.shot_of(frame.index).crop, size)
-            yield frame.index, image.astype(np.float32) / 127.5 - 1
-
-
-def _compose(
-    model: Model, analysis: Analysis, pieces: list[_Piece], generated: _Generated, voice: audio_io.AudioClip, output: str, audio_path: str,
-    options: DubOptions, progress: StageProgress,
-) -> dict[str, Any]:  # fmt: skip
-    """Write the output; returns which frames were blended and what became of the audio."""
-    place = {}  # source frame -> (row of its latent, source frame whose mask it was generated under)
+def _places(analysis: Analysis, pieces: Sequence[_Piece]) -> dict[int, tuple[int, int]]:
+    """Of each frame that is blended, the row of its latent and the source frame whose mask it was generated under."""
+    place = {}
     for piece in pieces:
-        faces_of_shot = analysis.shots[piece.run.shot]
+        shot = analysis.shots[piece.run.shot]
         for frame in range(piece.run.start, piece.run.stop):
             position = piece.run.row(analysis.times[frame])
             # A frame whose own face was not seen is never touched, even if its neighbours filled it in for conditioning.
-            if position < piece.plan.num_frames_out and faces_of_shot.faces.detected[frame - faces_of_shot.start]:
+            if position < piece.plan.num_frames_out and shot.faces.detected[frame - shot.start]:
                 place[frame] = (piece.offset + position, piece.run.sources[position])
+    return place
 
-    compositor = Compositor(analysis.info)
-    coder = model.coder()
-    reader = video.read(analysis.info.path, analysis.info)
-    crf = DEFAULT_CRF if options.crf is None else options.crf
-    with (
-        progress.stage("compose", analysis.num_frames) as advance,
-        VideoWriter(output, analysis.info, audio=audio_path, crf=crf, lossless=options.lossless) as writer,
-    ):
-        while chunk := list(itertools.islice(reader, _COMPOSE_CHUNK)):
-            images = coder.decode([generated.latents[place[f.index][0]] for f in chunk if f.index in place])
-            for frame in chunk:
-                av_frame = frame.av_frame
-                if frame.index in place:
-                    shot = analysis.shot_of(frame.index)
-                    mask = generated.masks[place[frame.index][1]]
-                    av_frame = compositor.composite(av_frame, next(images), shot.crop, mask)
-                writer.write(av_frame)
-                advance()
-    generated.latents.close()
-    return {"frames": sorted(place), "audio": writer.audio_note, "notes": writer.notes}
+
+def _after(made: T | None, phase: str) -> T:
+    """What an earlier phase has made."""
+    if made is None:
+        raise RuntimeError(f"the job has not been through {phase} yet")
+    return made

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -20,16 +20,31 @@ from keysync_jax.media.audio import AudioClip
 from keysync_jax.version import __version__
 
 
-def build(
-    model: dict[str, Any], analysis: Analysis, runs: Sequence[Run], result: dict[str, Any], voice: AudioClip, num_audio_frames: int,
-    options: DubOptions, steps: int, stages: dict[str, StageConfig], seconds: dict[str, float],
-) -> dict[str, Any]:  # fmt: skip
+class Done(NamedTuple):
+    """What a job did, for its report."""
+
+    model: dict[str, Any]
+    analysis: Analysis
+    runs: Sequence[Run]
+    blended: Sequence[int]  # source frames
+    voice: AudioClip
+    num_audio_frames: int
+    audio_note: str  # what became of the sound
+    output_notes: Sequence[str]
+    options: DubOptions
+    steps: int
+    stages: Mapping[str, StageConfig]  # with the guidance that was used
+    seconds: dict[str, float]  # by phase
+
+
+def build(done: Done) -> dict[str, Any]:
     """The report; frame numbers are those of the source, times are seconds, boxes are upright pixels."""
-    blended = set(result["frames"])
+    analysis, voice, options = done.analysis, done.voice, done.options
+    blended = set(done.blended)
     info = analysis.info
     video_end = float(analysis.times[-1])
-    notes = [*analysis.notes, *voice.notes, *result["notes"]]
-    voice_end = num_audio_frames / FRAME_RATE
+    notes = [*analysis.notes, *voice.notes, *done.output_notes]
+    voice_end = done.num_audio_frames / FRAME_RATE
     if voice_end < video_end:
         notes.append(f"the voice ends at {voice_end:.2f} s, before the video: the source mouth stays from there on")
     elif voice.duration_s > video_end + 1:
@@ -44,18 +59,18 @@ def build(
             "rate": str(info.average_rate),
             "frames": analysis.num_frames,
         },
-        "audio": {"seconds": voice.duration_s, "rate": voice.source_rate, "channels": voice.source_channels, "output": result["audio"]},
-        "model": model,
+        "audio": {"seconds": voice.duration_s, "rate": voice.source_rate, "channels": voice.source_channels, "output": done.audio_note},
+        "model": done.model,
         "settings": {
             **dataclasses.asdict(options),
-            "steps": steps,
-            "evaluations": len(schedules.ays_sigmas(steps)) - 1,  # ten steps are eleven
-            "guidance": {name: _guidance(stage) for name, stage in stages.items()},
+            "steps": done.steps,
+            "evaluations": len(schedules.ays_sigmas(done.steps)) - 1,  # ten steps are eleven
+            "guidance": {name: _guidance(stage) for name, stage in done.stages.items()},
         },
         "frames_dubbed": len(blended),
-        "shots": [_shot(shot, runs, blended, analysis, num_audio_frames) for shot in analysis.shots],
+        "shots": [_shot(shot, done.runs, blended, analysis, done.num_audio_frames) for shot in analysis.shots],
         "notes": notes,
-        "seconds": seconds,
+        "seconds": done.seconds,
         "peak_memory_mib": round(peak_bytes() / 2**20),
         "devices": [str(device) for device in jax.local_devices()],
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "av")},

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from keysync_jax import assets
+from keysync_jax.config import StageConfig
 from keysync_jax.converters import model_directory
+from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.core.errors import UsageError
 from keysync_jax.core.files import check_target, write_text
-from keysync_jax.encoders.audio_features import AudioFeatures
+from keysync_jax.encoders.audio_features import AudioFeatures, Hearing
 from keysync_jax.encoders.latents import LatentCoder
-from keysync_jax.inference import dub as job
+from keysync_jax.inference import preview, two_stage
+from keysync_jax.inference.analysis import look
+from keysync_jax.inference.clip_io import open_video, open_voice
+from keysync_jax.inference.dub import DubJob, DubResult, mask_of
 from keysync_jax.inference.engine import StageSampler
 from keysync_jax.inference.options import DubOptions
-from keysync_jax.inference.phases import StageProgress
+from keysync_jax.inference.phases import CancelHandle, OnProgress, PhaseProgress
 from keysync_jax.parallel.mesh import data_mesh
 
 
@@ -31,27 +39,60 @@ class KeySyncPipeline:
         result = pipe("talk.mp4", "voice.wav", "dubbed.mp4")
         print(result.summary)
 
-    Parts are read from disk when they are first needed and stay for the next clip.
+    The parts are public and may be replaced by others that are called alike; they read their weights when they are first used.
+
+    Attributes:
+      keyframe: first stage, from `Window`s to scaled latents `[T, h, w, 4]` each; its `config` says what T, h and w are.
+      interpolation: second stage, the same.
+      vae: `encode` takes (number, frame `[H, W, 3]` in [-1, 1]) pairs to scaled latents `[h, w, 4]`, `decode` those to frames in [0, 1].
+      encoders: by name (of `config.AUDIO_ENCODERS`) a speech encoder, from a waveform `[S]` at 16 kHz to features `[F, 2, D]`, two
+        tokens for each frame of 40 ms. One that is not set is opened when it is asked for.
+      mesh: the devices.
     """
 
     def __init__(
         self,
-        directory: model_directory.ModelDirectory,
+        directory: ModelDirectory,
         *,
         dtype: str | None = None,
         microbatch: int = 1,
-        devices: list[jax.Device] | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ):
-        self._directory = directory
-        self.stages = {name: directory.stage(name) for name in ("keyframe", "interpolation")}
-        self._mesh = data_mesh(devices)
-        if dtype is None:
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        self._dtype = jnp.dtype(dtype)
         if microbatch < 1:
             raise UsageError(f"microbatch is {microbatch}; it must be at least 1")
+        if dtype is None:
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        self.mesh = data_mesh(devices)
+        self.encoders: dict[str, Hearing] = _Encoders(directory)
+        self._directory = directory
+        self._dtype = jnp.dtype(dtype)
         self._microbatch = microbatch
-        self._cache: dict[Any, Any] = {}
+
+    @functools.cached_property
+    def keyframe(self) -> StageSampler:
+        """The first stage."""
+        return self._stage("keyframe")
+
+    @functools.cached_property
+    def interpolation(self) -> StageSampler:
+        """The second stage."""
+        return self._stage("interpolation")
+
+    @functools.cached_property
+    def vae(self) -> LatentCoder:
+        """The autoencoder."""
+        # float32 always: the VAE is cheap beside the U-Net and bf16 shows in flat skin.
+        return LatentCoder(self._directory.vae, lambda: self._directory.params("vae"), self.mesh, microbatch=2)
+
+    @property
+    def samplers(self) -> dict[str, StageSampler]:
+        """Both stages by name."""
+        return {"keyframe": self.keyframe, "interpolation": self.interpolation}
+
+    @property
+    def stages(self) -> dict[str, StageConfig]:
+        """What each stage is and was trained for."""
+        return {name: sampler.config for name, sampler in self.samplers.items()}
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, **options: Any) -> KeySyncPipeline:
@@ -72,75 +113,117 @@ class KeySyncPipeline:
 
     def __call__(
         self,
-        video: str | os.PathLike,
-        audio: str | os.PathLike,
+        video: str | os.PathLike | np.ndarray,
+        audio: str | os.PathLike | np.ndarray,
         output: str | os.PathLike | None = None,
         *,
+        fps: float | Fraction | None = None,
+        rate: int | None = None,
         options: DubOptions | None = None,
         report: str | os.PathLike | None = None,
         progress: bool = False,
-    ) -> job.DubResult:
+        on_progress: OnProgress | None = None,
+        cancel: CancelHandle | None = None,
+    ) -> DubResult:
         """Dub `video` with the voice in `audio`.
 
+        Files and arrays go the same way and may be mixed. `pipe(frames, samples, fps=25, rate=16000).frames` never touches a disk but for
+        scratch files.
+
         Args:
-          video: source video file.
-          audio: audio file, or a video whose track is used.
-          output: file to write; default `<video>_dubbed.mp4` beside the video.
+          video: source video file, or frames uint8 `[N, H, W, 3]` RGB.
+          audio: audio file or a video whose track is used, or samples `[S]`, floats with full scale 1.
+          output: file to write. Default: `<video>_dubbed.mp4` beside a video file; of frames, none: the result holds the frames,
+            uint8 `[N, H, W, 3]`.
+          fps: of frames: how many a second.
+          rate: of samples: how many a second.
           options: settings; default the model's own.
           report: also write the report to this JSON file.
           progress: show progress bars on stderr.
+          on_progress: called with (phase, done, total) when a phase begins and after each frame or window of it; phases are look, listen,
+            encode, keyframes, interpolate and compose, `total` is None where it is not known. What it raises ends the job.
+          cancel: a `threading.Event` or the like; once it is set, the job ends at the next frame or window.
+
+        However the job ends early, no file of it is left.
 
         Raises:
-          UsageError: the output or the report would replace an input or each other.
-          KeySyncError: see `job.dub`.
+          UsageError: the output or the report would replace an input or each other, or arrays of another kind.
+          CancelledError: `cancel` was set.
+          KeySyncError: see the phases of `DubJob`.
         """
-        video = os.fspath(video)
-        output = os.fspath(output) if output is not None else str(Path(video).with_name(f"{Path(video).stem}_dubbed.mp4"))
-        inputs = {Path(video).resolve(): "the video", Path(audio).resolve(): "the voice"}
-        _keep(inputs, output, "output")
+        inputs = {Path(path).resolve(): what for path, what in ((video, "the video"), (audio, "the voice")) if not _is_array(path)}
+        if output is None and not _is_array(video):
+            output = Path(video).with_name(f"{Path(video).stem}_dubbed.mp4")
+        if output is not None:
+            output = os.fspath(output)
+            _keep(inputs, output, "output")
+            inputs[Path(output).resolve()] = "the output"
         if report is not None:
             check_target(report, "--report")
-            _keep(inputs | {Path(output).resolve(): "the output"}, report, "report")
-        result = job.dub(self, video, os.fspath(audio), output, options or DubOptions(), StageProgress(progress))
+            _keep(inputs, report, "report")
+        shown = PhaseProgress(progress, on_progress, cancel)
+        source, voice = open_video(video, fps), open_voice(audio, rate)
+        with DubJob(self, source, voice, output, options or DubOptions(), shown) as job:
+            job.look()
+            job.listen()
+            job.encode()
+            two_stage.generate(self.samplers, [job.clip], shown)
+            result = job.compose()
         if report is not None:
             write_text(report, json.dumps(result.report, indent=1) + "\n")
         return result
 
-    # What a job asks for ----------------------------------------------------------------------------------------------------
+    def preview(
+        self,
+        video: str | os.PathLike | np.ndarray,
+        *,
+        fps: float | Fraction | None = None,
+        options: DubOptions | None = None,
+        progress: bool = False,
+        on_progress: OnProgress | None = None,
+        cancel: CancelHandle | None = None,
+    ) -> np.ndarray:
+        """A picture of what a dub would work on, uint8 `[h, w, 3]` RGB: one frame of each shot with the crop and the mask in it.
 
-    def sampler(self, stage: str, num_steps: int) -> StageSampler:
-        """The sampler of "keyframe" or "interpolation" with so many steps."""
-        return self._cached(
-            (stage, num_steps),
-            lambda: StageSampler(
-                self.stages[stage],
-                self._directory.params(stage),
-                self._mesh,
-                num_steps=num_steps,
-                dtype=self._dtype,
-                microbatch=self._microbatch,
-            ),
-        )
+        Only faces are looked for; no network of the model runs and no weights are read.
 
-    def coder(self) -> LatentCoder:
-        """The autoencoder."""
-        # float32 always: the VAE is cheap beside the U-Net and bf16 shows in flat skin.
-        return self._cached("vae", lambda: LatentCoder(self._directory.vae, self._directory.params("vae"), self._mesh, microbatch=2))
+        Args:
+          video, fps, progress, on_progress, cancel: see `__call__`; the only phase is look.
+          options: `face`, `faces` and `mask` count.
 
-    def features(self, encoder: str) -> AudioFeatures:
-        """The speech encoder of that name, one of `config.AUDIO_ENCODERS`."""
-        return self._cached(
-            ("audio", encoder), lambda: AudioFeatures(self._directory.audio(encoder), self._directory.params(f"audio/{encoder}"))
-        )
+        Raises:
+          KeySyncError: a video that cannot be read or shows no face, or stages of different masks and none chosen.
+        """
+        options, source = options or DubOptions(), open_video(video, fps)
+        mask = mask_of(self.stages, options)
+        analysis = look(source, options, PhaseProgress(progress, on_progress, cancel))
+        return preview.draw(source, analysis, self.keyframe.config, mask)
 
     def describe(self) -> dict[str, Any]:
-        """What the model is, for the report: path, parts, their configs and hashes."""
+        """What the model directory holds, for the report: path, parts, their configs and hashes."""
         return self._directory.describe()
 
-    def _cached(self, key: Any, make: Any) -> Any:
-        if key not in self._cache:
-            self._cache[key] = make()
-        return self._cache[key]
+    def _stage(self, name: str) -> StageSampler:
+        directory = self._directory
+        return StageSampler(
+            directory.stage(name), lambda: directory.params(name), self.mesh, dtype=self._dtype, microbatch=self._microbatch
+        )
+
+
+class _Encoders(dict[str, Hearing]):
+    """Speech encoders of a model directory, opened when they are asked for."""
+
+    def __init__(self, directory: ModelDirectory):
+        super().__init__()
+        self._directory = directory
+
+    def __missing__(self, name: str) -> AudioFeatures:
+        self[name] = encoder = AudioFeatures(self._directory.audio(name), self._directory.params(f"audio/{name}"))
+        return encoder
+
+
+def _is_array(source: str | os.PathLike | np.ndarray) -> TypeGuard[np.ndarray]:
+    return isinstance(source, np.ndarray)
 
 
 def _keep(taken: Mapping[Path, str], path: str | os.PathLike, what: str) -> None:

@@ -24,7 +24,7 @@ import soundfile
 import soxr
 
 from keysync_jax.core.clock import SAMPLE_RATE
-from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import replacing
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,28 @@ def load_audio(path: str | os.PathLike, sample_rate: int = SAMPLE_RATE) -> Audio
     for note in notes:
         log.warning("%s: %s", path, note)
     return AudioClip(samples, sink.source_rate, channels, len(samples) / sample_rate, tuple(notes))
+
+
+def from_samples(samples: np.ndarray, rate: int, sample_rate: int = SAMPLE_RATE) -> AudioClip:
+    """Sound in memory as `load_audio` would give it.
+
+    Args:
+      samples: floats `[S]` mono, full scale 1.
+      rate: their rate, Hz.
+      sample_rate: rate of the result, Hz.
+
+    Raises:
+      UsageError: another shape or type, no sample, or no rate.
+      KeySyncError: non-finite samples.
+    """
+    if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating) or not samples.size:
+        raise UsageError(f"samples are {samples.dtype} {list(samples.shape)}; give mono floats [S] with full scale 1")
+    if rate < 1:
+        raise UsageError(f"rate is {rate}; give the samples per second")
+    sink = _Sink("the samples", sample_rate)
+    sink.write(samples.astype(np.float32), int(rate))
+    found = sink.finish()
+    return AudioClip(found, sink.source_rate, 1, len(found) / sample_rate)
 
 
 def save_wav(path: str | os.PathLike, samples: np.ndarray, rate: int, subtype: str = "PCM_16") -> None:

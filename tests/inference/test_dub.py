@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from keysync_jax import KeySyncPipeline
 from keysync_jax.cli.main import main
 from keysync_jax.config import MaskConfig
 from keysync_jax.core.errors import KeySyncError, UsageError
-from keysync_jax.inference import dub as job
+from keysync_jax.encoders.latents import LatentCoder
 from keysync_jax.inference import latent_store
+from keysync_jax.inference import pipeline as door
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.media import audio, video
 
@@ -164,8 +166,8 @@ def test_a_time_limit_leaves_no_scratch_files(tiny_model, talker, tmp_path, monk
         assert list(tmp_path.glob(".keysync-*"))
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(job, "_generate", terminated)
-    monkeypatch.setattr(KeySyncPipeline, "features", lambda *_: lambda samples: np.zeros((len(samples) // 640, 2, 1)))
+    monkeypatch.setattr(LatentCoder, "encode", terminated)
+    monkeypatch.setattr(door, "AudioFeatures", lambda *_: lambda samples: np.zeros((len(samples) // 640, 2, 1)))
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the signal would have ended the process at once"))
     try:
         words = ["dub", talker / "clip.mp4", talker / "voice.wav", "-o", tmp_path / "out.mp4", "--model", tiny_model]
@@ -185,7 +187,7 @@ def test_pretrained_round_trip(pipeline, tiny_model, tmp_path):
 
 def test_stages_trained_with_different_masks_are_refused(pipeline, talker, tmp_path, monkeypatch):
     other = dataclasses.replace(pipeline.stages["interpolation"], mask=MaskConfig(kind="mouth"))
-    monkeypatch.setitem(pipeline.stages, "interpolation", other)
+    monkeypatch.setattr(pipeline, "interpolation", types.SimpleNamespace(config=other))
     with pytest.raises(KeySyncError, match=r"different masks \(box and mouth\).*--mask"):
         pipeline(talker / "clip.mp4", talker / "voice.wav", tmp_path / "out.mov")
     assert not (tmp_path / "out.mov").exists()

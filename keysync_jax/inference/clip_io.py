@@ -1,0 +1,191 @@
+"""What a job reads and writes: files, or arrays that look like files to the rest of the job.
+
+Frames in memory are pictures in planar RGB on an exact clock, so that faces, crops and compositing treat them as they treat a file's,
+and what is not blended comes out as it went in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import NamedTuple, Protocol, Self
+
+import av
+import numpy as np
+
+from keysync_jax.core.errors import UsageError
+from keysync_jax.media import audio, color, video
+from keysync_jax.media.orientation import Orientation
+from keysync_jax.media.video import Frame, VideoInfo
+
+_PIX_FMT = "gbrp"
+_FINEST_RATE = 1_000_000  # denominators of a frame rate given as a float
+
+
+class Pictures(Iterator[Frame], Protocol):
+    """One pass over the frames; `notes` says what had to be repaired so far."""
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+
+class VideoSource(Protocol):
+    """A clip that can be gone through more than once, always with the same frames."""
+
+    @property
+    def info(self) -> VideoInfo: ...
+
+    def read(self) -> Pictures: ...
+
+
+class VideoSink(Protocol):
+    """Takes the frames in order. Leaving it with an exception throws everything away."""
+
+    @property
+    def audio_note(self) -> str: ...
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+    def write(self, frame: av.VideoFrame) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class VideoFile:
+    """A file.
+
+    Raises:
+      KeySyncError: no video that can be read.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.info = video.probe(path)
+
+    def read(self) -> Pictures:
+        return video.read(self.info.path, self.info)
+
+
+class FrameArray:
+    """Frames in memory.
+
+    Args:
+      frames: uint8 `[N, H, W, 3]`, RGB.
+      fps: frames per second; frame i is shown at i / fps seconds.
+
+    Raises:
+      UsageError: another shape or type, no frame, or no rate.
+    """
+
+    def __init__(self, frames: np.ndarray, fps: float | Fraction):
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+            raise UsageError(f"frames are {frames.dtype} {list(frames.shape)}; give RGB as uint8 [N, H, W, 3]")
+        if not 0 < fps < _FINEST_RATE:
+            raise UsageError(f"fps is {fps}; give the frames per second of the clip")
+        self.frames = frames
+        height, width = frames.shape[1:3]
+        info = array_info(width, height, Fraction(fps).limit_denominator(_FINEST_RATE))
+        self.info = dataclasses.replace(info, frames=len(frames), duration_s=float(len(frames) / info.average_rate))
+
+    def read(self) -> Pictures:
+        return _ArrayReader(self.frames, self.info)
+
+
+class _ArrayReader:
+    notes = ()
+
+    def __init__(self, frames: np.ndarray, info: VideoInfo):
+        self._frames = enumerate(frames)
+        self._info = info
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Frame:
+        index, rgb = next(self._frames)
+        picture = picture_of(rgb)
+        picture.pts, picture.time_base = index, self._info.time_base
+        return Frame(index, index, index * self._info.time_base, picture, self._info)
+
+
+class FrameCollector:
+    """A sink that keeps the frames in memory.
+
+    Attributes:
+      frames: uint8 `[H, W, 3]` each.
+    """
+
+    audio_note = "no audio"
+    notes = ()
+
+    def __init__(self, info: VideoInfo):
+        self.frames: list[np.ndarray] = []
+        self._info = info
+
+    def write(self, frame: av.VideoFrame) -> None:
+        self.frames.append(Frame(len(self.frames), 0, Fraction(0), frame, self._info).rgb())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        if kind is not None:
+            self.frames.clear()
+
+
+class Voice(NamedTuple):
+    """The new voice: mono at 16 kHz for the network, and the file that the output plays (None: it came as samples)."""
+
+    sound: audio.AudioClip
+    path: str | None
+
+
+def open_video(source: str | os.PathLike | np.ndarray, fps: float | Fraction | None = None) -> VideoSource:
+    """A file, or frames uint8 `[N, H, W, 3]` with their rate.
+
+    Raises:
+      UsageError: frames of another kind, or without rate; a rate for a file, which has its own.
+      KeySyncError: a file that cannot be read.
+    """
+    if isinstance(source, np.ndarray):
+        if fps is None:
+            raise UsageError("frames need fps, their number per second")
+        return FrameArray(source, fps)
+    if fps is not None:
+        raise UsageError(f"fps is for frames in an array; {source} has its own timestamps")
+    return VideoFile(source)
+
+
+def open_voice(source: str | os.PathLike | np.ndarray, rate: int | None = None) -> Voice:
+    """An audio file (or a video's track), or samples `[S]`, full scale 1, with their rate in Hz.
+
+    Raises:
+      UsageError: samples of another kind, or without rate; a rate for a file, which has its own.
+      KeySyncError: a file that cannot be read, or samples that are not finite.
+    """
+    if isinstance(source, np.ndarray):
+        if rate is None:
+            raise UsageError("samples need rate, their number per second")
+        return Voice(audio.from_samples(source, rate), None)
+    if rate is not None:
+        raise UsageError(f"rate is for samples in an array; {source} has its own")
+    return Voice(audio.load_audio(source), os.fspath(source))
+
+
+def array_info(width: int, height: int, rate: Fraction = Fraction(25)) -> VideoInfo:
+    """Description of RGB pictures in memory; one tick of their clock is one frame."""
+    return VideoInfo(
+        path="frames", width=width, height=height, rotation=0, orientation=Orientation(), display_matrix=(), display_width=width,
+        display_height=height, average_rate=rate, time_base=1 / rate, pix_fmt=_PIX_FMT, source_pix_fmt=_PIX_FMT, codec="rawvideo",
+        color_space=0, color_range=color.FULL_RANGE, color_primaries=1, color_transfer=1, duration_s=None, frames=None, has_audio=False,
+        start_time=Fraction(0), sample_aspect_ratio=Fraction(1), interlaced=False, planes=color.plane_format(_PIX_FMT, 0, 2, width, height),
+    )  # fmt: skip
+
+
+def picture_of(rgb: np.ndarray) -> av.VideoFrame:
+    """uint8 `[H, W, 3]` as a picture that compositing edits."""
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format=_PIX_FMT)
