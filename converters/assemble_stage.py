@@ -15,6 +15,7 @@ from keysync_jax.converters.lazy import BFLOAT16, Tensors
 from keysync_jax.converters.parts import DECODER, ENCODER, KL_PREFIX, Part, first_stage_encoder_table, kl_table, part_table
 from keysync_jax.core.differences import compare, some
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.weights.table import Table
 
 # Submodules of the SVD release that no part of KeySync comes from: its own embedders.
 _SVD_EMBEDDERS = "conditioner.embedders."
@@ -128,11 +129,7 @@ def from_svd(
     table = sgm.stage_table(config)
     expected = {e.torch_key: e.torch_shape for e in table}
     found = compare(tensors.select(key for key in tensors if not _is_svd_extra(key)).shapes, expected)
-    # New in KeySync; everything else must come from SVD.
-    new = {e.torch_key for e in table if not e.torch_key.startswith(diffusers.UNET_PREFIX)}
-    new |= {f"{diffusers.UNET_PREFIX}label_emb.0.0.weight"} | (
-        {f"{diffusers.UNET_PREFIX}input_blocks.0.0.weight"} if name == "interpolation" else set()
-    )
+    new = new_since_svd(table, name)
     refuse(source.path, found.without({*new, *options.allow_missing}, options.allow_unexpected))
     used |= {*found.missing, *found.wrong, *found.unexpected} - new
     drawn = [*found.wrong, *found.missing]
@@ -143,6 +140,16 @@ def from_svd(
     if vae:
         merged = merged.updated({e.torch_key: vae.tensors.info(e.torch_key) for e in part_table(vae.config, ("decoder",))})
     return Part(name, config, merged, fresh=tuple(drawn))
+
+
+def new_since_svd(table: Table, name: str) -> set[str]:
+    """Keys of a stage's table that SVD does not have, or has for something else; all others come from it.
+
+    SVD has no audio path; its `label_emb` reads another vector, and its first convolution other channels than interpolation's.
+    """
+    first = {f"{diffusers.UNET_PREFIX}input_blocks.0.0.weight"} if name == "interpolation" else set()
+    own = {e.torch_key for e in table if not e.torch_key.startswith(diffusers.UNET_PREFIX)}
+    return own | {f"{diffusers.UNET_PREFIX}label_emb.0.0.weight"} | first
 
 
 def _is_svd_extra(key: str) -> bool:

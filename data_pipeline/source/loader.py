@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.data_pipeline.source.sample import WindowReader
 
 # Steps that an endless run is declared to have (Grain wants a length).
 _ENDLESS = 2**40
+
+
+class Reader(Protocol):
+    """What batches are read with: pure maps from (step, row) to samples, and from samples to arrays. See `WindowReader`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal fingerprints mean equal orders of samples."""
+        ...
+
+    def sample(self, step: int, row: int, batch_size: int, shift: int = 0) -> Any:
+        """Row `row` of the global batch of `step`."""
+        ...
+
+    def read(self, samples: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Arrays of some samples, the batch axis first."""
+        ...
 
 
 class BatchSource:
@@ -18,7 +35,7 @@ class BatchSource:
 
     def __init__(
         self,
-        reader: WindowReader,
+        reader: Reader,
         batch_size: int,
         host: int = 0,
         hosts: int = 1,
@@ -27,7 +44,7 @@ class BatchSource:
         seen: int | None = None,
     ):
         """Args:
-          reader: see `WindowReader`.
+          reader: gives the samples.
           batch_size: samples of the global batch, over all hosts.
           host, hosts: this host's number and how many there are; host k has rows k b / hosts to (k + 1) b / hosts - 1.
           first_step: element 0 is the batch of this step.
@@ -68,7 +85,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def __init__(
         self,
-        reader: WindowReader,
+        reader: Reader,
         batch_size: int,
         first_step: int = 0,
         host: int = 0,

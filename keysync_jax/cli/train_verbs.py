@@ -37,19 +37,21 @@ def _train(args) -> int:
     from keysync_jax.training import recipes
     from keysync_jax.training.config import train_config
     from keysync_jax.training.profiling import parse_profile_steps
+    from keysync_jax.training.trainables import trainable_of
 
     # Whatever can be wrong in the command is found before devices are touched.
     profile = None if args.profile_steps is None else parse_profile_steps(args.profile_steps)
     config = train_config(recipes.load(args.config, args.overrides))
     if profile and profile[1] > config.num_steps:
         raise UsageError(f"--profile_steps {args.profile_steps}: the run ends with step {config.num_steps}")
+    trainable_of(config)
     distributed.start(args.coordinator, args.num_processes, args.process_id)
 
     from keysync_jax.training.loop import train
-    from keysync_jax.training.start import initial
+    from keysync_jax.training.start import check
 
     if args.check:
-        for line in initial.describe(config, args.workdir):
+        for line in check.describe(config, args.workdir):
             print(line)
         return 0
     train(config, args.workdir, profile_steps=profile, command=shlex.join(["keysync", *sys.argv[1:]]))

@@ -39,9 +39,10 @@ from keysync_jax.evaluation.talkers import TalkerTest
 from keysync_jax.evaluation.talkers_model import TalkerModel, parse_grid
 from keysync_jax.training import recipes
 from keysync_jax.training.config import TrainConfig, train_config
-from keysync_jax.training.data import make_reader
 from keysync_jax.training.export.export_run import parts_of
-from keysync_jax.training.start import initial, runs
+from keysync_jax.training.start import check as start_check
+from keysync_jax.training.start import runs
+from keysync_jax.training.start.stage_vae import located
 from keysync_jax.training.watch import validation
 
 # A quarter of the bundled model's 15,240 updates of 64 windows.
@@ -229,15 +230,16 @@ def check(
             masks[name] = next(model.stage(part).mask for part in model.parts if part in STAGES)
             continue
         recipe, *settings = _asked(name, data, overrides)
-        config, _ = initial.resolve(train_config(recipes.load(recipe, settings)), folder / name)
+        trainable, _ = start_check.resolve(train_config(recipes.load(recipe, settings)), folder / name)
+        config = trainable.config
         for path in config.data.datasets or [data]:
             if "://" not in path and not (path and (Path(path) / GROUP_FILE).is_file()):
                 raise KeySyncError(f"--data {path!r} holds no shards; keysync data shards makes them")
         try:
-            reader = make_reader(config)
-            initial.check_latents(config, reader)
+            reader = trainable.reader()
+            trainable.check_data(reader)
             reader.read([reader.sample(0, 0, 1)])  # shards are opened when they are read
-            validation.open_reader(config, lambda line, name=name: say(f"{name}: {line}"))
+            validation.open_reader(trainable, lambda line, name=name: say(f"{name}: {line}"))
         except (KeySyncError, ImportError) as error:  # the latter: the package that speaks gs:// is not installed
             raise KeySyncError(f"--data cannot train {name}: {error}") from error
         held[name], masks[name] = _parts_to_come(config), config.stage.mask
@@ -252,7 +254,7 @@ def check(
 
 def _parts_to_come(config: TrainConfig) -> set[str]:
     """What `keysync export` will find for a run: its stage, and the VAE of the directories that it starts from."""
-    init = initial.located(config.init)
+    init = located(config.init)
     given = [path for path in (init.vae, init.path) if path]
     known = (model_directory.load(path, complete=False).parts for path in given if model_directory.is_model_directory(path))
     # What a run begins with that another run or the hub gives is known only then.

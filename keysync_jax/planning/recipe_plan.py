@@ -18,16 +18,16 @@ from keysync_jax.config import VAEConfig
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.trees import leaf_name
 from keysync_jax.costs import activations, flops
-from keysync_jax.models import conditioning
 from keysync_jax.parallel import mesh as meshes
 from keysync_jax.parallel import sharding
 from keysync_jax.training import lpips
 from keysync_jax.training import state as states
 from keysync_jax.training.config import TrainConfig
-from keysync_jax.training.objective import DiffusionObjective, Objective, VaeObjective
+from keysync_jax.training.objective import Objective
 from keysync_jax.training.optimizer import make_optimizer
-from keysync_jax.training.start import initial
 from keysync_jax.training.step import make_train_step
+from keysync_jax.training.trainable import Shapes
+from keysync_jax.training.trainables import trainable_of
 
 # Attention kernel of each platform, as `models.attention` chooses it there.
 _ATTENTION = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
@@ -98,7 +98,9 @@ class RecipePlan(NamedTuple):
     @property
     def steps_per_second(self) -> float | None:
         """No step can be faster: arithmetic at the peak, then the optimizer at full bandwidth."""
-        return None if self.compute_seconds is None else 1 / (self.compute_seconds + self.update_seconds)
+        if self.compute_seconds is None or self.update_seconds is None:
+            return None
+        return 1 / (self.compute_seconds + self.update_seconds)
 
 
 def parse_topology(text: str) -> Topology:
@@ -116,27 +118,13 @@ def parse_topology(text: str) -> Topology:
     return Topology(text.strip().lower(), match[1], count)
 
 
-def batch_shapes(config: TrainConfig, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a step reads, as `data_pipeline.source` delivers it."""
-    if config.model == "vae":
-        side = config.data.crop or config.resolution
-        shapes = {"images": (side, side, config.vae.in_channels), "mouth": (side, side, 1)}
-    else:
-        shapes = conditioning.batch_shapes(config.stage)
-        if config.uses_pixels:
-            shapes["original_frames"] = (config.pixel_frames, config.stage.resolution, config.stage.resolution, 3)
-            shapes["original_indices"] = (config.pixel_frames,)
-    types = {"original_indices": jnp.int32}
-    return {name: jax.ShapeDtypeStruct((batch_size, *shape), types.get(name, jnp.float32)) for name, shape in shapes.items()}
-
-
 class Program(NamedTuple):
     """A training step with the shapes it takes."""
 
     step: Any
     objective: Objective
     state: states.TrainState
-    batch: dict[str, jax.ShapeDtypeStruct]
+    batch: Shapes
 
 
 def make_program(config: TrainConfig, batch_size: int | None = None) -> Program:
@@ -146,13 +134,13 @@ def make_program(config: TrainConfig, batch_size: int | None = None) -> Program:
       KeySyncError: config.init.vae is there but holds no VAE.
     """
     tx = make_optimizer(config.optimizer)
-    weights = initial.abstract_weights(config)
+    trainable = trainable_of(config)
+    weights = trainable.abstract_weights()
     ema = config.optimizer.ema_decay > 0
     shapes = jax.eval_shape(lambda p, f: states.create(p, f, tx, ema), weights.params, weights.frozen)
-    distance = _stand_in_lpips() if config.uses_lpips else None
-    objective = VaeObjective(config, distance) if config.model == "vae" else DiffusionObjective(config, weights.vae, distance)
+    objective = trainable.objective(weights.vae, _stand_in_lpips() if trainable.uses_lpips else None)
     step = make_train_step(objective, tx, config.optimizer, config.seed)
-    return Program(step, objective, shapes, batch_shapes(config, batch_size or config.data.batch_size))
+    return Program(step, objective, shapes, trainable.batch_shapes(batch_size or config.data.batch_size))
 
 
 @functools.cache
@@ -196,7 +184,9 @@ def make_plan(config: TrainConfig, topology: Topology) -> RecipePlan:
     program = make_program(small)
     params, frozen = program.state.params, program.state.frozen
     gradient = jax.make_jaxpr(_gradient(program.objective))(params, frozen, program.batch)
-    counted = flops.count_step(gradient, decoder_is_network=config.model == "vae").scaled(parts * config.optimizer.accumulate)
+    counted = flops.count_step(gradient, decoder_is_network=trainable_of(config).decodes_in_network).scaled(
+        parts * config.optimizer.accumulate
+    )
     rows = sharding.sharding_rows(mesh, program.state)
     memory = _memory(config, mesh, program.state, rows, activations.estimate(gradient))
     peak = flops.peak(topology.device, config.dtype)
@@ -231,8 +221,8 @@ def _mesh_shape(config: TrainConfig, topology: Topology, devices: int) -> tuple[
 
 
 def _notes(config: TrainConfig) -> tuple[str, ...]:
-    # `vae_config` hands back the recipe's own where no other is found.
-    if not config.uses_pixels or initial.vae_config(config) is not config.vae:
+    trainable = trainable_of(config)
+    if not trainable.uses_pixels or trainable.vae_part(missing_ok=True) is not None:
         return ()
     decoder = "that of Stable Video Diffusion" if config.vae == VAEConfig() else "config.vae"
     key = "vae" if config.init.vae else "path"
@@ -250,7 +240,7 @@ def _gradient(objective: Objective) -> Any:
 
 
 def _memory(config: TrainConfig, mesh: Any, state: states.TrainState, rows: list[sharding.Row], work: activations.Activations) -> Memory:
-    batch = batch_shapes(config, config.data.batch_size)
+    batch = trainable_of(config).batch_shapes(config.data.batch_size)
     over = sharding.batch_sharding(mesh)
     blocks: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.frozen)):

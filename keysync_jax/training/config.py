@@ -230,7 +230,7 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-      model: "stage" or "vae".
+      model: what is trained, a name in `trainables.TRAINABLES`: "stage" or "vae".
       num_steps: updates of the whole run.
       freeze: "temporal" (the reference's rule: temporal layers stay as SVD left them) or "none".
       dtype: compute type; parameters, optimizer and losses are float32.
@@ -265,7 +265,6 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, allowed in (
-            ("model", ("stage", "vae")),
             ("freeze", ("temporal", "none")),
             ("dtype", ("float32", "bfloat16")),
             ("remat", tuple(r.value for r in Remat)),
@@ -277,17 +276,10 @@ class TrainConfig:
         _require(0 < scale < math.inf, f"stage.latent_scale is {scale}; it must be positive")
         nose = self.stage.mask.nose_index
         _require(0 <= nose < 68, f"stage.mask.nose_index is {nose}; it names one of the 68 landmarks, 0 to 67")
-        if self.model == "vae":
-            factor = self.vae.downsample_factor
-            for name, side in (("resolution", self.resolution), ("data.crop", self.data.crop)):
-                _require(side >= 0 and side % factor == 0, f"{name} is {side}; the VAE needs a multiple of {factor}")
-            _require(self.resolution > 0, "resolution is 0; give the side of the frames")
         _require(self.num_steps >= 1, f"num_steps is {self.num_steps}; it must be at least 1")
         accumulate = self.optimizer.accumulate
         batch = self.data.batch_size
         _require(batch % accumulate == 0, f"data.batch_size {batch} is not a multiple of optimizer.accumulate {accumulate}")
-        if self.model == "stage" and self.loss.pixel_weight > 0:
-            _require(self.pixel_frames >= 1, "loss.pixel_weight is positive but pixel_frames is 0; decode at least one frame")
 
     @property
     def microbatch(self) -> int:
@@ -295,13 +287,8 @@ class TrainConfig:
 
     @property
     def uses_pixels(self) -> bool:
-        """Whether the stage's loss decodes frames."""
-        return self.model == "stage" and self.loss.pixel_weight > 0
-
-    @property
-    def uses_lpips(self) -> bool:
-        """Whether the loss holds a perceptual term, whose weights `lpips` names."""
-        return self.vae_loss.lpips_weight > 0 if self.model == "vae" else self.loss.uses_lpips
+        """Whether the loss of a stage decodes frames."""
+        return self.loss.pixel_weight > 0
 
 
 def train_config(values: Any, where: str = "config") -> TrainConfig:

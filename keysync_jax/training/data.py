@@ -6,28 +6,34 @@ import numpy as np
 
 from keysync_jax.core.errors import UsageError
 from keysync_jax.data_pipeline.source.frames import FrameConfig, FrameReader
-from keysync_jax.data_pipeline.source.loader import Batches
+from keysync_jax.data_pipeline.source.loader import Batches, Reader
 from keysync_jax.data_pipeline.source.mixture import ClipFilter, DatasetChoice
 from keysync_jax.data_pipeline.source.sample import WindowReader, check_stage, source_config
-from keysync_jax.training.config import TrainConfig
+from keysync_jax.training.config import DataConfig, TrainConfig
 
 
-def make_reader(config: TrainConfig, split: str | None = None) -> WindowReader | FrameReader:
-    """Opens the datasets; `split` other than the training split reads the validation data.
+def frame_reader(config: TrainConfig, split: str | None = None) -> FrameReader:
+    """Opens the videos of an autoencoder's recipe; `split` other than the training split reads the validation data.
+
+    Raises:
+      UsageError: no dataset is named.
+      KeySyncError: nothing to read.
+    """
+    paths, validate = _datasets(config.data, split)
+    crop = 0 if validate else config.data.crop
+    return FrameReader(FrameConfig(paths, split or config.data.split, config.resolution, crop, config.data.frames_per_clip, config.seed))
+
+
+def window_reader(config: TrainConfig, split: str | None = None) -> WindowReader:
+    """Opens the prepared datasets of a stage's recipe; `split` as for `frame_reader`.
 
     Raises:
       UsageError: no dataset is named.
       KeySyncError: nothing to read, or data that do not fit the stage (encoder, resolution, pixels), by name.
     """
     data = config.data
-    if not data.datasets:
-        raise UsageError("config.data.datasets is empty; name at least one dataset, for example --config.data.datasets=DIR")
-    validate = split is not None and split != data.split
-    paths = (data.validation,) if validate and data.validation else data.datasets
+    paths, validate = _datasets(data, split)
     split = split or data.split
-    if config.model == "vae":
-        crop = 0 if validate else data.crop
-        return FrameReader(FrameConfig(paths, split, config.resolution, crop, data.frames_per_clip, config.seed))
     chosen = ClipFilter(min_scores=dict(data.min_scores), sources=tuple(data.sources))
     weights = data.weights if data.weights and len(paths) == len(data.weights) else (1.0,) * len(paths)
     datasets = [DatasetChoice(path, split, weight, chosen) for path, weight in zip(paths, weights, strict=True)]
@@ -45,9 +51,15 @@ def make_reader(config: TrainConfig, split: str | None = None) -> WindowReader |
     return reader
 
 
-def make_batches(
-    config: TrainConfig, reader: WindowReader | FrameReader, first_step: int, host: int, hosts: int, seen: int | None = None
-) -> Batches:
+def _datasets(data: DataConfig, split: str | None) -> tuple[tuple[str, ...], bool]:
+    """Paths to read, and whether they are read for validation."""
+    if not data.datasets:
+        raise UsageError("config.data.datasets is empty; name at least one dataset, for example --config.data.datasets=DIR")
+    validate = split is not None and split != data.split
+    return (data.validation,) if validate and data.validation else data.datasets, validate
+
+
+def make_batches(config: TrainConfig, reader: Reader, first_step: int, host: int, hosts: int, seen: int | None = None) -> Batches:
     """This host's batches from a step on, before which `seen` samples came (None: a batch per step)."""
     data = config.data
     return Batches(

@@ -24,10 +24,9 @@ from keysync_jax.training import data, lpips, profiling, resume
 from keysync_jax.training import state as states
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.export import model_card
-from keysync_jax.training.objective import DiffusionObjective, Objective, VaeObjective
 from keysync_jax.training.optimizer import make_optimizer
 from keysync_jax.training.profiling import ProfileWindow
-from keysync_jax.training.start import initial
+from keysync_jax.training.start import check
 from keysync_jax.training.step import make_train_step
 from keysync_jax.training.store import checkpoints
 from keysync_jax.training.store.checkpoints import Checkpoints
@@ -37,14 +36,6 @@ from keysync_jax.training.watch.watchers import Watch
 # Exit status of a run that SIGTERM ended after it had saved its state: not 0, so that a scheduler starts it again.
 TERMINATED = 128 + signal.SIGTERM
 _SECONDS_TO_LEAVE = 120  # for a run that was stopped and is still saving
-
-
-def make_objective(config: TrainConfig, vae: Any) -> Objective:
-    """The loss that the config asks for."""
-    distance = lpips.load(config.lpips) if config.uses_lpips else None
-    if config.model == "vae":
-        return VaeObjective(config, distance)
-    return DiffusionObjective(config, vae, distance)
 
 
 def train(
@@ -68,14 +59,15 @@ def train(
       SystemExit: SIGTERM came; the state is saved (status `TERMINATED`).
     """
     use_compile_cache()
-    config, notes = initial.resolve(config, workdir)
+    trainable, notes = check.resolve(config, workdir)
+    config = trainable.config
     mesh = train_mesh(config.mesh)
     check_batch(mesh, config.data.batch_size, config.optimizer.accumulate)
-    reader = data.make_reader(config)
-    initial.check_latents(config, reader)
+    reader = trainable.reader()
+    trainable.check_data(reader)
 
-    abstract = initial.abstract_weights(config)
-    objective = make_objective(config, abstract.vae)
+    abstract = trainable.abstract_weights()
+    objective = trainable.objective(abstract.vae, lpips.load(config.lpips) if trainable.uses_lpips else None)
 
     # ------------------------------------------------------------------------------------------------------- model and state
     tx = make_optimizer(config.optimizer)
@@ -101,7 +93,7 @@ def train(
         latest = saved.latest()
         if latest is not None:
             log.say(f"continuing from step {latest} of {workdir}")
-            for change in resume.changes(saved.meta(latest), config, f"checkpoint {latest} of {workdir}"):
+            for change in resume.changes(saved.meta(latest), trainable, f"checkpoint {latest} of {workdir}"):
                 log.say(f"the recipe changed: {change}")
             if latest >= config.num_steps:
                 log.say(f"nothing to do: step {latest} is reached, the recipe asks for {config.num_steps}; --config.num_steps=N goes on")
@@ -114,7 +106,7 @@ def train(
                 log.say("[yellow]the data are not those of the checkpoint: the order of samples starts anew from this step[/yellow]")
         else:
             log.say(f"weights: {config.init.kind} {config.init.path}")
-            weights = initial.initial_weights(config)
+            weights = trainable.initial_weights()
             for note in weights.notes:
                 log.say(note)
             params, frozen = jax.device_put((weights.params, weights.frozen), (shardings.params, shardings.frozen))
@@ -136,43 +128,46 @@ def train(
             seen = counters["samples"] if "samples" in counters else first * counters["batch_size"]
         step_fn = jax.jit(make_train_step(objective, tx, config.optimizer, config.seed), donate_argnums=0, out_shardings=(shardings, None))
         with data.make_batches(config, reader, first, *data_share(mesh), seen) as batches, jax.set_mesh(mesh):
-            watch = Watch(config, mesh, objective, abstract.vae, log, workdir)
+            watch = Watch(trainable, mesh, objective, abstract.vae, log, workdir)
             log.say("compiling the step …")
             begin = time.perf_counter()
             batch = global_batch(mesh, data.step_arrays(next(batches)))
             traced = step_fn.trace(state, batch)
             compiled = traced.lower().compile()
-            speed = profiling.step_speed(traced.jaxpr, config)
+            speed = profiling.step_speed(traced.jaxpr, config.dtype, decoder_is_network=trainable.decodes_in_network)
             log.say(f"compiled in {time.perf_counter() - begin:.0f} s; {profiling.describe(speed)}")
 
             # ----------------------------------------------------------------------------------------------------------- train
             done, stopping, pending = first, False, None
             last = config.num_steps if stop_after is None else min(config.num_steps, first + stop_after)
-            meter = Meter(first, last, config.data.batch_size, speed, "frames" if config.model == "vae" else "clips")
+            meter = Meter(first, last, config.data.batch_size, speed, trainable.unit)
             window = ProfileWindow(workdir, profile_steps, log.say)
             if profile_steps and profile_steps[1] <= first:
                 log.say(f"[yellow]no profile: --profile_steps ends at step {profile_steps[1]}, the run goes on from step {first}[/yellow]")
-            for step in range(first, last):
-                with window.step(step):
-                    state, metrics = compiled(state, batch)
-                done = step + 1
-                if done < last:
-                    waiting = time.perf_counter()
-                    host_batch = next(batches)
-                    meter.waited(time.perf_counter() - waiting)
-                    batch = global_batch(mesh, data.step_arrays(host_batch))
-                # Metrics are read one step late, so that the device always has the next step to do.
-                pending = _report(config, log, meter, pending, (done, metrics))
-                window.after(done, state)
-                stopping = saved.reached_preemption(done)
-                if done % config.checkpoint.every == 0 or done == last or stopping:
-                    samples = seen + (done - first) * config.data.batch_size
-                    counters = {"step": done, "skipped": int(state.skipped), "data": reader.fingerprint, "samples": samples}
-                    saved.save(state, counters, resume.describe(config))
-                saved.check()
-                if stopping:
-                    break
-                watch(done, state, meter)
+            # Whatever goes between host and devices in the loop is written down as such: what slips in unseen would hold up every step.
+            with jax.transfer_guard("disallow"):
+                for step in range(first, last):
+                    with window.step(step):
+                        state, metrics = compiled(state, batch)
+                    done = step + 1
+                    if done < last:
+                        waiting = time.perf_counter()
+                        host_batch = next(batches)
+                        meter.waited(time.perf_counter() - waiting)
+                        batch = global_batch(mesh, data.step_arrays(host_batch))
+                    # Metrics are read one step late, so that the device always has the next step to do.
+                    pending = _report(config, log, meter, pending, (done, metrics))
+                    window.after(done, state)
+                    stopping = saved.reached_preemption(done)
+                    with jax.transfer_guard("allow"):  # Orbax has its own ways
+                        if done % config.checkpoint.every == 0 or done == last or stopping:
+                            samples = seen + (done - first) * config.data.batch_size
+                            counters = {"step": done, "skipped": int(state.skipped), "data": reader.fingerprint, "samples": samples}
+                            saved.save(state, counters, resume.describe(trainable))
+                        saved.check()
+                    if stopping:
+                        break
+                    watch(done, state, meter)
             window.close()
             _report(config, log, meter, pending, None)
             watch.curve()

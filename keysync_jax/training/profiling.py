@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 from etils import epath
+from jax.extend.core import ClosedJaxpr
 
 from keysync_jax.core.errors import UsageError
 from keysync_jax.core.memory import peak_bytes
 from keysync_jax.costs import flops
-from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.store.workdir import beside_training
 
 PROFILE = "profile"
@@ -51,12 +51,12 @@ def memory() -> Memory:
     return Memory(peak_bytes() / 2**30, False)
 
 
-def step_speed(jaxpr: Any, config: TrainConfig) -> Speed:
-    """Of a traced training step, on this process's kind of device."""
-    counted = flops.count_step(jaxpr, decoder_is_network=config.model == "vae")
+def step_speed(jaxpr: ClosedJaxpr, dtype: str, *, decoder_is_network: bool) -> Speed:
+    """Of a traced training step that computes in `dtype`, on this process's kind of device; see `flops.count_step`."""
+    counted = flops.count_step(jaxpr, decoder_is_network=decoder_is_network)
     entry = flops.device(jax.devices()[0].device_kind)
-    peak = flops.peak(entry, config.dtype)
-    name = f"{entry.name} {_SHORT[config.dtype]}" if peak else ""
+    peak = flops.peak(entry, dtype)
+    name = f"{entry.name} {_SHORT[dtype]}" if entry and peak else ""
     return Speed(counted.model, jax.device_count(), peak.flops if peak else 0.0, name)
 
 
@@ -98,7 +98,7 @@ class ProfileWindow:
 
     def after(self, done: int, state: Any) -> None:
         """To be called when `done` updates were dispatched."""
-        if self._active and done >= self._steps[1]:
+        if self._active and self._steps is not None and done >= self._steps[1]:
             jax.block_until_ready(state)  # else the window ends before its last steps have run
             self.close()
 

@@ -14,8 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 Tree = dict[str, Any]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything a step reads and writes; every leaf is an array on the mesh.
 
     Attributes:

@@ -18,7 +18,7 @@ from keysync_jax.data_pipeline.shards import write_group
 from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.training import resume, state
 from keysync_jax.training.config import CheckpointConfig, DataConfig, InitConfig, LogConfig, OptimizerConfig, TrainConfig
-from keysync_jax.training.start import initial
+from keysync_jax.training.start import check
 from keysync_jax.training.store import checkpoints
 
 SCALE = 0.25  # of the tiny VAE; not the default
@@ -80,8 +80,8 @@ def recipe(stage="keyframe", dataset="", pixels=False, ema=0.9, **changes) -> Tr
 
 def save_run(workdir, config, step=1, nudge=0.0):
     """A workdir as the loop leaves it, without training: the first weights plus `nudge`; the average lags behind."""
-    config, _ = initial.resolve(config)
-    weights = initial.initial_weights(config)
+    trainable, _ = check.resolve(config)
+    config, weights = trainable.config, trainable.initial_weights()
     params = jax.tree.map(lambda x: x + np.float32(nudge), weights.params)
     mean = jax.tree.map(lambda x: x - np.float32(nudge / 2), params) if config.optimizer.ema_decay else None
     moments = {"count": np.int32(step)}  # nobody reads the optimizer's part here
@@ -90,7 +90,7 @@ def save_run(workdir, config, step=1, nudge=0.0):
     checkpoints.write_config(workdir, to_dict(config))
     with checkpoints.Checkpoints(workdir, config.checkpoint) as saved:
         made = jax.tree.map(jax.numpy.asarray, made)
-        saved.save(made, {"step": step, "skipped": 0, "data": "none", "samples": step * config.data.batch_size}, resume.describe(config))
+        saved.save(made, {"step": step, "skipped": 0, "data": "none", "samples": step * config.data.batch_size}, resume.describe(trainable))
         saved.wait()
     return workdir
 

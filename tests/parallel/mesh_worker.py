@@ -19,13 +19,12 @@ from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.models.stage import init_params, init_vae_params
 from keysync_jax.parallel import sharding
 from keysync_jax.parallel.mesh import check_batch, train_mesh
-from keysync_jax.planning import recipe_plan as plan
 from keysync_jax.training import state as states
 from keysync_jax.training.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from keysync_jax.training.objective import DiffusionObjective
 from keysync_jax.training.optimizer import make_optimizer
-from keysync_jax.training.start import initial
 from keysync_jax.training.step import make_train_step
+from keysync_jax.training.trainables import trainable_of
 
 UNET = UNetConfig(
     model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,), num_head_channels=8, context_dim=32, audio_dim=32,
@@ -46,7 +45,7 @@ BASE = TrainConfig(
 def make_batch(config):
     rng = np.random.default_rng(0)
     batch = {}
-    for name, shape in plan.batch_shapes(config, config.data.batch_size).items():
+    for name, shape in trainable_of(config).batch_shapes(config.data.batch_size).items():
         if name == "original_indices":
             batch[name] = np.ones(shape.shape, np.int32)
         elif name == "mask":
@@ -58,7 +57,7 @@ def make_batch(config):
 
 def make_weights(config):
     """Drawn so that no branch is silent."""
-    params, frozen = initial.split(config, init_params(config.stage, 0, zero_init=False))
+    params, frozen = trainable_of(config).split(init_params(config.stage, 0, zero_init=False))
     decoder = init_vae_params(config.vae, 0)["first_stage_model"]["decoder"]
     return params, frozen | {"first_stage_model": {"decoder": decoder}}
 
@@ -102,7 +101,7 @@ def traps():
     mesh = train_mesh(MeshConfig(1, 8, 1))
     params, frozen = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree) for tree in make_weights(config))
     frozen.pop("first_stage_model")
-    batch = plan.batch_shapes(config, config.data.batch_size)
+    batch = trainable_of(config).batch_shapes(config.data.batch_size)
 
     def count():
         objective = DiffusionObjective(config)

@@ -219,14 +219,14 @@ from keysync_jax.training import recipes
 from keysync_jax.parallel.mesh import AXES
 from keysync_jax.parallel.sharding import state_shardings
 from keysync_jax.training import state as states
-from keysync_jax.training.start import initial
 from keysync_jax.training.store.checkpoints import Checkpoints
 from keysync_jax.training.config import train_config
 from keysync_jax.training.optimizer import make_optimizer
+from keysync_jax.training.trainables import trainable_of
 
 workdir = sys.argv[1]
 config = train_config(recipes.load("tiny_test", ["--config.stage.unet.model_channels=64"]))
-weights, tx = initial.abstract_weights(config), make_optimizer(config.optimizer)
+weights, tx = trainable_of(config).abstract_weights(), make_optimizer(config.optimizer)
 shapes = jax.eval_shape(lambda p, f: states.create(p, f, tx, True), weights.params, weights.frozen)
 found = []
 for count, shape in ((8, (8, 1, 1)), (4, (4, 1, 1)), (8, (2, 4, 1)), (8, (2, 2, 2))):

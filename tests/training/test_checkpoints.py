@@ -27,6 +27,7 @@ from keysync_jax.training.config import CheckpointConfig, TrainConfig
 from keysync_jax.training.store import checkpoints
 from keysync_jax.training.store.checkpoints import Checkpoints
 from keysync_jax.training.store.checksums import changed, checksums
+from keysync_jax.training.trainables import trainable_of
 
 META = {"format": 1, "config": {}}
 KEEP = CheckpointConfig(every=1, keep_last=2, keep_every=4)
@@ -338,34 +339,34 @@ def test_a_checkpoint_without_meta_was_made_with_the_recipe_of_the_workdir(tmp_p
 
 def test_what_a_run_may_go_on_with():
     config = TrainConfig()
-    meta = json.loads(json.dumps(resume.describe(config)))
+    meta = json.loads(json.dumps(resume.describe(trainable_of(config))))
     assert meta["trained_for"]["audio_encoder"] == "hubert" and meta["trained_for"]["mask"]["kind"] == "box"
     assert meta["trained_for"]["resolution"] == 512
-    assert resume.changes(meta, config, "it") == []
+    assert resume.changes(meta, trainable_of(config), "it") == []
     harmless = dataclasses.replace(
         config, num_steps=7, dtype="float32", optimizer=dataclasses.replace(config.optimizer, learning_rate=2e-5),
         mesh=dataclasses.replace(config.mesh, fsdp=2), data=dataclasses.replace(config.data, threads=9),
         stage=dataclasses.replace(config.stage, audio_scale=3.0), vae=dataclasses.replace(config.vae, base_channels=64),
     )  # fmt: skip
-    assert sorted(resume.changes(meta, harmless, "it")) == [
+    assert sorted(resume.changes(meta, trainable_of(harmless), "it")) == [
         "data.threads 4 -> 9", "dtype bfloat16 -> float32", "mesh.fsdp 1 -> 2", "num_steps 60000 -> 7",
         "optimizer.learning_rate 1e-05 -> 2e-05", "stage.audio_scale 5.0 -> 3.0",
     ]  # fmt: skip
     stage = dataclasses.replace(config.stage, audio_encoder="wavlm", mask=dataclasses.replace(config.stage.mask, kind="mouth"))
     other = dataclasses.replace(config, stage=stage, freeze="none", loss=dataclasses.replace(config.loss, pixel_weight=1.0))
     with pytest.raises(KeySyncError) as error:
-        resume.changes(meta, other, "checkpoint 5 of run")
+        resume.changes(meta, trainable_of(other), "checkpoint 5 of run")
     for words in ("checkpoint 5 of run", "stage.audio_encoder hubert -> wavlm", "stage.mask.kind box -> mouth", "freeze temporal -> none",
                   "loss.pixel_weight 0.0 -> 1.0", "init.kind=run"):  # fmt: skip
         assert words in str(error.value)
     del meta["config"]["optimizer"]["max_skipped"]  # a key that did not exist when the checkpoint was made
-    assert resume.changes(meta, config, "it") == []
+    assert resume.changes(meta, trainable_of(config), "it") == []
 
 
 def test_an_autoencoder_goes_on_at_its_resolution_alone():
     config = TrainConfig(model="vae", resolution=64)
-    meta = resume.describe(config)
+    meta = resume.describe(trainable_of(config))
     frozen = dataclasses.replace(config, freeze="none", stage=dataclasses.replace(config.stage, audio_encoder="wavlm"))
-    assert resume.changes(meta, frozen, "it") == ["freeze temporal -> none"]  # an autoencoder is trained as a whole
+    assert resume.changes(meta, trainable_of(frozen), "it") == ["freeze temporal -> none"]  # an autoencoder is trained as a whole
     with pytest.raises(KeySyncError, match="it is of another model: resolution 64 -> 128; take these back, or start a new run"):
-        resume.changes(meta, dataclasses.replace(config, resolution=128), "it")
+        resume.changes(meta, trainable_of(dataclasses.replace(config, resolution=128)), "it")

@@ -18,8 +18,8 @@ from keysync_jax.training import lpips, recipes, state
 from keysync_jax.training.config import OptimizerConfig, TrainConfig, train_config
 from keysync_jax.training.objective import DiffusionObjective, VaeObjective
 from keysync_jax.training.optimizer import make_optimizer
-from keysync_jax.training.start.initial import split
 from keysync_jax.training.step import make_train_step
+from keysync_jax.training.trainables import trainable_of
 from keysync_jax.weights import table
 
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -69,13 +69,13 @@ def update_of(text: str, compiled: bool) -> set[str]:
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
     stage, t, size = config.stage, config.stage.num_frames, config.stage.latent_size
-    distance = narrow_lpips() if config.uses_lpips else None
+    distance = narrow_lpips() if trainable_of(config).uses_lpips else None
     if config.model == "vae":
         params, frozen = init_vae_params(config.vae, 0), {}
         objective = VaeObjective(config, distance)
         batch = {"images": np.tanh(normal(2, 32, 32, 3)), "mouth": rng.random((2, 32, 32, 1), np.float32)}
     else:
-        params, frozen = split(config, init_params(stage, 0, zero_init=False))
+        params, frozen = trainable_of(config).split(init_params(stage, 0, zero_init=False))
         objective = DiffusionObjective(config, DECODER, distance)
         batch = {
             "known": normal(2, t, size, size, 4),

@@ -14,7 +14,7 @@ from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion.loss import LossConfig, PixelTargets, prediction_loss
 from keysync_jax.training import lpips
 from keysync_jax.training.config import TrainConfig, VaeLossConfig
-from keysync_jax.training.loop import make_objective
+from keysync_jax.training.trainables import trainable_of
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,9 @@ def test_the_pixel_loss_of_a_stage(distance):
 
 def test_the_loop_builds_it_from_the_recipe(folder):
     config = TrainConfig(model="vae", vae_loss=VaeLossConfig(lpips_weight=0.1), lpips=str(folder))
-    assert config.uses_lpips and make_objective(config, config.vae)
-    assert not TrainConfig(loss=LossConfig(pixel_losses=("lpips",))).uses_lpips  # its weight is 0
+    trainable = trainable_of(config)
+    assert trainable.uses_lpips and trainable.objective(config.vae, lpips.load(config.lpips))
+    assert not trainable_of(TrainConfig(loss=LossConfig(pixel_losses=("lpips",)))).uses_lpips  # its weight is 0
 
 
 def test_wrong_files(folder, tmp_path):

@@ -18,6 +18,7 @@ from keysync_jax.training.config import DataConfig, TrainConfig
 from keysync_jax.training.export import model_card
 from keysync_jax.training.profiling import ProfileWindow, Speed, parse_profile_steps
 from keysync_jax.training.store import jsonl
+from keysync_jax.training.trainables import trainable_of
 from keysync_jax.training.watch import metrics
 from keysync_jax.training.watch.metrics import LINE_WIDTH, Meter, MetricLog, due, duration, line, read_metrics
 from keysync_jax.training.watch.pictures import draw_curve
@@ -179,7 +180,7 @@ def test_a_store_that_does_not_answer_costs_the_curve_and_not_the_run(tmp_path, 
     log = MetricLog("gs://bucket/run", tensorboard=False)
     log.write(1, {"loss": 1.0})
     config = TrainConfig(data=DataConfig(validation_split=""))  # no data are opened
-    watch = Watch(config, mesh=None, objective=None, vae=None, log=log, workdir="gs://bucket/run")
+    watch = Watch(trainable_of(config), mesh=None, objective=None, vae=None, log=log, workdir="gs://bucket/run")
     with object_store.refusing(monkeypatch):
         watch.curve()
     error = capsys.readouterr().err

@@ -21,11 +21,18 @@ from keysync_jax.parallel.mesh import AXES
 from keysync_jax.training.config import CheckpointConfig, DataConfig, InitConfig, LogConfig, OptimizerConfig, TrainConfig
 from keysync_jax.training.loop import train
 from keysync_jax.training.state import TrainState
+from keysync_jax.training.trainables import trainable_of
 from keysync_jax.training.watch import pictures
 from keysync_jax.training.watch.metrics import MetricLog, read_metrics
 from keysync_jax.training.watch.pictures import Item
 from keysync_jax.training.watch.samples import Samples
 from keysync_jax.training.watch.validation import open_reader
+
+
+def make_samples(config, mesh, workdir):
+    trainable = trainable_of(config)
+    return Samples(trainable, open_reader(trainable, print), mesh, MetricLog(workdir, tensorboard=False), workdir)
+
 
 FRAMES = 3
 STAGE = StageConfig(
@@ -119,7 +126,7 @@ def drawn(config, mesh, vae_directory, tmp_path_factory):
     """(sampler, its folder, what it returned for the averaged weights)"""
     folder = tmp_path_factory.mktemp("drawn")
     config = dataclasses.replace(config, init=InitConfig(vae=vae_directory))
-    samples = Samples(config, open_reader(config, print), mesh, MetricLog(folder, tensorboard=False), folder)
+    samples = make_samples(config, mesh, folder)
     good = init_params(STAGE, 0, zero_init=False)
     broken = jax.tree.map(lambda x: x * np.nan, good)
     return samples, folder, samples(12, weights(broken, ema=good)), good, broken
@@ -166,7 +173,7 @@ def test_what_is_not_finite_is_said_and_not_drawn(drawn, capsys):
 
 
 def test_the_latents_themselves_stay_the_source_outside_the_mask(config, mesh, tmp_path, capsys):
-    samples = Samples(config, open_reader(config, print), mesh, MetricLog(tmp_path, tensorboard=False), tmp_path)
+    samples = make_samples(config, mesh, tmp_path)
     assert "config.init.vae" in capsys.readouterr().err  # without a VAE there are previews
     batch = {**samples._make._batch}
     params = init_params(STAGE, 0, zero_init=False)
@@ -182,7 +189,7 @@ def test_the_latents_themselves_stay_the_source_outside_the_mask(config, mesh, t
 def test_a_model_directory_that_is_gone_costs_the_faces_alone(config, mesh, tmp_path, capsys):
     gone = str(tmp_path / "gone")
     config = dataclasses.replace(config, init=InitConfig(kind="model", path=gone))
-    samples = Samples(config, open_reader(config, print), mesh, MetricLog(tmp_path, tensorboard=False), tmp_path)
+    samples = make_samples(config, mesh, tmp_path)
     printed = " ".join(capsys.readouterr().err.split())
     assert f"{gone} is gone" in printed and "sample pictures show latents" in printed
     assert samples._make._vae is None
@@ -193,7 +200,7 @@ def test_a_vae_that_does_not_fit_is_refused(config, mesh, tmp_path):
     model_directory.save_params(tmp_path / "vae", {"vae": wrong}, {"vae": init_vae_params(wrong, 0)})
     config = dataclasses.replace(config, init=InitConfig(vae=str(tmp_path / "vae")))
     with pytest.raises(KeySyncError, match="resolution 64"):
-        Samples(config, open_reader(config, print), mesh, MetricLog(tmp_path, tensorboard=False), tmp_path)
+        make_samples(config, mesh, tmp_path)
 
 
 @pytest.mark.parametrize("arrays", [False, True])
@@ -208,7 +215,7 @@ def test_an_autoencoder_shows_the_beginnings_of_videos(arrays, mesh, tmp_path):
         model="vae", vae=vae, resolution=32, dtype="float32", log=LogConfig(samples=2),
         data=DataConfig(datasets=(str(tmp_path / "manifest.csv"),), validation=str(tmp_path / "manifest.csv"), batch_size=2),
     )  # fmt: skip
-    samples = Samples(config, open_reader(config, print), mesh, MetricLog(tmp_path, tensorboard=False), tmp_path)
+    samples = make_samples(config, mesh, tmp_path)
     params = init_vae_params(vae, 0)
     values = samples(7, weights(params))
     items, error = samples._make(params, {})

@@ -24,8 +24,9 @@ from keysync_jax.training.config import DataConfig, TrainConfig
 from keysync_jax.training.export import model_card
 from keysync_jax.training.export.export_run import ExportOptions, export, parse_steps
 from keysync_jax.training.loop import train
-from keysync_jax.training.start import initial, runs, vae_scale
+from keysync_jax.training.start import check, runs, vae_scale
 from keysync_jax.training.store import checkpoints, jsonl
+from keysync_jax.training.trainables import read_run, trainable_of
 
 NAME = "model/diffusion_model/out_2/bias"
 
@@ -40,7 +41,7 @@ def run(model, tmp_path_factory):
     """Two real updates of the keyframe stage, pixel loss and averages included, from the model directory."""
     folder = tmp_path_factory.mktemp("runs")
     dataset = tiny.write_frames(folder / "data")
-    config, _ = initial.resolve(tiny.recipe(dataset=dataset, pixels=True, init=tiny.start_from("model", model)))
+    config = check.resolve(tiny.recipe(dataset=dataset, pixels=True, init=tiny.start_from("model", model)))[0].config
     assert train(config, str(folder / "keyframe")) == 2
     return folder / "keyframe"
 
@@ -106,7 +107,7 @@ def test_model_directory_of_a_run(run, exported, model):
     assert all(np.array_equal(vae[key], ours[key]) for key in vae)
     assert exported.index["sources"] == [{"part": "keyframe", "run": "keyframe", "step": 2, "weights": "last"}]
     # A further run can start from it.
-    again = initial.initial_weights(tiny.recipe(init=tiny.start_from("model", exported.path)))
+    again = trainable_of(tiny.recipe(init=tiny.start_from("model", exported.path))).initial_weights()
     assert "come from" in again.notes[0] and len(again.notes) == 2 and "latent_scale" in again.notes[1]
 
 
@@ -179,7 +180,7 @@ def test_vae_run_is_measured_and_prepare_takes_it(vae_run, tmp_path):
     scale = directory.vae.latent_scale
     assert scale == again.vae.latent_scale and scale != 1.0 and f"{scale:.5g}" == repr(scale)
     # Scaled latents of the run's frames have unit variance, by another route than the export's.
-    config = initial.resolve(TrainConfig(model="vae", vae=tiny.VAE, resolution=tiny.SIZE, data=DataConfig(datasets=_videos(vae_run))))[0]
+    config = TrainConfig(model="vae", vae=tiny.VAE, resolution=tiny.SIZE, data=DataConfig(datasets=_videos(vae_run)))
     images = np.concatenate(list(vae_scale.training_images(config, 32)))
     mean, logvar = VAE(directory.vae).apply({"params": directory.params("vae")}, images, method="encode_moments")
     z = sample_posterior(mean, logvar, jax.random.normal(jax.random.key(1), mean.shape))
@@ -253,11 +254,11 @@ def test_check_also_opens_what_the_loss_and_the_log_need(run, tmp_path, monkeypa
     loss = dataclasses.replace(config.loss, pixel_losses=("l2", "lpips"))
     for folder, words in (("", "the LPIPS term needs weights"), (str(tmp_path / "none"), "none holds no weights of LPIPS")):
         with pytest.raises(KeySyncError, match=words):
-            initial.describe(dataclasses.replace(config, loss=loss, lpips=folder), tmp_path / "new")
+            check.describe(dataclasses.replace(config, loss=loss, lpips=folder), tmp_path / "new")
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(UsageError, match="wandb is not installed; pip install wandb"):
-        initial.describe(dataclasses.replace(config, log=dataclasses.replace(config.log, wandb=True)), tmp_path / "new")
-    assert initial.describe(config, tmp_path / "new")[-1].endswith("2 steps of 1 samples")
+        check.describe(dataclasses.replace(config, log=dataclasses.replace(config.log, wandb=True)), tmp_path / "new")
+    assert check.describe(config, tmp_path / "new")[-1].endswith("2 steps of 1 samples")
 
 
 def test_an_encoder_of_other_tokens_is_not_dragged_along(tmp_path):
@@ -327,7 +328,7 @@ def test_weights_that_changed_on_the_disk_are_not_exported(model, tmp_path):
 def test_card_tells_data_steps_metrics_and_terms(run, exported):
     model_card.record_command(run, "keysync train --config tiny --workdir x", "2026-01-01T00:00:00")
     jsonl.JsonLines(run / "metrics.jsonl").add({"step": 2, "val/loss": 0.25, "device_peak_gib": 93.1, "clips_per_s": 21.0})
-    card = model_card.text("lips", exported, [runs.read_weights(run)], model_card.CardOptions(licence="apache-2.0"))
+    card = model_card.text("lips", exported, [read_run(run)], model_card.CardOptions(licence="apache-2.0"))
     recipe = json.loads(open(f"{exported.path}/training/keyframe/config.json").read())
     told = [
         "license: apache-2.0", "data: data (split train)", "steps: 2 of 2, batch 1, seed 23", "start: model (model)", "| loss |",
@@ -418,9 +419,9 @@ def test_a_checkpoint_that_makes_way_while_it_is_read(run, monkeypatch):
     """A training at work removes its oldest checkpoint once a newer one is written."""
     steps = iter([99, 2])
     monkeypatch.setattr(checkpoints.Checkpoints, "latest", lambda self: next(steps))
-    assert runs.read_weights(run).step == 2
+    assert read_run(run).step == 2
     with pytest.raises(KeySyncError, match="no checkpoint of step 99"):
-        runs.read_weights(run, step=99)
+        read_run(run, step=99)
     monkeypatch.setattr(checkpoints.Checkpoints, "latest", lambda self: 99)
     with pytest.raises(KeySyncError, match="no checkpoint of step 99"):  # nothing newer came: no endless trying
-        runs.read_weights(run)
+        read_run(run)

@@ -16,6 +16,7 @@ from keysync_jax.training import data
 from keysync_jax.training.config import DataConfig, DropoutConfig, InitConfig, LogConfig, TrainConfig
 from keysync_jax.training.objective import DiffusionObjective, VaeObjective
 from keysync_jax.training.state import TrainState
+from keysync_jax.training.trainables import trainable_of
 from keysync_jax.training.watch import validation
 from keysync_jax.training.watch.validation import SEED, Validation, bucket_normals, open_reader
 
@@ -61,8 +62,8 @@ def state(config):
 def run(config, mesh, state):
     """(validation, what it said, its values at step 2)"""
     said = []
-    reader = open_reader(config, said.append)
-    found = Validation(config, reader, DiffusionObjective(config), mesh, said.append)
+    reader = open_reader(trainable_of(config), said.append)
+    found = Validation(trainable_of(config), reader, DiffusionObjective(config), mesh, said.append)
     return found, said, found(2, state)
 
 
@@ -87,7 +88,7 @@ def test_items_and_noise_are_the_same_at_every_step_and_for_every_seed(run, conf
     later = state.replace(step=jnp.int32(77))
     assert found(78, later) == values
     other = dataclasses.replace(config, seed=config.seed + 1)
-    reader = open_reader(other, print)
+    reader = open_reader(trainable_of(other), print)
     ours, theirs = (next(iter(validation.Batches(r, 2, 0, threads=0))) for r in (found._reader, reader))
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
@@ -112,7 +113,7 @@ def test_a_level_is_the_training_loss_at_that_noise_without_dropout(run, config,
 def test_of_several_datasets_those_with_the_split_are_validated_on(config, datasets):
     said = []
     both = dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=datasets, weights=(0.5, 0.5), validation=""))
-    reader = open_reader(both, said.append)
+    reader = open_reader(trainable_of(both), said.append)
     assert [str(store.root) for store in reader.stores] == [str(datasets[1])]
     assert len(said) == 1 and said[0].startswith("validation leaves out 1 of 2 datasets") and str(datasets[0]) in said[0]
 
@@ -120,15 +121,15 @@ def test_of_several_datasets_those_with_the_split_are_validated_on(config, datas
 def test_without_a_validation_split_it_is_off_and_says_so_once(config, datasets):
     said = []
     missing = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=""))
-    assert open_reader(missing, said.append) is None
+    assert open_reader(trainable_of(missing), said.append) is None
     assert len(said) == 1 and said[0].startswith("no validation and no sample pictures") and "validation" in said[0]
     named = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=datasets[0]))
     with pytest.raises(KeySyncError):
-        open_reader(named, said.append)
+        open_reader(trainable_of(named), said.append)
     off = dataclasses.replace(missing, log=LogConfig(validate_every=0, samples_every=0))
-    assert open_reader(off, said.append) is None and len(said) == 1
+    assert open_reader(trainable_of(off), said.append) is None and len(said) == 1
     empty = dataclasses.replace(missing, data=dataclasses.replace(missing.data, validation_split=""))
-    assert open_reader(empty, said.append) is None and "validation_split is empty" in said[1]
+    assert open_reader(trainable_of(empty), said.append) is None and "validation_split is empty" in said[1]
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +151,9 @@ def test_an_autoencoder_is_validated_on_whole_frames(videos, mesh):
         log=LogConfig(validate_every=1, validation_batches=2),
     )  # fmt: skip
     said = []
-    reader = open_reader(config, said.append)
+    reader = open_reader(trainable_of(config), said.append)
     assert {p.name for p in reader.paths} == {"1.mp4", "2.mp4"} and not said
-    found = Validation(config, reader, VaeObjective(config), mesh, said.append)
+    found = Validation(trainable_of(config), reader, VaeObjective(config), mesh, said.append)
     state = TrainState(jnp.int32(0), init_vae_params(vae, 0), {}, None, (), jnp.int32(0))
     values = found(1, state)
     assert values == found(9, state)
@@ -176,5 +177,5 @@ def test_a_folder_of_videos_is_warned_about(videos, mesh):
         data=DataConfig(datasets=(str(videos),), batch_size=2),
     )  # fmt: skip
     said = []
-    assert open_reader(config, said.append) is not None
+    assert open_reader(trainable_of(config), said.append) is not None
     assert len(said) == 1 and "trained on" in said[0]

@@ -8,7 +8,7 @@ import pytest
 from keysync_jax.config import to_dict
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.training.config import TrainConfig
-from keysync_jax.training.start import initial, runs
+from keysync_jax.training.start import check, runs
 from keysync_jax.training.store import checkpoints
 from keysync_jax.training.store.workdir import absolute, as_os_error, beside_training
 
@@ -72,6 +72,6 @@ def test_a_first_save_that_was_cut_off_in_the_store_is_no_checkpoint(tmp_path, m
     checkpoints.write_config(tmp_path / "bucket" / "run", to_dict(TrainConfig()))
     step = tmp_path / "bucket" / "run" / "checkpoints" / "5"
     (step / "params").mkdir(parents=True)
-    assert initial._stored("gs://bucket/run") is None
+    assert check.stored_config("gs://bucket/run") is None
     (step / "commit_success.txt").write_text("")
-    assert initial._stored("gs://bucket/run") == TrainConfig()
+    assert check.stored_config("gs://bucket/run") == TrainConfig()

@@ -29,9 +29,10 @@ from keysync_jax.speech import log_mel, registry
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.export import model_card
 from keysync_jax.training.start import runs, vae_scale
-from keysync_jax.training.start.initial import located
 from keysync_jax.training.start.runs import RunWeights
+from keysync_jax.training.start.stage_vae import located
 from keysync_jax.training.state import Tree
+from keysync_jax.training.trainables import of_run, read_run
 
 FORMATS = ("model", *torch_formats.FORMATS)
 _ORDER = (*STAGES, "vae")
@@ -145,7 +146,7 @@ def _check_sources(sources: Sequence[str | os.PathLike], options: ExportOptions)
     for source in map(os.fspath, sources):
         if not source.startswith("hub:") and not epath.Path(source).exists():
             raise KeySyncError(f"{source} does not exist; name the workdir of a run or a model directory")
-    trained = [runs.part_of(runs.read_config(source)) for source in sources if runs.is_run(source)]
+    trained = [of_run(source).part for source in sources if runs.is_run(source)]
     if not trained and (options.steps or options.ema):
         raise UsageError(f"--step and --ema choose among the checkpoints of a run, and {' and '.join(map(os.fspath, sources))} is none")
     for name in options.steps:
@@ -209,11 +210,11 @@ def _collect(sources: Sequence[str | os.PathLike], options: ExportOptions, conso
             for part in parts_of(_open_directory(source)):
                 add(part, source)
             continue
-        name = runs.part_of(runs.read_config(source))
-        run = runs.read_weights(source, options.steps.get(name, options.steps.get("", -1)), options.ema)
+        name = of_run(source).part
+        run = read_run(source, options.steps.get(name, options.steps.get("", -1)), options.ema)
         found.append(run)
         notes.append(f"{name}: {model_card.basename(source)} at step {run.step}{', averaged weights' * run.ema}")
-        add(Part(name, run.config.vae if name == "vae" else run.config.stage, _tensors(run)), source)
+        add(_part(run), source)
     _complete(parts, origins, found, notes, options.log_mel)
     _scale(parts, found, options, notes, console)
     _check_trained_with(parts, origins, found)
@@ -234,18 +235,20 @@ def parts_of(directory: ModelDirectory) -> list[Part]:
     return [Part(name, part.config, directory.tensors(name), part.random, part.fresh) for name, part in directory.parts.items()]
 
 
-def _tensors(run: RunWeights) -> Tensors:
-    config = run.config.vae if run.part == "vae" else run.config.stage
-    return from_params(part_table(config), run.params, run.workdir)
+def _part(run: RunWeights) -> Part:
+    network = run.trainable.network
+    if network is None:
+        raise KeySyncError(f"{run.workdir} trains a {run.config.model}, which has no place in a model directory")
+    return Part(run.part, network, from_params(part_table(network), run.params, run.workdir))
 
 
 def _complete(parts: dict[str, Part], origins: dict[str, str], found: Sequence[RunWeights], notes: list[str], bands: int | None) -> None:
     """Adds the VAE and the speech encoders of the directories that the stage runs started from; no encoder of other tokens than the
     run's, and no log-mel one where its `bands` are asked for."""
     for run in found:
-        if run.part == "vae":
+        stage = run.trainable.network
+        if not isinstance(stage, StageConfig):
             continue
-        stage = run.config.stage
         wanted = [name for name in ("vae", *audio_part_names(stage)) if name not in parts]
         for path in _origins(run.config):
             if not wanted or not (path.startswith("hub:") or model_directory.is_model_directory(path)):
@@ -344,7 +347,7 @@ def _with_decoders(parts: dict[str, Part], found: Sequence[RunWeights]) -> None:
         return
     decoder = {e.torch_key: parts["vae"].tensors.info(e.torch_key) for e in part_table(parts["vae"].config, ("decoder",))}
     for run in found:
-        if run.part != "vae":
+        if isinstance(run.trainable.network, StageConfig):
             parts[run.part] = dataclasses.replace(parts[run.part], tensors=parts[run.part].tensors.updated(decoder))
 
 

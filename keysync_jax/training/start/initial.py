@@ -1,312 +1,84 @@
-"""Where the first weights of a run come from, and how they are split into trained and frozen."""
+"""The weights before step 0: drawn at random, or taken from Stable Video Diffusion, a model directory or another run."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
-from keysync_jax import assets
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
-from keysync_jax.core.errors import KeySyncError, UsageError
-from keysync_jax.core.trees import require_alike
-from keysync_jax.models.freezing import frozen_mask
-from keysync_jax.models.stage import abstract_params, abstract_vae_params, init_params, init_vae_params
-from keysync_jax.training.config import InitConfig, TrainConfig
-from keysync_jax.training.state import Tree, merge, partition
-from keysync_jax.training.store import checkpoints
+from keysync_jax.converters import assemble_stage, containers, diffusers, model_directory, sgm
+from keysync_jax.converters.fresh import fresh, stage_constants
+from keysync_jax.converters.lazy import Tensors, constant, from_params
+from keysync_jax.converters.parts import DECODER, STAGES, Part, part_table
+from keysync_jax.core.differences import compare, some
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.models.stage import init_params, init_vae_params
+from keysync_jax.training.config import TrainConfig
+from keysync_jax.training.start import weights_layout
+from keysync_jax.training.start.runs import RunWeights
+from keysync_jax.training.start.stage_vae import config_of, located, open_vae
+from keysync_jax.training.start.weights_layout import checked
+from keysync_jax.training.state import Tree
+from keysync_jax.weights.table import Table, to_flax
+
+Found = tuple[Tree, list[str]]  # a whole model, float32 NumPy arrays, and lines that say where it comes from
 
 
-class Weights(NamedTuple):
-    """Trained leaves, frozen leaves (with the pixel loss: the VAE's decoder under `first_stage_model`), that VAE's config, and lines
-    that say what was taken from where and what was drawn at random."""
-
-    params: Tree
-    frozen: Tree
-    vae: VAEConfig | None
-    notes: tuple[str, ...] = ()
-
-
-def split(config: TrainConfig, params: Tree) -> tuple[Tree, Tree]:
-    """A stage's or autoencoder's parameters as (trained, frozen)."""
-    if config.model == "vae" or config.freeze == "none":
-        return params, {}
-    return partition(params, frozen_mask(params))
-
-
-def abstract_weights(config: TrainConfig) -> Weights:
-    """Shapes of all leaves, from the config (and, with a pixel loss, the config of the VAE) alone."""
-    if config.model == "vae":
-        return Weights(abstract_weights_of(config), {}, config.vae)
-    params, frozen = split(config, abstract_weights_of(config))
-    vae = vae_config(config)
-    if vae is not None:
-        frozen = merge(frozen, _decoder(_abstract(vae)))
-    return Weights(params, frozen, vae)
-
-
-def abstract_weights_of(config: TrainConfig) -> Tree:
-    """Shapes of the whole model, trained and frozen leaves together."""
-    return _abstract(config.vae if config.model == "vae" else config.stage)
-
-
-def _abstract(part: StageConfig | VAEConfig) -> Tree:
-    return abstract_params(part) if isinstance(part, StageConfig) else abstract_vae_params(part)
-
-
-def initial_weights(config: TrainConfig) -> Weights:
-    """The weights before step 0, float32 NumPy arrays.
+def stage_weights(config: TrainConfig, run: RunWeights | None = None) -> Found:
+    """A stage before step 0, from where `config.init` says; `run` are the weights that a start from a run takes.
 
     Raises:
       KeySyncError: the source does not hold what the config describes; names the tensors or keys that differ.
     """
-    params, notes = _model(config)
-    params, frozen = split(config, params)
-    vae = config.vae if config.model == "vae" else None
-    if config.uses_pixels:
-        part = _vae_part(config)
-        if part is None:
-            _require_no_pixels(config)
-        vae = part.config
-        frozen = merge(frozen, _decoder(_vae_params(part)))
-        notes.append(f"pixel loss: decoder of the VAE of {part.tensors.source}")
-    return Weights(params, frozen, vae, tuple(notes))
+    if run is not None:
+        stage = run.config.stage
+        return _from_stage(config, stage, from_params(part_table(stage), run.params, run.said), run.said)
+    return {"scratch": _scratch, "svd": _from_svd, "model": _from_directory}[config.init.kind](config)
 
 
-def checked(params: Tree, abstract: Tree, where: str) -> Tree:
-    """`params` if its leaves have the names and shapes of `abstract`.
-
-    Raises:
-      KeySyncError: the first leaves that differ, by name and shape.
-    """
-    require_alike(params, abstract, f"{where} does not fit the recipe")
-    return params
-
-
-# -- the VAE of a stage -------------------------------------------------------------------------------------------------------------
-
-
-def resolve(config: TrainConfig, workdir: str | os.PathLike | None = None) -> tuple[TrainConfig, list[str]]:
-    """The config with what the VAE of a stage decides: its latent scale, and its sizes under `config.vae`. A VAE run is left alone.
-
-    A run that is continued keeps what its workdir says, so that it needs its sources no more.
-
-    Args:
-      config: as the recipe says.
-      workdir: of the run; its `config.json` is read if it is there.
-
-    Returns:
-      The config, and lines that say what was taken from where.
-
-    Raises:
-      UsageError: the workdir is empty.
-      KeySyncError: the workdir is a file, a path of `config.init` does not exist, or the VAE does not fit the stage's latent size,
-        resolution or channels; names both.
-    """
-    if workdir is not None and not os.fspath(workdir):
-        raise UsageError("--workdir is empty; name a folder")
-    if workdir is not None and "://" not in os.fspath(workdir) and os.path.exists(workdir) and not os.path.isdir(workdir):
-        raise KeySyncError(f"--workdir {workdir} is a file; name a folder")
-    stored = _stored(workdir)
-    if stored is None:
-        _require_sources(config)
-    if config.model == "vae":
-        return config, []
-    if stored is not None and stored.model == "stage":
-        part = None if config.init == stored.init else _vae_part(config, missing_ok=True)
-        if part is not None:
-            _check_vae(part, config.stage)
-            if part.config.latent_scale != stored.stage.latent_scale:
-                raise KeySyncError(
-                    f"{part.tensors.source} makes latents of scale {part.config.latent_scale:g}, the run in {workdir} was trained at "
-                    f"{stored.stage.latent_scale:g}: another VAE; take config.init.vae back, or start a new run"
-                )
-        return _at_scale(config, stored.vae, stored.stage.latent_scale), []
-    part = _vae_part(config)
-    if part is None:
-        _require_no_pixels(config)
-        return _at_scale(config, config.vae, config.stage.latent_scale), []
-    _check_vae(part, config.stage)
-    vae, stage = part.config, config.stage
-    notes = []
-    if stage.latent_scale != vae.latent_scale:
-        notes.append(f"latent scale {vae.latent_scale:g} instead of {stage.latent_scale:g}: that of {part.tensors.source}")
-    return _at_scale(config, vae, vae.latent_scale), notes
-
-
-def _check_vae(part: Any, stage: StageConfig) -> None:
-    vae, where = part.config, part.tensors.source
-    if vae.latent_channels != stage.unet.out_channels:
-        raise KeySyncError(
-            f"{where} makes latents of {vae.latent_channels} channels, config.stage.unet.out_channels is {stage.unet.out_channels}"
-        )
-    if stage.latent_size * vae.downsample_factor != stage.resolution:
-        raise KeySyncError(
-            f"config.stage.resolution is {stage.resolution}, but latents of config.stage.latent_size={stage.latent_size} are "
-            f"{stage.latent_size * vae.downsample_factor} pixels in {where} ({vae.downsample_factor} per cell); change one of them"
-        )
-
-
-_SOURCES = {
-    "svd": "name Stable Video Diffusion there, a .safetensors file or a diffusers folder, or choose another config.init.kind",
-    "model": "name a model directory there (keysync convert, export or init makes one)",
-    "run": "name the workdir of a run there",
-}
-
-
-def located(init: InitConfig) -> InitConfig:
-    """With the bundled model's directory in place of "demo". The recipe keeps the word: the package may lie elsewhere on another host."""
-    path = assets.resolve(init.path) if init.kind == "model" else init.path
-    return dataclasses.replace(init, path=path, vae=assets.resolve(init.vae))
-
-
-def _require_sources(config: TrainConfig) -> None:
-    init = located(config.init)
-    needed = {"path": (init.path, _SOURCES.get(init.kind, "")), "vae": (init.vae, "name a model directory with a VAE there")}
-    if init.kind == "scratch":
-        del needed["path"]
-    for key, (path, advice) in needed.items():
-        if path and not path.startswith("hub:") and not epath.Path(path).exists():
-            raise KeySyncError(f"config.init.{key}: {path} does not exist; {advice}")
-
-
-def _require_no_pixels(config: TrainConfig) -> None:
-    """Raised where no VAE is named."""
-    if config.uses_pixels:
-        raise KeySyncError(
-            "the pixel loss decodes frames: name a model directory with a VAE in config.init.vae, or set loss.pixel_weight=0"
-        )
-
-
-def _at_scale(config: TrainConfig, vae: VAEConfig, scale: float) -> TrainConfig:
-    """Network and pixel loss see latents of one scale."""
-    stage, loss = (dataclasses.replace(part, latent_scale=scale) for part in (config.stage, config.loss))
-    return dataclasses.replace(config, stage=stage, loss=loss, vae=vae)
-
-
-def check_latents(config: TrainConfig, reader: Any) -> None:
-    """Refuses data whose latents have another scale than the stage.
-
-    Args:
-      config: resolved.
-      reader: of the training data.
-
-    Raises:
-      KeySyncError: names the dataset and both scales.
-    """
-    if config.model == "vae":
-        return
-    for store in reader.stores:
-        scale = store.info("latent").get("scale")
-        if scale is not None and scale != config.stage.latent_scale:
-            raise KeySyncError(
-                f"{store.root} holds latents at scale {scale:g}, the stage works at {config.stage.latent_scale:g}; "
-                f"prepare the data with the VAE of config.init.vae"
-            )
-
-
-def vae_config(config: TrainConfig) -> VAEConfig | None:
-    """Of the autoencoder that a stage's pixel loss decodes with; None where none is needed."""
-    if not config.uses_pixels:
-        return None
-    part = _vae_part(config, missing_ok=True)
-    return config.vae if part is None else part.config
-
-
-def _stored(workdir: str | os.PathLike | None) -> TrainConfig | None:
-    from keysync_jax.training.start import runs
-
-    if workdir is None or not (epath.Path(workdir) / checkpoints.CONFIG).exists():
-        return None
-    # Without a finished checkpoint the run begins again, from whatever the recipe names now.
-    saved = epath.Path(workdir) / checkpoints.CHECKPOINTS
-    if not saved.is_dir() or not any(path.name.isdigit() and _is_whole(path) for path in saved.iterdir()):
-        return None
-    return runs.read_config(workdir)
-
-
-def _is_whole(checkpoint: epath.Path) -> bool:
-    """An object store renames no folders: there Orbax writes in place, and this file last."""
-    return "://" not in os.fspath(checkpoint) or (checkpoint / "commit_success.txt").exists()
-
-
-def _vae_part(config: TrainConfig, missing_ok: bool = False) -> Any:
-    """The VAE that `config.init` names, as a `converters.parts.Part`; None if it names none.
-
-    Raises:
-      KeySyncError: `init.vae` holds no VAE; a path does not exist, unless `missing_ok`.
-    """
-    from keysync_jax.converters import assemble_vae, containers, convert, model_directory
-    from keysync_jax.converters.parts import Part
-    from keysync_jax.training.start import runs
-
-    init = located(config.init)
-    path = init.vae or (init.path if init.kind != "scratch" else "")
-    if not path or (missing_ok and not path.startswith("hub:") and not epath.Path(path).exists()):
-        return None
-    if not init.vae and init.kind == "run":
-        other = runs.read_config(path)  # where that run found its own
-        return None if other.model == "vae" else _vae_part(other, missing_ok)
-    if path.startswith("hub:") or model_directory.is_model_directory(path):
-        directory = model_directory.load(path, complete=False)
-        if "vae" in directory.parts:
-            return Part("vae", directory.vae, directory.tensors("vae"), directory.parts["vae"].random)
-        part = None
+def vae_weights(config: TrainConfig, run: RunWeights | None = None) -> Found:
+    """An autoencoder before step 0; arguments and errors as for `stage_weights`."""
+    if run is not None:
+        _same("vae", run.config.vae, config.vae, {"latent_scale"}, run.said)
+        where, params = run.said, run.params
+    elif config.init.kind == "scratch":
+        params = init_vae_params(config.vae, config.seed, gain=1.0)
+        return params, [_drawn(params, config.seed)]
     else:
-        sources = containers.open_sources(path)
-        sources = [s for s in sources if s.kind == "diffusers_vae" or (s.kind == "svd" and assemble_vae.has_vae(s))]
-        part = assemble_vae.assemble(sources[0], [], convert.Options(), [], set()) if sources else None
-    if part is None and init.vae:
-        raise KeySyncError(f"config.init.vae: {init.vae} holds no VAE; name a model directory that has one")
-    return part
+        if config.init.kind == "model":
+            model_directory.load(located(config.init).path, complete=False)  # which says what is wrong with it
+        part = open_vae(dataclasses.replace(config.init, vae=located(config.init).path))
+        assert part is not None  # else it was said that there is none
+        where, params = part.tensors.source, vae_params(part)
+        _same("vae", config_of(part), config.vae, {"latent_scale", "video_kernel_size"}, where)
+    return checked(params, weights_layout.abstract(config.vae), where), [f"all parameters come from {where}"]
 
 
-def _vae_params(part: Any) -> Tree:
-    from keysync_jax.converters.parts import part_table
-
+def vae_params(part: Part) -> Tree:
+    """The parameters of a VAE's part."""
     return _to_flax(part_table(part.config), part.tensors)
 
 
-def _decoder(vae: Tree) -> Tree:
-    part = vae["first_stage_model"]
-    return {"first_stage_model": {name: part[name] for name in ("decoder", "post_quant_conv") if name in part}}
+def _drawn(params: Tree, seed: int) -> str:
+    return f"all {sum(x.size for x in jax.tree.leaves(params)):,} parameters are drawn at random, seed {seed}"
 
 
-# -- sources of weights -------------------------------------------------------------------------------------------------------------
-
-
-def _model(config: TrainConfig) -> tuple[Tree, list[str]]:
-    """The whole model and notes."""
-    source = {"scratch": _scratch, "svd": _from_svd, "model": _from_directory, "run": _from_run}[config.init.kind]
-    params, notes = source(config)
-    checked(params, abstract_weights_of(config), config.init.path or "config.init")
-    return params, notes
-
-
-def _scratch(config: TrainConfig) -> tuple[Tree, list[str]]:
-    if config.model == "vae":
-        params = init_vae_params(config.vae, config.seed, gain=1.0)
-    else:
-        params = init_params(config.stage, config.seed, zero_init=config.init.zero_init)
-    notes = [f"all {sum(x.size for x in jax.tree.leaves(params)):,} parameters are drawn at random, seed {config.seed}"]
-    if jax.tree.leaves(split(config, params)[1]):
+def _scratch(config: TrainConfig) -> Found:
+    params = init_params(config.stage, config.seed, zero_init=config.init.zero_init)
+    notes = [_drawn(params, config.seed)]
+    if jax.tree.leaves(weights_layout.split_stage(params, config.freeze)[1]):
         notes.append("the temporal layers stay random: freeze 'temporal' holds them; --config.freeze=none trains them")
     return params, notes
 
 
-def _from_svd(config: TrainConfig) -> tuple[Tree, list[str]]:
+def _from_svd(config: TrainConfig) -> Found:
     """Stable Video Diffusion, an sgm file or a diffusers folder: only what a KeySync stage cannot take from it is drawn anew."""
-    from keysync_jax.converters import assemble_stage, containers, diffusers, sgm
-
     path = config.init.path
-    if config.model == "vae":
-        return _from_vae(config)
     sources = containers.open_sources(path)
     source = next((s for s in sources if s.kind == "diffusers_unet" or (s.kind == "svd" and assemble_stage.has_unet(s))), None)
     if source is None:
@@ -319,24 +91,14 @@ def _from_svd(config: TrainConfig) -> tuple[Tree, list[str]]:
     tensors = assemble_stage.svd_unet(source, None)
     tensors = tensors.select(key for key in tensors if key.startswith(diffusers.UNET_PREFIX))
     table = sgm.stage_table(config.stage)
-    # SVD has no audio path; its `label_emb` reads another vector, and its first convolution other channels than interpolation's.
-    new = {e.torch_key for e in table if not e.torch_key.startswith(diffusers.UNET_PREFIX)}
-    new.add(f"{diffusers.UNET_PREFIX}label_emb.0.0.weight")
-    if config.stage.stage == "interpolation":
-        new.add(f"{diffusers.UNET_PREFIX}input_blocks.0.0.weight")
     # An image model has no temporal layers to put SVD's into.
     spare = set() if any(map(sgm.is_frozen, (e.torch_key for e in table))) else {key for key in tensors if sgm.is_frozen(key)}
-    return _compose(config, tensors, new, spare, path)
+    return _compose(config, tensors, assemble_stage.new_since_svd(table, config.stage.stage), spare, path)
 
 
-def _from_directory(config: TrainConfig) -> tuple[Tree, list[str]]:
-    from keysync_jax.converters import model_directory
-    from keysync_jax.converters.parts import DECODER, STAGES
-
+def _from_directory(config: TrainConfig) -> Found:
     path = located(config.init).path
     directory = model_directory.load(path, complete=False)
-    if config.model == "vae":
-        return _from_vae(config)
     name = config.stage.stage
     if name not in directory.parts:
         others = [stage for stage in STAGES if stage in directory.parts]
@@ -349,35 +111,11 @@ def _from_directory(config: TrainConfig) -> tuple[Tree, list[str]]:
     return params, notes + [f"{path} holds RANDOM weights"] * directory.parts[name].random
 
 
-def _from_run(config: TrainConfig) -> tuple[Tree, list[str]]:
-    from keysync_jax.converters.lazy import from_params
-    from keysync_jax.converters.parts import part_table
-    from keysync_jax.training.start import runs
-
-    init = config.init
-    run = runs.read_weights(init.path, init.step, init.ema)
-    where = f"step {run.step} of {init.path}{', averaged weights' * init.ema}"
-    if run.config.model != config.model:
-        raise KeySyncError(f"config.init.path: {init.path} trains a {run.config.model}, this run a {config.model}")
-    if config.model == "vae":
-        _same("vae", run.config.vae, config.vae, {"latent_scale"}, where)
-        return checked(run.params, abstract_weights_of(config), where), [f"all parameters come from {where}"]
-    stage = run.config.stage
-    return _from_stage(config, stage, from_params(part_table(stage), run.params, where), where)
-
-
-def _from_vae(config: TrainConfig) -> tuple[Tree, list[str]]:
-    part = _vae_part(dataclasses.replace(config, init=dataclasses.replace(config.init, vae=located(config.init).path)))
-    where = part.tensors.source
-    _same("vae", part.config, config.vae, {"latent_scale", "video_kernel_size"}, where)
-    return checked(_vae_params(part), abstract_weights_of(config), where), [f"all parameters come from {where}"]
-
-
-def _from_stage(config: TrainConfig, other: StageConfig, tensors: Any, where: str) -> tuple[Tree, list[str]]:
+def _from_stage(config: TrainConfig, other: StageConfig, tensors: Tensors, where: str) -> Found:
     """A stage's weights; from the other stage, what the two do not share is drawn anew, as it is from SVD."""
-    from keysync_jax.converters import diffusers
-
-    mine, new, spare = config.stage, set(), set()
+    mine = config.stage
+    new: set[str] = set()
+    spare: set[str] = set()
     free = {"num_frames", "merge_factor", "extra_ff_mix_layer", "reference_diffusers_eps"}
     if other.stage != mine.stage:
         filler = "model.learned_mask"
@@ -392,7 +130,7 @@ def _from_stage(config: TrainConfig, other: StageConfig, tensors: Any, where: st
     return params, notes
 
 
-def _compose(config: TrainConfig, tensors: Any, new: set[str], spare: set[str], where: str) -> tuple[Tree, list[str]]:
+def _compose(config: TrainConfig, tensors: Tensors, new: set[str], spare: set[str], where: str) -> Found:
     """A stage from `tensors` (torch layout); those in `new` are drawn where they are missing or of another shape, `spare` may be left over.
 
     What `config.init.redraw` names is drawn in any case.
@@ -400,11 +138,6 @@ def _compose(config: TrainConfig, tensors: Any, new: set[str], spare: set[str], 
     Raises:
       KeySyncError: anything else is missing, unexpected or mis-shaped.
     """
-    from keysync_jax.converters import sgm
-    from keysync_jax.converters.fresh import fresh, stage_constants
-    from keysync_jax.converters.lazy import constant
-    from keysync_jax.core.differences import compare, some
-
     stage = config.stage
     table = sgm.stage_table(stage)
     found = compare(tensors.shapes, {e.torch_key: e.torch_shape for e in table})
@@ -425,8 +158,6 @@ def _compose(config: TrainConfig, tensors: Any, new: set[str], spare: set[str], 
 
 
 def _redrawn(config: TrainConfig, keys: Sequence[str]) -> list[str]:
-    from keysync_jax.converters import sgm
-
     out: list[str] = []
     for pattern in config.init.redraw:
         matches = [key for key in keys if re.search(pattern, key)]
@@ -441,9 +172,7 @@ def _redrawn(config: TrainConfig, keys: Sequence[str]) -> list[str]:
     return out
 
 
-def _to_flax(table: Any, tensors: Any) -> Tree:
-    from keysync_jax.weights.table import to_flax
-
+def _to_flax(table: Table, tensors: Tensors) -> Tree:
     params = to_flax(table, tensors, tensors.source, np.float32)
     # Leaves that needed no change are still views of the file: copied, so that they outlive it.
     return jax.tree.map(lambda leaf: leaf if leaf.flags.owndata and leaf.flags.writeable else np.array(leaf), params)
@@ -463,37 +192,3 @@ def _same(what: str, found: UNetConfig | VAEConfig, wanted: UNetConfig | VAEConf
 
 def _word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def describe(config: TrainConfig, workdir: str | os.PathLike) -> list[str]:
-    """Opens data and weights and says what a run would begin with, or go on from.
-
-    Raises:
-      KeySyncError: whatever would stop the run at its start.
-    """
-    from keysync_jax.parallel.mesh import check_batch, train_mesh
-    from keysync_jax.training import data, lpips, resume
-    from keysync_jax.training.start import runs
-    from keysync_jax.training.watch import metrics, validation
-
-    config, lines = resolve(config, workdir)
-    check_batch(train_mesh(config.mesh), config.data.batch_size, config.optimizer.accumulate)
-    reader = data.make_reader(config)
-    check_latents(config, reader)
-    validation.open_reader(config, lines.append)
-    if config.uses_lpips:
-        lpips.load(config.lpips)
-    if config.log.wandb:
-        metrics.require_wandb()
-    latest = runs.last_step(workdir)
-    if latest is not None:
-        with checkpoints.Checkpoints(workdir, read_only=True) as saved:
-            changes = resume.changes(saved.meta(latest), config, f"checkpoint {latest} of {workdir}")
-        changed = [f"the recipe changed: {change}" for change in changes]
-        if latest >= config.num_steps:
-            return [*lines, *changed, f"nothing to do: step {latest} of {workdir} is reached, the recipe asks for {config.num_steps}"]
-        return [*lines, *changed, f"goes on from step {latest} of {workdir}"]
-    weights = initial_weights(config)
-    count, held = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (weights.params, weights.frozen))
-    todo = f"{count:,} parameters are trained, {held:,} are frozen; {config.num_steps} steps of {config.data.batch_size} samples"
-    return [*lines, *weights.notes, todo]

@@ -13,9 +13,11 @@ from etils import epath
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.training.config import TrainConfig, train_config
+from keysync_jax.training.start.weights_layout import FIRST_STAGE, checked
 from keysync_jax.training.state import Tree, merge
 from keysync_jax.training.store import checkpoints
 from keysync_jax.training.store.workdir import absolute
+from keysync_jax.training.trainable import Trainable
 
 
 class RunWeights(NamedTuple):
@@ -23,29 +25,34 @@ class RunWeights(NamedTuple):
 
     Attributes:
       workdir: where it lies.
-      config: what was trained.
+      trainable: what was trained, with the resolved recipe.
       step: of the checkpoint.
       ema: whether the averaged weights were taken.
       params: the whole model, trained and frozen leaves together, as NumPy arrays.
-      decoder: the VAE decoder that a stage's pixel loss used, under `first_stage_model`; None for runs without one.
+      decoder: the VAE decoder that the pixel loss used, under `first_stage_model`; None for runs without one.
     """
 
     workdir: str
-    config: TrainConfig
+    trainable: Trainable
     step: int
     ema: bool
     params: Tree
     decoder: Tree | None = None
 
     @property
+    def config(self) -> TrainConfig:
+        """The resolved recipe."""
+        return self.trainable.config
+
+    @property
     def part(self) -> str:
         """Which part of a model directory this is."""
-        return part_of(self.config)
+        return self.trainable.part
 
-
-def part_of(config: TrainConfig) -> str:
-    """Which part of a model directory a recipe trains."""
-    return "vae" if config.model == "vae" else config.stage.stage
+    @property
+    def said(self) -> str:
+        """What to call them."""
+        return f"step {self.step} of {self.workdir}{', averaged weights' * self.ema}"
 
 
 def is_run(path: str | os.PathLike) -> bool:
@@ -73,41 +80,38 @@ def last_step(workdir: str | os.PathLike) -> int | None:
         return saved.latest()
 
 
-def read_weights(workdir: str | os.PathLike, step: int = -1, ema: bool = False) -> RunWeights:
+def read_weights(workdir: str | os.PathLike, trainable: Trainable, step: int = -1, ema: bool = False) -> RunWeights:
     """The weights of a run on this host.
 
     Args:
       workdir: local or `gs://`.
+      trainable: what the run trains, with its recipe (`trainables.of_run`).
       step: of the checkpoint; -1 for the last one.
       ema: take the averaged weights in place of the last ones.
 
     Raises:
       KeySyncError: no run, no such checkpoint, no averages in it, or leaves that do not fit the run's recipe (named).
     """
-    from keysync_jax.training.start import initial
-
-    config = read_config(workdir)
-    abstract, frozen = initial.split(config, initial.abstract_weights_of(config))
-    latest, tried = step == -1, None
+    abstract, frozen = trainable.split(trainable.abstract_model())
+    wanted, tried = step, None
     while True:
         with checkpoints.Checkpoints(workdir, read_only=True) as saved:
-            if latest:
-                step = saved.latest()
-            if step is None:
-                raise KeySyncError(f"{workdir} has no checkpoint yet; the first comes after {config.checkpoint.every} steps")
+            latest = saved.latest() if wanted == -1 else wanted
+            if latest is None:
+                raise KeySyncError(f"{workdir} has no checkpoint yet; the first comes after {trainable.config.checkpoint.every} steps")
             try:
-                params, sums = saved.weights(step, _here(abstract), ema=ema), saved.checksums(step)
+                params, sums = saved.weights(latest, _here(abstract), ema=ema), saved.checksums(latest)
                 break
             except KeySyncError:
                 # A training at work may have removed the checkpoint for a newer one while it was read.
-                if not latest or step == tried:
+                if wanted != -1 or latest == tried:
                     raise
-                tried = step
-    held = _frozen(workdir, sums.get(checkpoints.FROZEN)) if jax.tree.leaves(frozen) or config.uses_pixels else {}
-    vae = held.pop("first_stage_model", None)
-    initial.checked(held, frozen, f"the frozen weights of {workdir}")
+                tried = latest
+    held = _frozen(workdir, sums.get(checkpoints.FROZEN)) if jax.tree.leaves(frozen) or trainable.uses_pixels else {}
+    vae = held.pop(FIRST_STAGE, None)
+    checked(held, frozen, f"the frozen weights of {workdir}")
     params, decoder = jax.tree.map(np.asarray, (merge(params, held), vae))
-    return RunWeights(str(workdir), config, step, ema, params, decoder and {"first_stage_model": decoder})
+    return RunWeights(str(workdir), trainable, latest, ema, params, decoder and {FIRST_STAGE: decoder})
 
 
 def _frozen(workdir: str | os.PathLike, stored: Mapping[str, int] | None) -> Tree:

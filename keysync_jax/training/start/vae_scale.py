@@ -19,6 +19,7 @@ from rich.progress import track
 from keysync_jax.config import VAEConfig
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models.vae import VAE, sample_posterior
+from keysync_jax.training import data
 from keysync_jax.training.config import TrainConfig
 
 FRAMES = 512
@@ -79,11 +80,9 @@ def training_images(config: TrainConfig, frames: int = FRAMES) -> Iterator[np.nd
     Raises:
       KeySyncError: the data of the run are not there.
     """
-    from keysync_jax.training import data
-
     # Whole frames: that is what latents are computed from, whatever crops the VAE was trained on.
     whole = dataclasses.replace(config, data=dataclasses.replace(config.data, crop=0, frames_per_clip=_FRAMES_PER_CLIP))
-    reader = data.make_reader(whole)
+    reader = data.frame_reader(whole)
     for step in range(-(-frames // _BATCH)):
         yield reader.read([reader.sample(step, row, _BATCH) for row in range(_BATCH)])["images"]
 

@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from keysync_jax.config import GuidanceConfig, VAEConfig
 from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.data_pipeline.source.frames import FrameReader
+from keysync_jax.data_pipeline.source.loader import Reader
 from keysync_jax.data_pipeline.source.sample import WindowReader
 from keysync_jax.diffusion import guidance, sampler, schedules
 from keysync_jax.diffusion.noise import stream_key
@@ -35,9 +36,10 @@ from keysync_jax.models.vae import VAE
 from keysync_jax.parallel.sharding import data_share, global_batch
 from keysync_jax.training import data
 from keysync_jax.training.config import TrainConfig
-from keysync_jax.training.start.initial import located
+from keysync_jax.training.start.stage_vae import located
 from keysync_jax.training.state import TrainState, Tree, merge
 from keysync_jax.training.store.workdir import beside_training
+from keysync_jax.training.trainable import Say, Trainable
 from keysync_jax.training.watch import pictures
 from keysync_jax.training.watch.metrics import MetricLog
 from keysync_jax.training.watch.pictures import Item
@@ -52,15 +54,15 @@ class Samples:
 
     def __init__(
         self,
-        config: TrainConfig,
-        reader: WindowReader | FrameReader,
+        trainable: Trainable,
+        reader: Reader,
         mesh: Mesh,
         log: MetricLog,
         workdir: epath.PathLike,
         vae: VAEConfig | None = None,
     ):
         """Args:
-          config: the run.
+          trainable: of the run.
           reader: validation data.
           mesh: of the run.
           log: where to say what is done.
@@ -71,8 +73,7 @@ class Samples:
           KeySyncError: `config.init.vae` names no model directory with a VAE, or one that does not fit the stage.
         """
         self._log, self._folder = log, epath.Path(workdir) / SAMPLES
-        make = _AutoencoderSamples if config.model == "vae" else _StageSamples
-        self._make: _AutoencoderSamples | _StageSamples | None = make(config, reader, mesh, log.say, vae)
+        self._make = trainable.samples(reader, mesh, log.say, vae)
         self._compiled = False
 
     def __call__(self, step: int, state: TrainState) -> dict[str, float]:
@@ -142,13 +143,13 @@ def _decode_frames(model: VAE, params: Tree, latents: jax.Array) -> jax.Array:
     return jnp.moveaxis(jax.lax.map(decode, jnp.moveaxis(latents, 1, 0)), 0, 1)
 
 
-class _StageSamples:
+class StageSamples:
     """Windows of a diffusion stage."""
 
     error = "l1_mask"
     moving_rows = (0, 2)
 
-    def __init__(self, config: TrainConfig, reader: WindowReader, mesh: Mesh, say: Callable[[str], None], vae: VAEConfig | None):
+    def __init__(self, config: TrainConfig, reader: WindowReader, mesh: Mesh, say: Say, vae: VAEConfig | None):
         stage, count = config.stage, config.log.samples
         self._mesh, self._count = mesh, count
         found = reader.read([reader.sample(0, row, count) for row in range(count)])
@@ -252,7 +253,7 @@ def _decoder_of(config: TrainConfig) -> tuple[VAEConfig | None, Tree | None]:
     return vae, {"first_stage_model": {name: tree[name] for name in ("decoder", "post_quant_conv") if name in tree}}
 
 
-class _AutoencoderSamples:
+class AutoencoderSamples:
     """The beginnings of a few videos, encoded (to the mode) and decoded."""
 
     error = "l1"
@@ -260,7 +261,7 @@ class _AutoencoderSamples:
     rate = Fraction(FRAME_RATE)
     caption = "each frame alone"
 
-    def __init__(self, config: TrainConfig, reader: FrameReader, mesh: Mesh, say: Callable[[str], None], vae: VAEConfig | None):
+    def __init__(self, config: TrainConfig, reader: FrameReader, mesh: Mesh, say: Say, vae: VAEConfig | None):
         count, per_video = config.log.samples, reader.config.frames_per_clip
         self._mesh, self._count = mesh, count
         videos = [reader.sample(0, row * per_video, 1)[1] for row in range(count)]

@@ -20,14 +20,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.source.frames import FrameReader
-from keysync_jax.data_pipeline.source.loader import Batches
-from keysync_jax.data_pipeline.source.sample import WindowReader
+from keysync_jax.data_pipeline.source.loader import Batches, Reader
 from keysync_jax.parallel.mesh import DATA_AXIS, FSDP_AXIS
 from keysync_jax.parallel.sharding import data_share, global_batch
 from keysync_jax.training import data
-from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.objective import Batch, Objective
 from keysync_jax.training.state import TrainState, Tree
+from keysync_jax.training.trainable import Say, Trainable
 
 BUCKETS = 5
 SEED = 20_240_611  # fixed, so that runs with different seeds can be compared
@@ -38,12 +37,13 @@ def bucket_normals(count: int = BUCKETS) -> np.ndarray:
     return np.array([NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)], np.float32)
 
 
-def open_reader(config: TrainConfig, say: Callable[[str], None]) -> WindowReader | FrameReader | None:
+def open_reader(trainable: Trainable, say: Say) -> Reader | None:
     """The validation data, or None (said once, with the reason) where there are none.
 
     Raises:
       KeySyncError: `config.data.validation` names data that cannot be used.
     """
+    config = trainable.config
     log, source = config.log, config.data
     if not (log.validate_every and log.validation_batches) and not (log.samples_every and log.samples):
         return None
@@ -52,39 +52,42 @@ def open_reader(config: TrainConfig, say: Callable[[str], None]) -> WindowReader
         return None
     try:
         # The run's seed orders its data; here it must not decide which items are held out.
-        held = dataclasses.replace(config, seed=SEED)
-        reader = data.make_reader(_with_split(held, say), source.validation_split)
+        held = dataclasses.replace(trainable, config=dataclasses.replace(config, seed=SEED))
+        reader = _with_split(held, say).reader(source.validation_split)
     except KeySyncError as error:
         if source.validation:
             raise  # asked for by name
         say(f"no validation and no sample pictures: {error}")
         return None
     if isinstance(reader, FrameReader) and not source.validation:
-        if set(reader.paths) & set(data.make_reader(config).paths):
+        trained = trainable.reader()
+        if isinstance(trained, FrameReader) and set(reader.paths) & set(trained.paths):
             say("[yellow]validation uses videos that are trained on: a folder has no splits; give a manifest with a column split[/yellow]")
     return reader
 
 
-def _with_split(config: TrainConfig, say: Callable[[str], None]) -> TrainConfig:
-    """The config with those datasets only that can be validated on; as it is where that is all, none, or another directory is named."""
-    source = config.data
+def _with_split(trainable: Trainable, say: Say) -> Trainable:
+    """With those datasets only that can be validated on; as it is where that is all, none, or another directory is named."""
+    source = trainable.config.data
     if source.validation or len(source.datasets) < 2:
-        return config
+        return trainable
     good, problems = [], []
     for dataset in source.datasets:
         try:
-            data.make_reader(_only(config, (dataset,)), source.validation_split)
+            _only(trainable, (dataset,)).reader(source.validation_split)
             good.append(dataset)
         except KeySyncError as error:
             problems.append(str(error))
     if not good or not problems:
-        return config
+        return trainable
     say(f"validation leaves out {len(problems)} of {len(source.datasets)} datasets: {problems[0]}")
-    return _only(config, tuple(good))
+    return _only(trainable, tuple(good))
 
 
-def _only(config: TrainConfig, datasets: tuple[str, ...]) -> TrainConfig:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=datasets, weights=()))
+def _only(trainable: Trainable, datasets: tuple[str, ...]) -> Trainable:
+    config = trainable.config
+    only = dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=datasets, weights=()))
+    return dataclasses.replace(trainable, config=only)
 
 
 def shards(mesh: Mesh) -> int:
@@ -119,11 +122,9 @@ def make_evaluation(objective: Objective, normals: np.ndarray | None) -> Callabl
 class Validation:
     """Computes the validation losses; every process takes part."""
 
-    def __init__(
-        self, config: TrainConfig, reader: WindowReader | FrameReader, objective: Objective, mesh: Mesh, say: Callable[[str], None]
-    ):
-        self._config, self._reader, self._mesh, self._say = config, reader, mesh, say
-        normals = bucket_normals() if config.model == "stage" else None
+    def __init__(self, trainable: Trainable, reader: Reader, objective: Objective, mesh: Mesh, say: Say):
+        self._config, self._reader, self._mesh, self._say, self._items = trainable.config, reader, mesh, say, trainable.item
+        config, normals = trainable.config, bucket_normals() if trainable.noise_levels else None
         noise = config.noise
         self.sigmas = () if normals is None else tuple(np.exp(noise.p_mean + noise.p_std * normals.astype(np.float64)).tolist())
         # As large as what a training step holds at once.
@@ -143,7 +144,7 @@ class Validation:
         config, begin = self._config, time.perf_counter()
         count = config.log.validation_batches
         first = "" if self._compiled else ", compiling first"
-        self._say(f"{step:>7}  validating on {count * self.batch_size} {'frames' if config.model == 'vae' else 'windows'}{first} …")
+        self._say(f"{step:>7}  validating on {count * self.batch_size} {self._items}{first} …")
         weights = {"val": state.params} | ({} if state.ema is None else {"val_ema": state.ema})
         found: dict[str, list[dict[str, jax.Array]]] = {name: [] for name in weights}
         read = config.data
@@ -152,7 +153,7 @@ class Validation:
             for number, host in enumerate(batches):
                 batch = global_batch(self._mesh, data.step_arrays(host))
                 for name, params in weights.items():
-                    found[name].append(self._evaluate(params, state.frozen, batch, np.int32(number)))
+                    found[name].append(self._evaluate(params, state.frozen, batch, jax.device_put(np.int32(number))))
         self._compiled = True
         values: dict[str, float] = {}
         for name, parts in jax.device_get(found).items():

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from keysync_jax.training.config import TrainConfig
+from keysync_jax.config import VAEConfig
 from keysync_jax.training.objective import Objective
 from keysync_jax.training.state import TrainState
 from keysync_jax.training.store.workdir import beside_training
+from keysync_jax.training.trainable import Trainable
 from keysync_jax.training.watch import pictures, validation
 from keysync_jax.training.watch.metrics import Meter, MetricLog, due
 from keysync_jax.training.watch.samples import Samples
@@ -24,24 +23,27 @@ class Watch:
     Nothing here draws from the run's random numbers or changes its state: a run is the same with and without it, bit for bit.
     """
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, objective: Objective, vae: Any, log: MetricLog, workdir: epath.PathLike):
+    def __init__(
+        self, trainable: Trainable, mesh: Mesh, objective: Objective, vae: VAEConfig | None, log: MetricLog, workdir: epath.PathLike
+    ):
         """Args:
-          config, mesh, objective, log, workdir: of the run.
+          trainable, mesh, objective, log, workdir: of the run.
           vae: `VAEConfig` of the decoder among the frozen leaves, None if there is none.
 
         Raises:
           KeySyncError: `config.data.validation` or `config.init.vae` names something that cannot be used.
         """
+        config = trainable.config
         self._config, self._log, self._workdir = config.log, log, workdir
         self._validation: Validation | None = None
         self._samples: Samples | None = None
-        reader = validation.open_reader(config, log.say)
+        reader = validation.open_reader(trainable, log.say)
         if reader is None:
             return
         if config.log.validate_every and config.log.validation_batches:
-            self._validation = Validation(config, reader, objective, mesh, log.say)
+            self._validation = Validation(trainable, reader, objective, mesh, log.say)
         if config.log.samples_every and config.log.samples:
-            self._samples = Samples(config, reader, mesh, log, workdir, vae if config.uses_pixels else None)
+            self._samples = Samples(trainable, reader, mesh, log, workdir, vae)
 
     def __call__(self, step: int, state: TrainState, meter: Meter) -> None:
         """Whatever is due after `step` updates. To be called by every process, inside `jax.set_mesh`."""
@@ -51,8 +53,8 @@ class Watch:
             return
         jax.block_until_ready(state.step)  # what the devices still have to do is training
         with meter.paused():
-            values = self._validation(step, state) if validate else {}
-            values |= self._samples(step, state) if sample else {}
+            values = self._validation(step, state) if self._validation and validate else {}
+            values |= self._samples(step, state) if self._samples and sample else {}
             self._log.write(step, values)
             if validate:
                 self.curve()
