@@ -9,19 +9,17 @@ not done again. Written are a model directory per run, `ablations.json` (every f
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import json
-import math
 import os
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +27,10 @@ from keysync_jax import assets
 from keysync_jax.converters import model_directory
 from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.converters.parts import STAGES, Part
-from keysync_jax.core import cpu
 from keysync_jax.core.errors import KeySyncError, UsageError
-from keysync_jax.core.files import local_folder, write_atomically, write_text
+from keysync_jax.core.files import local_folder, write_text
 from keysync_jax.data_pipeline.dataset_layout import GROUP_FILE
-from keysync_jax.evaluation import talkers, talkers_clips, talkers_report
-from keysync_jax.evaluation.lip_metrics import mean_and_error
+from keysync_jax.evaluation import ablations_report, talkers, talkers_clips, talkers_report
 from keysync_jax.evaluation.talkers import TalkerTest
 from keysync_jax.evaluation.talkers_model import TalkerModel, parse_grid
 from keysync_jax.training import recipes
@@ -47,6 +43,7 @@ from keysync_jax.training.watch import validation
 
 # A quarter of the bundled model's 15,240 updates of 64 windows.
 QUARTER = 3_810
+Say = Callable[[str], None]
 
 
 class Run(NamedTuple):
@@ -64,8 +61,7 @@ RUNS: dict[str, Run] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Judged:
+class Judged(NamedTuple):
     """One row of figures.
 
     Attributes:
@@ -89,32 +85,104 @@ JUDGED: dict[str, Judged] = {
     "one_stage": Judged("one stage", ("one_stage",), "one stage", ("2.5/1.5",)),
     "two_stages": Judged("two stages", ("box", "interpolation"), "dub", ("2.5/1.5",)),
 }
-_MASK_FIGURES = ("silence_open", "silence_leak", "input_leak", "opening_r", "width_r")
-_STAGE_FIGURES = ("flicker", "seam_flicker", "roughness", "opening_r", "width_r")
-_GUIDANCE_FIGURES = ("opening_r", "width_r", "closed", "partial_r", "silence_open")
-# What the paper chose and what was chosen for the bundled model against plain guidance and against none.
-_GUIDANCE_PAIRS = (("5/2", "2/2"), ("2.5/1.5", "2/2"), ("5/2", "1/1"), ("2.5/1.5", "1/1"))
-_children: set[subprocess.Popen] = set()
-_NAMES = {
-    "silence_open": "open under silence", "silence_leak": "weight of the input's mouth: under silence",
-    "input_leak": "… under another voice",
-    "opening_r": "opening", "width_r": "width", "closed": "closed at m, b, p", "partial_r": "opening given loudness",
-    "flicker": "flicker of the pixels", "seam_flicker": "… where windows meet", "roughness": "roughness of the opening",
-}  # fmt: skip
+
+
+def run(
+    output: str | os.PathLike, data: str, overrides: Sequence[str] = (), *, only: Sequence[str] = tuple(RUNS),
+    interpolation: str | None = None, clips: int = 24, seed: int = 0, jobs: int = 1, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """All of it; see the module's text.
+
+    Args:
+      output: folder of the runs and results.
+      data: dataset directory.
+      overrides: `--config.KEY=VALUE` for every run.
+      only: names of `RUNS`.
+      interpolation: model directory whose interpolation stage the two-stage row takes where it is not trained here.
+      clips: held-out clips of six seconds.
+      seed: of the clips.
+      jobs: runs that train at once.
+      quiet: no progress.
+
+    Returns:
+      What `ablations.json` holds.
+
+    Raises:
+      UsageError: an unknown run, or what `check` says.
+      KeySyncError: what `check` says, before anything is written; a run failed: what others reached is kept.
+    """
+    if jobs < 1:
+        raise UsageError(f"--jobs is {jobs}; it must be at least 1")
+    only = tuple(dict.fromkeys(only))
+    if unknown := [name for name in only if name not in RUNS]:
+        raise UsageError(f"no run {unknown[0]!r}; choose among {', '.join(RUNS)}")
+    # A wrong number is said before days of training, and so is whatever else can be known.
+    test = TalkerTest(clips=clips, silent_clips=clips, seed=seed, mode="keyframes")
+    talkers_clips.seeds_of(test.split, seed, 0)
+    folder, lock = local_folder(output), threading.Lock()
+    extra = None if interpolation is None else model_directory.load(assets.resolve(interpolation), complete=False)
+
+    def say(line: str) -> None:
+        if not quiet:
+            with lock:
+                print(line, file=sys.stderr, flush=True)
+
+    check(only, folder, data, overrides, extra, say)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KeySyncError(f"cannot write to {folder}: {error.strerror}; name another folder with -o") from error
+    train_all(only, folder, data, overrides, jobs, say)
+    models = {name: folder / f"{name}_model" for name in only}
+    if extra is not None:
+        models.setdefault("interpolation", Path(extra.path))
+    rows = {name: entry for name, entry in JUDGED.items() if all(r in models for r in entry.runs)}
+    found = {name: judge(name, [models[r] for r in entry.runs], folder, clips, seed, quiet) for name, entry in rows.items()}
+    report = {
+        "kind": "ablations", "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "settings": list(overrides),
+        "runs": {name: RUNS[name]._asdict() for name in only}, "judged": found,
+    }  # fmt: skip
+    write_text(folder / "ablations.json", json.dumps(report, indent=1) + "\n")
+    write_text(folder / "ablations.md", tables(report))
+    ablations_report.draw_curves(folder, only)
+    return report
+
+
+def tables(report: dict[str, Any]) -> str:
+    """What `run` found, as Markdown."""
+    return ablations_report.tables(report["judged"], {name: entry.label for name, entry in JUDGED.items()})
 
 
 # -- training ------------------------------------------------------------------------------------------------------------------------
 
 
-def train(name: str, folder: Path, data: str, overrides: Sequence[str], say: Callable[[str], None] = print) -> Path:
+def train_all(names: Sequence[str], folder: Path, data: str, overrides: Sequence[str], jobs: int, say: Say) -> None:
+    """Trains several runs, `jobs` at a time. The first failure is raised once the others have ended: what they reached is kept."""
+    children: set[subprocess.Popen] = set()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(train, name, folder, data, overrides, say, children) for name in names]
+        try:
+            concurrent.futures.wait(waiting)
+        except BaseException:  # stopped: what has not begun does not begin, and what runs saves what it has
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in list(children):
+                child.terminate()
+            raise
+    for done in waiting:
+        done.result()
+
+
+def train(
+    name: str, folder: Path, data: str, overrides: Sequence[str], say: Say = print, children: set[subprocess.Popen] | None = None
+) -> Path:
     """Trains and exports the run `name`, unless that was done; its output goes to `folder/NAME.log`, one line per interval to `say`.
 
     Args:
       name: of `RUNS`.
       folder: holds the workdir NAME and gets the model directory NAME_model (averaged weights).
-      data: dataset directory.
-      overrides: `--config.KEY=VALUE` for every run.
+      data, overrides: as for `run`.
       say: takes the trainer's lines.
+      children: holds the process while it runs.
 
     Raises:
       KeySyncError: the trainer or the export failed; its own words are in the log.
@@ -124,8 +192,10 @@ def train(name: str, folder: Path, data: str, overrides: Sequence[str], say: Cal
         return model
     recipe, *settings = asked = _asked(name, data, overrides)
     write_text(_record(name, folder), json.dumps(asked) + "\n")
-    _keysync(["train", "--config", recipe, "--workdir", str(folder / name), *settings], log, lambda line: say(f"{name}: {line}"))
-    _keysync(["export", str(folder / name), "--ema", "-o", str(model)], log)
+    children = set() if children is None else children
+    words = ["train", "--config", recipe, "--workdir", str(folder / name), *settings]
+    _keysync(words, log, children, lambda line: say(f"{name}: {line}"))
+    _keysync(["export", str(folder / name), "--ema", "-o", str(model)], log, children)
     return model
 
 
@@ -154,62 +224,36 @@ def _record(name: str, folder: Path) -> Path:
 
 
 def _recorded(path: Path) -> Any:
-    try:
+    with contextlib.suppress(OSError, ValueError):  # not there or damaged: nothing is known
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # not there or damaged: nothing is known
 
 
-def _keysync(arguments: Sequence[str], log: Path, say: Callable[[str], None] = lambda line: None) -> None:
-    command = [sys.executable, "-u", "-c", "import sys; from keysync_jax.cli.main import main; sys.exit(main())", *arguments]
-    last = ""
+def _keysync(arguments: Sequence[str], log: Path, children: set[subprocess.Popen], say: Say = lambda line: None) -> None:
+    command, last = [sys.executable, "-u", "-m", "keysync_jax", *arguments], ""
     with log.open("a", encoding="utf-8") as file:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
-            _children.add(process)
+            children.add(process)
             for line in process.stdout or ():
                 file.write(line)
                 last = line.strip() or last
                 if "ETA" in line:
                     say(line.strip())
-    _children.discard(process)
+    children.discard(process)
     if process.returncode:
         reason = last.removeprefix("keysync: error: ")
         raise KeySyncError(f"keysync {' '.join(arguments[:4])} … failed (status {process.returncode}): {reason} (all of it in {log})")
 
 
-def _stop(number: int, frame: Any) -> None:
-    """SIGTERM, from a scheduler at its time limit: the runs save what they have, then this process ends as they do."""
-    for process in list(_children):
-        process.terminate()
-    sys.exit(128 + number)
-
-
-def train_all(names: Sequence[str], folder: Path, data: str, overrides: Sequence[str], jobs: int, say: Callable[[str], None]) -> None:
-    """Trains several runs, `jobs` at a time. The first failure is raised once the others have ended: what they reached is kept."""
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(train, name, folder, data, overrides, say) for name in names]
-        try:
-            concurrent.futures.wait(waiting)
-        except BaseException:  # stopped: what has not begun does not begin
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    for done in waiting:
-        done.result()
-
-
 # -- what can be wrong, before anything starts ---------------------------------------------------------------------------------------
 
 
-def check(
-    names: Sequence[str], folder: Path, data: str, overrides: Sequence[str], extra: ModelDirectory | None, say: Callable[[str], None]
-) -> None:
+def check(names: Sequence[str], folder: Path, data: str, overrides: Sequence[str], extra: ModelDirectory | None, say: Say) -> None:
     """Refuses what would stop a run at its start, or its judgement at the end. Touches no device, whose memory the runs need.
 
     Args:
       names: of `RUNS`.
       folder: of the runs, which need not exist.
-      data: dataset directory.
-      overrides: `--config.KEY=VALUE` for every run.
+      data, overrides: as for `run`.
       extra: gives the interpolation stage where none is trained.
       say: takes notes about the data.
 
@@ -244,10 +288,11 @@ def check(
             raise KeySyncError(f"--data cannot train {name}: {error}") from error
         held[name], masks[name] = _parts_to_come(config), config.stage.mask
     for entry in JUDGED.values():
-        parts = [held.get(run) for run in entry.runs]
-        if None not in parts and not any("vae" in each for each in parts):
+        if not all(run in held for run in entry.runs):
+            continue
+        if not any("vae" in held[run] for run in entry.runs):
             raise UsageError(f"{entry.label} cannot be judged without a VAE: name a model directory with one, --config.init.vae=DIR")
-        if None not in parts and entry.mode == "dub" and len({masks[run] for run in entry.runs}) > 1:
+        if entry.mode == "dub" and len({masks[run] for run in entry.runs}) > 1:
             kinds = " and ".join(f"{masks[run].kind} at landmark {masks[run].nose_index}" for run in entry.runs)
             raise UsageError(f"{entry.label} cannot be judged: {' and '.join(entry.runs)} have different masks ({kinds})")
 
@@ -311,214 +356,3 @@ def _together(sources: Sequence[ModelDirectory], path: Path) -> ModelDirectory:
         for part in parts_of(source):
             parts.setdefault(part.name, part)
     return model_directory.save(path, list(parts.values()), force=True)
-
-
-class Difference(NamedTuple):
-    """One row minus another, clip by clip."""
-
-    mean: float
-    error: float
-    higher: int
-    lower: int
-    clips: int
-
-    @property
-    def text(self) -> str:
-        return f"{_with_error(f'{self.mean:+.3f}', self.error)} ({self.higher} higher, {self.lower} lower)"
-
-
-def difference(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> Difference:
-    """`a` minus `b` in one figure over the clips that both have: mean, its standard error, and in how many it is higher and lower."""
-    one, two = _per_clip(a, key), _per_clip(b, key)
-    values = [one[clip] - two[clip] for clip in sorted(one.keys() & two.keys())]
-    if not values:
-        raise KeySyncError(f"no clip has the figure {key} on both sides")
-    mean, error = mean_and_error(values)
-    return Difference(mean, error, sum(v > 0 for v in values), sum(v < 0 for v in values), len(values))
-
-
-def _per_clip(report: Mapping[str, Any], key: str) -> dict[int, float]:
-    silent = {"silence_open": "open", "silence_leak": "leak"}
-    rows, name = (report["silence"]["per_clip"], silent[key]) if key in silent else (report["per_clip"], key)
-    return {row["clip"]: row[name] for row in rows if row.get(name) is not None}
-
-
-# -- tables and curves ---------------------------------------------------------------------------------------------------------------
-
-
-def tables(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """What was measured as Markdown: mask, stages, guidance; a table whose rows are not all there is left out."""
-    out = []
-    if {"box", "mouth"} <= found.keys():
-        rows = [(JUDGED[name], report) for name in ("box", "mouth") for report in found[name] if report["guidance"] in ("1/1", "2.5/1.5")]
-        rows.sort(key=lambda row: row[1]["guidance"])
-        out.append(_table("keyframes", rows, _MASK_FIGURES, _every_second("mouth alone minus box", rows)))
-    if {"one_stage", "two_stages"} <= found.keys():
-        rows = [(JUDGED[name], report) for name in ("two_stages", "one_stage") for report in found[name]]
-        out.append(_table("whole dubs", rows, _STAGE_FIGURES, _every_second("one stage minus two", rows)))
-    if "box" in found:
-        reports = {report["guidance"]: report for report in found["box"]}
-        minus = [Minus("clip by clip", f"{a} minus {b}", reports[a], reports[b]) for a, b in _GUIDANCE_PAIRS if {a, b} <= reports.keys()]
-        out.append(_table("keyframes, box", [(JUDGED["box"], report) for report in found["box"]], _GUIDANCE_FIGURES, minus))
-    return "\n".join(out)
-
-
-class Minus(NamedTuple):
-    """A row of differences: one report minus another, clip by clip."""
-
-    label: str
-    guidance: str
-    report: Mapping[str, Any]
-    other: Mapping[str, Any]
-
-
-def _every_second(label: str, rows: Sequence[tuple[Judged, Mapping[str, Any]]]) -> list[Minus]:
-    """Each second row minus the one before it."""
-    pairs = zip(rows[::2], rows[1::2], strict=False)
-    return [Minus(f"{label}, clip by clip", second["guidance"], second, first) for (_, first), (_, second) in pairs]
-
-
-def _table(title: str, rows: Sequence[tuple[Judged, Mapping[str, Any]]], keys: Sequence[str], differences: Sequence[Minus] = ()) -> str:
-    clips = rows[0][1]["test"]["clips"]
-    lines = [f"| {title}, {clips} clips | guidance | {' | '.join(_NAMES[key] for key in keys)} |", "| --- " * (2 + len(keys)) + "|"]
-    for entry, report in rows:
-        output = report["columns"]["output"]
-        values = ("–" if output.get(key) is None else _with_error(f"{output[key]:.3f}", output[f"{key}_error"]) for key in keys)
-        lines.append(f"| {entry.label} | {report['guidance']} | {' | '.join(values)} |")
-    for minus in differences:
-        cells = (difference(minus.report, minus.other, key).text for key in keys)
-        lines.append(f"| {minus.label} | {minus.guidance} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _with_error(text: str, error: float | None) -> str:
-    return text if error is None or not math.isfinite(error) else f"{text} ± {error:.3f}"  # one clip has no error
-
-
-def draw_curves(folder: Path, names: Sequence[str]) -> Path:
-    """Training loss of the runs over steps, on one pair of axes, as `folder/curves.png`."""
-    from matplotlib.figure import Figure
-
-    from keysync_jax.training.watch.metrics import read_metrics
-
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name in names:
-        points = [(step, row["loss"]) for step, row in read_metrics(folder / name).items() if row.get("loss") is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=1)
-    axes.set(xlabel="step", ylabel="training loss", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    if axes.lines:  # none where the runs were too short for a row
-        axes.legend()
-    write_atomically(folder / "curves.png", lambda partial: figure.savefig(partial, dpi=110))
-    return folder / "curves.png"
-
-
-# -- command -------------------------------------------------------------------------------------------------------------------------
-
-
-def run(
-    output: str | os.PathLike, data: str, overrides: Sequence[str] = (), *, only: Sequence[str] = tuple(RUNS),
-    interpolation: str | None = None, clips: int = 24, seed: int = 0, jobs: int = 1, quiet: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """All of it; see the module's text.
-
-    Args:
-      output: folder of the runs and results.
-      data: dataset directory.
-      overrides: `--config.KEY=VALUE` for every run.
-      only: names of `RUNS`.
-      interpolation: model directory whose interpolation stage the two-stage row takes where it is not trained here.
-      clips: held-out clips of six seconds.
-      seed: of the clips.
-      jobs: runs that train at once.
-      quiet: no progress.
-
-    Returns:
-      What `ablations.json` holds.
-
-    Raises:
-      UsageError: an unknown run, or what `check` says.
-      KeySyncError: what `check` says, before anything is written; a run failed: what others reached is kept.
-    """
-    only = tuple(dict.fromkeys(only))
-    unknown = [name for name in only if name not in RUNS]
-    if unknown:
-        raise UsageError(f"no run {unknown[0]!r}; choose among {', '.join(RUNS)}")
-    # A wrong number is said before days of training, and so is whatever else can be known.
-    test = TalkerTest(clips=clips, silent_clips=clips, seed=seed, mode="keyframes")
-    talkers_clips.seeds_of(test.split, seed, 0)
-    folder, lock = local_folder(output), threading.Lock()
-    extra = None if interpolation is None else model_directory.load(assets.resolve(interpolation), complete=False)
-
-    def say(line: str) -> None:
-        if not quiet:
-            with lock:
-                print(line, file=sys.stderr, flush=True)
-
-    check(only, folder, data, overrides, extra, say)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KeySyncError(f"cannot write to {folder}: {error.strerror}; name another folder with -o") from error
-    train_all(only, folder, data, overrides, jobs, say)
-    models = {name: folder / f"{name}_model" for name in only}
-    if extra is not None:
-        models.setdefault("interpolation", Path(extra.path))
-    found = {
-        name: judge(name, [models[r] for r in entry.runs], folder, clips, seed, quiet)
-        for name, entry in JUDGED.items()
-        if all(r in models for r in entry.runs)
-    }
-    report = {
-        "kind": "ablations", "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "settings": list(overrides),
-        "runs": {name: RUNS[name]._asdict() for name in only}, "judged": found,
-    }  # fmt: skip
-    write_text(folder / "ablations.json", json.dumps(report, indent=1) + "\n")
-    write_text(folder / "ablations.md", tables(found))
-    draw_curves(folder, only)
-    return report
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="keysync ablate", description="Train and judge the ablations on drawn talkers.",
-        epilog="--config.KEY=VALUE changes the recipe of every run, for example --config.init.vae=vae_model --config.num_steps=500.\n"
-        "example:\n  keysync ablate --data data -o ablations --config.init.vae=vae_model --jobs 2",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--data", required=True, metavar="DIR", help="shards of drawn talkers (docs/ablations.md)")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the runs; the same folder goes on")
-    parser.add_argument("--only", default=",".join(RUNS), metavar="RUN,…", help=f"of {', '.join(RUNS)} (default: all)")
-    parser.add_argument("--interpolation", metavar="DIR", help="take this model's interpolation stage where none is trained")
-    parser.add_argument("--clips", type=int, default=24, metavar="N", help="held-out clips (default 24)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another set of clips")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs that train at once (default 1)")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
-    cpu.prepare()
-    before = signal.signal(signal.SIGTERM, _stop)
-    try:
-        if args.jobs < 1:
-            raise UsageError(f"--jobs is {args.jobs}; it must be at least 1")
-        report = run(
-            args.output, args.data, [a for a in argv if a.startswith("--config.")], only=[name.strip() for name in args.only.split(",")],
-            interpolation=args.interpolation, clips=args.clips, seed=args.seed, jobs=args.jobs, quiet=args.quiet,
-        )  # fmt: skip
-    except (KeySyncError, OSError) as error:
-        print(f"keysync: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("keysync: error: stopped; the same command goes on", file=sys.stderr)
-        return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    print(tables(report["judged"]))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

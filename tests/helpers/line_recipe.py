@@ -36,7 +36,7 @@ class SquaredError:
 
     def loss(self, params, frozen, batch, drawn):
         found = params["line"]["slope"] * batch["x"] + params["line"]["height"] + frozen["line"]["zero"] + drawn["noise"]
-        return jnp.mean(jnp.square(found - batch["y"])), {"offset": jnp.mean(found - batch["y"])}
+        return jnp.mean(jnp.square(found - batch["y"])), {"worst": jnp.max(jnp.abs(found - batch["y"]))}
 
 
 class Line(Trainable):
