@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [a for a in argv if a.startswith("--config.")]
     parser = _parser()
     args = parser.parse_args([a for a in argv if not a.startswith("--config.")])
-    if overrides and not getattr(args, "config", None):
+    if overrides and not (getattr(args, "config", None) or getattr(args, "takes_overrides", False)):
         parser.error(f"{overrides[0]} needs --config NAME before it")
     args.overrides = overrides
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)]
@@ -94,6 +94,6 @@ def _parser() -> argparse.ArgumentParser:
     dub_verbs.add_dub(verbs)
     weights_verbs.add_verbs(verbs)
     data_verbs.add_verbs(verbs)
-    for add in (train_verbs.add_train, evaluate_verbs.add_evaluate, plan_verbs.add_plan, bench_verbs.add_bench):
+    for add in (train_verbs.add_train, train_verbs.add_ablate, evaluate_verbs.add_evaluate, plan_verbs.add_plan, bench_verbs.add_bench):
         add(verbs)
     return parser

@@ -1,12 +1,14 @@
-"""`keysync train`."""
+"""`keysync train`, and `keysync ablate`, which trains and judges several runs."""
 
 from __future__ import annotations
 
+import argparse
 import shlex
+import signal
 import sys
 
 from keysync_jax.cli.verbs import add_verb
-from keysync_jax.core.errors import UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 
 _TRAIN_EXAMPLES = """\
   keysync train --config keyframe --workdir runs/keyframe --config.data.datasets=data --config.init.path=svd/ --config.init.kind=svd
@@ -55,4 +57,42 @@ def _train(args) -> int:
             print(line)
         return 0
     train(config, args.workdir, profile_steps=profile, command=shlex.join(["keysync", *sys.argv[1:]]))
+    return 0
+
+
+def add_ablate(verbs) -> None:
+    """Add `keysync ablate`."""
+    example = "  keysync ablate --data data -o ablations --config.init.vae=vae_model --jobs 2"
+    p = add_verb(verbs, "ablate", _ablate, "train and judge the ablations on drawn talkers", example)
+    p.add_argument("--data", required=True, metavar="DIR", help="shards of drawn talkers (docs/ablations.md)")
+    p.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the runs; the same folder goes on")
+    p.add_argument("--only", metavar="RUN,…", help="of box, mouth, one_stage, interpolation (default: all)")
+    p.add_argument("--interpolation", metavar="DIR", help="take this model's interpolation stage where none is trained")
+    p.add_argument("--clips", type=int, default=24, metavar="N", help="held-out clips (default 24)")
+    p.add_argument("--seed", type=int, default=0, help="another seed is another set of clips")
+    p.add_argument("--jobs", type=int, default=1, metavar="N", help="runs that train at once (default 1)")
+    p.add_argument("--quiet", action="store_true", help="no progress")
+    p.add_argument(
+        "--config.KEY=VALUE", dest="_", action="store_true",
+        help="change the recipe of every run, for example --config.init.vae=vae_model --config.num_steps=500",
+    )  # fmt: skip
+    p.set_defaults(takes_overrides=True)
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from keysync_jax.evaluation import ablations
+
+    # A scheduler at its time limit: the runs save what they have, then this process ends as they do.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    only = ablations.RUNS if args.only is None else [name.strip() for name in args.only.split(",")]
+    try:
+        report = ablations.run(
+            args.output, args.data, args.overrides, only=tuple(only), interpolation=args.interpolation, clips=args.clips, seed=args.seed,
+            jobs=args.jobs, quiet=args.quiet,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise KeySyncError("stopped; the same command goes on") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(ablations.tables(report))
     return 0

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import tiny_talker_model
 
+from keysync_jax.cli.main import main
 from keysync_jax.converters import model_directory
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.core.locking import only_process
 from keysync_jax.data_pipeline.source.clips import FrameStore
 from keysync_jax.data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
 from keysync_jax.data_pipeline.synthetic.talker_shards import write_shards
-from keysync_jax.evaluation import ablations
+from keysync_jax.evaluation import ablations, ablations_report
 from keysync_jax.evaluation.ablations import Judged, Run
 from keysync_jax.training.export.export_run import parts_of
 from keysync_jax.training.start import runs
@@ -51,7 +52,7 @@ def finished(world):
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         _one_tiny_run(patch)
-        assert ablations.main(command) == 0
+        assert main(["ablate", *command]) == 0
     return world / "out", command, printed.getvalue()
 
 
@@ -67,7 +68,7 @@ def test_from_shards_to_tables_and_not_twice(finished, monkeypatch, capsys):
 
     trained = (out / "box.log").stat().st_mtime_ns
     monkeypatch.setattr(ablations.talkers, "evaluate", None)  # a second command reads what the first one found
-    assert ablations.main(command) == 0 and (out / "box.log").stat().st_mtime_ns == trained
+    assert main(["ablate", *command]) == 0 and (out / "box.log").stat().st_mtime_ns == trained
     assert capsys.readouterr().out == table
 
 
@@ -95,7 +96,7 @@ def test_results_are_whole_when_their_writing_is_stopped(finished, monkeypatch, 
         (out / name).unlink()
     with monkeypatch.context() as patch:
         _stop_in(name, patch)
-        assert ablations.main(command) == 1
+        assert main(["ablate", *command]) == 1
     assert (not (out / name).exists()) if name == "box.json" else (out / name).read_bytes() == whole
     assert not list(out.glob(".*"))
     (out / name).write_bytes(whole)
@@ -144,7 +145,7 @@ def test_what_is_wrong_is_said_before_anything_starts(world, monkeypatch, capsys
         model = model_directory.load("model")
         model_directory.save("stageless", [part for part in parts_of(model) if part.name != "interpolation"])
     command = ["--data", "data", "-o", "refused", "--only", "box", "--config.init.vae=model", *words]
-    assert ablations.main(command) == status
+    assert main(["ablate", *command]) == status
     error = capsys.readouterr().err
     assert error.startswith("keysync: error: ") and message in error and len(error.splitlines()) == 1
     assert not (world / "refused").exists()
@@ -156,7 +157,7 @@ def test_damaged_shards_are_said_before_anything_starts(world, monkeypatch, caps
     shard = next((tmp_path / "data").glob("*train*"))
     shard.write_bytes(shard.read_bytes()[:100])
     command = ["--data", str(tmp_path / "data"), "-o", str(tmp_path / "out"), "--only", "box", f"--config.init.vae={world / 'model'}"]
-    assert ablations.main(command) == 1
+    assert main(["ablate", *command]) == 1
     assert f"--data cannot train box: {shard} is missing, truncated" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -165,7 +166,7 @@ def test_a_run_that_fails_is_named_with_its_log(world, monkeypatch, capsys, tmp_
     monkeypatch.setitem(ablations.RUNS, "mouth", Run("tiny_test", (TINY,)))
     out = tmp_path / "out"
     command = ["--data", str(world / "data"), "-o", str(out), "--only", "mouth", "--quiet", f"--config.init.vae={world / 'model'}"]
-    assert ablations.main([*command, "--config.mesh.data=7"]) == 1  # how many devices there are is for the run to find out
+    assert main(["ablate", *command, "--config.mesh.data=7"]) == 1  # how many devices there are is for the run to find out
     error = capsys.readouterr().err
     assert error.startswith("keysync: error: keysync train --config tiny_test") and "mouth.log" in error and "mesh data 7" in error
     assert not (out / "mouth_model").exists()
@@ -174,10 +175,21 @@ def test_a_run_that_fails_is_named_with_its_log(world, monkeypatch, capsys, tmp_
 def test_stopped_by_a_scheduler_the_run_is_saved_and_the_rest_not_begun(world):
     out = world / "stopped"
     script = (
-        "import sys; from keysync_jax.evaluation import ablations; from keysync_jax.evaluation.ablations import Run;"
-        f"ablations.RUNS.update(box=Run('tiny_test', ('{TINY}',)), mouth=Run('tiny_test', ('{TINY}',))); sys.exit(ablations.main())"
+        "import sys; from keysync_jax.cli.main import main; from keysync_jax.evaluation import ablations;"
+        "from keysync_jax.evaluation.ablations import Run;"
+        f"ablations.RUNS.update(box=Run('tiny_test', ('{TINY}',)), mouth=Run('tiny_test', ('{TINY}',))); sys.exit(main())"
     )
-    command = ["--data", str(world / "data"), "-o", str(out), "--only", "box,mouth", "--config.num_steps=100000", "--config.log.every=1"]
+    command = [
+        "ablate",
+        "--data",
+        str(world / "data"),
+        "-o",
+        str(out),
+        "--only",
+        "box,mouth",
+        "--config.num_steps=100000",
+        "--config.log.every=1",
+    ]
     command += ["--config.data.batch_size=2", "--config.checkpoint.every=100000", f"--config.init.vae={world / 'model'}"]
     with subprocess.Popen([sys.executable, "-c", script, *command], stderr=subprocess.PIPE, text=True) as process:
         assert any("ETA" in line for line in process.stderr)  # it trains
@@ -197,13 +209,13 @@ def _report(opening, leak):
 def test_differences_are_taken_clip_by_clip():
     a = _report({0: 0.9, 1: 0.7, 2: 0.8, 5: 0.1}, {0: 0.3, 1: 0.0})
     b = _report({0: 0.6, 1: 0.8, 2: 0.8, 4: 0.9}, {1: 0.0, 0: 0.1})
-    got = ablations.difference(a, b, "opening_r")
+    got = ablations_report.difference(a, b, "opening_r")
     values = np.array([0.3, -0.1, 0.0])
     assert (got.higher, got.lower, got.clips) == (1, 1, 3)
     assert math.isclose(got.mean, values.mean()) and math.isclose(got.error, values.std(ddof=1) / math.sqrt(3))
-    assert math.isclose(ablations.difference(a, b, "silence_open").mean, 0.1)
+    assert math.isclose(ablations_report.difference(a, b, "silence_open").mean, 0.1)
     with pytest.raises(KeySyncError, match="no clip has the figure"):
-        ablations.difference(a, {"per_clip": [], "silence": {"per_clip": []}}, "opening_r")
+        ablations_report.difference(a, {"per_clip": [], "silence": {"per_clip": []}}, "opening_r")
 
 
 def test_tables_set_mouth_against_box_and_one_stage_against_two():
@@ -221,7 +233,8 @@ def test_tables_set_mouth_against_box_and_one_stage_against_two():
         "one_stage": [judged("one_stage", "2.5/1.5", (0.5, 0.4))],
         "two_stages": [judged("two_stages", "2.5/1.5", (0.2, 0.2))],
     }
-    text = ablations.tables(found)
+    labels = {name: entry.label for name, entry in ablations.JUDGED.items()}
+    text = ablations_report.tables(found, labels)
     assert "| box | 5/2 |" in text.split("keyframes, box")[1] and "5/2" not in text.split("whole dubs")[0]
     assert "| mouth alone minus box, clip by clip | 1/1 | +0.150 ± 0.050 (2 higher, 0 lower) |" in text
     assert "| mouth alone minus box, clip by clip | 2.5/1.5 | -0.050 ± 0.050 (0 higher, 1 lower) |" in text
@@ -229,7 +242,7 @@ def test_tables_set_mouth_against_box_and_one_stage_against_two():
     assert "| clip by clip | 5/2 minus 1/1 | +0.100 ± 0.100 (1 higher, 0 lower) |" in text.split("keyframes, box")[1]
     assert "minus 2/2" not in text  # not judged
     del found["mouth"], found["one_stage"]
-    assert "alone" not in ablations.tables(found) and "stage" not in ablations.tables(found)
+    assert "alone" not in ablations_report.tables(found, labels) and "stage" not in ablations_report.tables(found, labels)
 
 
 def _begin(folder, overrides):
@@ -285,4 +298,4 @@ def test_clips_that_only_an_earlier_manifest_lists_are_named(world, tmp_path):
 @pytest.mark.filterwarnings("error")
 def test_curves_of_runs_too_short_for_a_row(tmp_path):
     (tmp_path / "box").mkdir()
-    assert ablations.draw_curves(tmp_path, ["box"]).stat().st_size > 5000
+    assert ablations_report.draw_curves(tmp_path, ["box"]).stat().st_size > 5000
