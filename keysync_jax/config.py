@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from keysync_jax.core.errors import KeySyncError
@@ -305,42 +306,56 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
-    """Build a config dataclass, refusing unknown keys and wrong types by name.
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Build a dataclass from JSON values, refusing unknown keys, missing ones and wrong types by name.
 
     Args:
-      cls: one of the dataclasses above.
+      cls: one of the dataclasses above, or another whose fields are numbers, texts, lists (as tuples), mappings, or dataclasses of these.
       values: field values; missing ones take the default.
       where: what to call the source in error messages (a file path).
 
     Raises:
-      KeySyncError: an unknown key or a value of the wrong type.
+      KeySyncError: an unknown key, a missing one without default, or a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
+    if unknown := sorted(set(values) - set(fields)):
         raise KeySyncError(f"{where}: unknown key {', '.join(unknown)} for {cls.__name__}; known: {', '.join(fields)}")
-    out = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise KeySyncError(f"{where}: {name} must be a mapping, not {value!r}")
-            out[name] = from_dict(hint, value, f"{where}: {name}")
-        elif typing.get_origin(hint) is tuple:
-            if not isinstance(value, (list, tuple)):
-                raise KeySyncError(f"{where}: {name} must be a list, not {value!r}")
-            kind = typing.get_args(hint)[0]
-            allowed = (int, float) if kind is float else kind
-            wrong = [v for v in value if not isinstance(v, allowed) or isinstance(v, bool)]
-            if wrong:
-                raise KeySyncError(f"{where}: {name} must hold {kind.__name__} values, not {wrong[0]!r}")
-            out[name] = tuple(kind(v) for v in value)
-        elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            out[name] = float(value)
-        elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-            out[name] = value
-        else:
-            raise KeySyncError(f"{where}: {name} must be {hint.__name__}, not {value!r}")
-    return cls(**out)
+    needed = {f.name for f in fields.values() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if missing := sorted(needed - set(values)):
+        raise KeySyncError(f"{where} lacks {', '.join(missing)}")
+    return cls(**{name: _typed(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """`value` as a field of that type has it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):  # X | None
+        return None if value is None else _typed(arguments[0], value, where)
+    if dataclasses.is_dataclass(hint) or hint is dict or origin is dict:
+        if not isinstance(value, dict):
+            raise KeySyncError(f"{where} must be a mapping, not {value!r}")
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            return from_dict(hint, value, where)
+        for name, item in value.items() if arguments else ():
+            _typed(arguments[1], item, f"{where}: {name}")
+        return value  # its numbers as they are: what is written again has the same bytes
+    if origin is tuple:
+        count = None if arguments[-1] is ... else len(arguments)
+        if not isinstance(value, (list, tuple)) or count not in (None, len(value)):
+            raise KeySyncError(f"{where} must be a list{'' if count is None else f' of {count}'}, not {value!r}")
+        kind = arguments[0]
+        if wrong := [v for v in value if not _is(kind, v)]:
+            raise KeySyncError(f"{where} must hold {kind.__name__} values, not {wrong[0]!r}")
+        return tuple(kind(v) for v in value)
+    if hint is Any:
+        return value
+    if not _is(hint, value):
+        raise KeySyncError(f"{where} must be {hint.__name__}, not {value!r}")
+    return float(value) if hint is float else value
+
+
+def _is(kind: type, value: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)

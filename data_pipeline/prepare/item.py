@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from keysync_jax.config import from_dict
 from keysync_jax.data_pipeline.dataset_layout import Group
 from keysync_jax.media import video
 
@@ -64,7 +65,7 @@ class Item:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Item:
-        return cls(**{**values, "box": tuple(values["box"]) if values["box"] else None})
+        return from_dict(cls, values, "item")
 
 
 def derived_seed(seed: int, *key: str) -> int:
@@ -115,7 +116,7 @@ class Candidate:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Candidate:
-        return cls(**{**values, "crop": tuple(values["crop"])})
+        return from_dict(cls, values, "candidate")
 
 
 class DropError(Exception):

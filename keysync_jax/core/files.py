@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from keysync_jax.core.errors import KeySyncError, UsageError
 
@@ -35,6 +36,33 @@ def sha256(path: str | os.PathLike, advance: Callable[[int], object] = lambda _:
             digest.update(block)
             advance(len(block))
     return digest.hexdigest()
+
+
+def read_object(path: str | os.PathLike, advice: str) -> dict[str, Any]:
+    """The object in one of our JSON files, on a disk or in an object store.
+
+    Args:
+      path: of the file, which must exist.
+      advice: what to do where it is damaged.
+
+    Raises:
+      KeySyncError: it cannot be read, is not valid JSON (NaN is no number there), or holds something else.
+    """
+    from etils import epath
+
+    try:
+        values = json.loads(epath.Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
+    except OSError as error:
+        raise KeySyncError(f"{path} cannot be read ({error}); {advice}") from None
+    except ValueError as error:
+        raise KeySyncError(f"{path} is not valid JSON: {error}; {advice}") from None
+    if not isinstance(values, dict):
+        raise KeySyncError(f"{path} must hold a JSON object; {advice}")
+    return values
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def local_folder(path: str | os.PathLike) -> Path:

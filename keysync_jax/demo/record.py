@@ -7,6 +7,7 @@ the worst recorded clip. What falls below it is broken, not unlucky.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 
 from keysync_jax.config import MaskConfig, from_dict
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.core.files import write_text
+from keysync_jax.core.files import read_object, write_text
 from keysync_jax.version import __version__
 
 FILE = "recorded.json"
@@ -28,7 +29,22 @@ _DEVIATIONS = 3.0
 _MARGIN = 0.02  # below the worst recorded clip: other processors round differently
 _CLOSED_MARGIN = 0.15  # a clip has some fifteen closed frames: rounding moves the share by a frame or two, .07 each
 _AGAIN = "record again with keysync demo --record N --model DIR"
-_NEEDED = {"clips", "frames", "size", "mean", "deviation", "floors", "weights"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recorded:
+    """What recorded.json holds."""
+
+    clips: int
+    frames: int
+    size: int
+    mean: dict[str, float | None]
+    deviation: dict[str, float | None]
+    floors: dict[str, float | None]
+    weights: dict[str, str]
+    worst: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    floor_is: str = ""
+    keysync_jax: str = ""
 
 
 def floor(key: str, values: Sequence[float]) -> float | None:
@@ -113,34 +129,22 @@ def read(model: Mapping[str, Any]) -> dict[str, Any] | None:
     path = Path(model["path"]) / FILE
     if not path.is_file():
         return None
+    values = read_object(path, _AGAIN)
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise KeySyncError(f"{path} is not valid JSON: {error}; {_AGAIN}") from None
-    missing = sorted(_NEEDED - set(recorded)) if isinstance(recorded, dict) else sorted(_NEEDED)
-    if missing:
-        raise KeySyncError(f"{path} lacks {', '.join(missing)}; {_AGAIN}")
-    for name in ("clips", "frames", "size"):
-        if type(recorded[name]) is not int:
-            raise KeySyncError(f"{path}: {name} is no whole number; {_AGAIN}")
+        recorded = from_dict(_Recorded, values, str(path))
+    except KeySyncError as error:
+        raise KeySyncError(f"{error}; {_AGAIN}") from None
     for name in ("mean", "deviation", "floors"):
-        values = recorded[name]
-        if not isinstance(values, dict) or set(values) != set(KEYS) or not all(v is None or _is_number(v) for v in values.values()):
+        if set(values[name]) != set(KEYS):
             raise KeySyncError(f"{path}: {name} must hold a number or null for each of {', '.join(KEYS)}; {_AGAIN}")
     # A record that holds a model against nothing would let anything pass.
-    if all(value is None for value in recorded["floors"].values()):
+    if all(value is None for value in recorded.floors.values()):
         raise KeySyncError(f"{path} holds no floor; {_AGAIN}")
-    if not isinstance(recorded["weights"], dict):
-        raise KeySyncError(f"{path}: weights must name the SHA-256 of each part; {_AGAIN}")
     own = hashes(model)["weights"]
-    for part in sorted(own.keys() | recorded["weights"].keys()):
-        if own.get(part) != recorded["weights"].get(part):
+    for part in sorted(own.keys() | recorded.weights.keys()):
+        if own.get(part) != recorded.weights.get(part):
             raise KeySyncError(f"{path} was recorded for other weights of {part}; {_AGAIN}")
-    return recorded
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return values
 
 
 def hashes(model: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -6,7 +6,6 @@ import ast
 import contextlib
 import importlib.resources
 import importlib.util
-import json
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.core.files import read_object
+from keysync_jax.training.config import with_defaults
 
 _CONFIGS = "keysync_jax.configs"
 # Names under which recipes written for version 0.1.0 import: the shipped recipes, and our errors.
@@ -120,14 +121,7 @@ def _known_by_former_names() -> dict[str, ModuleType]:
 
 
 def _from_json(path: Path) -> ConfigDict:
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise KeySyncError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise KeySyncError(f"{path} holds no recipe: it must be a JSON object")
-    from keysync_jax.training.config import with_defaults
-
+    values = read_object(path, "name a recipe, or the config.json of a run")
     return ConfigDict(with_defaults(values))  # keys that an older version did not write can be set too
 
 

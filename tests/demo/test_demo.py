@@ -196,15 +196,15 @@ def test_damaged_record_is_named(tmp_path):
     assert demo_record.read(described) == good
     for text, message in (
         ("{", "is not valid JSON"),
-        ("[1]", "lacks clips, deviation"),
+        ("[1]", "must hold a JSON object"),
         ('{"clips": 3}', "lacks deviation, floors"),
-        (json.dumps(good | {"frames": "150"}), "frames is no whole number"),
-        (json.dumps(good | {"mean": 3}), "mean must hold a number or null for each of opening_r"),
+        (json.dumps(good | {"frames": "150"}), "frames must be int, not '150'"),
+        (json.dumps(good | {"mean": 3}), "mean must be a mapping, not 3"),
         (json.dumps(good | {"floors": {}}), "floors must hold a number"),  # would let anything pass
-        (json.dumps(good | {"floors": figures | {"lag": "1"}}), "floors must hold a number"),
-        (json.dumps(good | {"floors": figures | {"lag": math.nan}}), "floors must hold a number"),
+        (json.dumps(good | {"floors": figures | {"lag": "1"}}), "floors: lag must be float, not '1'"),
+        (json.dumps(good | {"floors": figures | {"lag": math.nan}}), "is not valid JSON: NaN is no number"),
         (json.dumps(good | {"floors": dict.fromkeys(figures)}), "holds no floor"),
-        (json.dumps(good | {"weights": ["vae"]}), "weights must name"),
+        (json.dumps(good | {"weights": ["vae"]}), "weights must be a mapping, not \\['vae'\\]"),
         (json.dumps(good | {"weights": {}}), "other weights of vae"),
         (json.dumps(good | {"weights": {"vae": "12", "keyframe": "34"}}), "other weights of keyframe"),
     ):

@@ -31,7 +31,7 @@ from etils import epath
 
 from keysync_jax.core.differences import some
 from keysync_jax.core.errors import KeySyncError, first_line
-from keysync_jax.core.files import replacing
+from keysync_jax.core.files import read_object, replacing
 from keysync_jax.core.trees import require_alike
 from keysync_jax.training.config import CheckpointConfig
 from keysync_jax.training.state import TrainState, Tree
@@ -406,12 +406,10 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         raise KeySyncError(f"{workdir} is not a training run: it has no {CONFIG}")
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise KeySyncError(f"{path} cannot be read ({error}); restore it from a copy, or give the recipe anew") from None
-    if not isinstance(values, dict) or not values:
-        raise KeySyncError(f"{path} holds no recipe; restore it from a copy, or give the recipe anew")
+    advice = "restore it from a copy, or give the recipe anew"
+    values = read_object(path, advice)
+    if not values:
+        raise KeySyncError(f"{path} holds no recipe; {advice}")
     return values
 
 
