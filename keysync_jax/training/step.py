@@ -12,7 +12,7 @@ import optax
 from keysync_jax.training.config import OptimizerConfig
 from keysync_jax.training.objective import Batch, Objective
 from keysync_jax.training.optimizer import learning_rate, update_ema
-from keysync_jax.training.state import TrainState
+from keysync_jax.training.state import TrainState, Tree
 
 Metrics = dict[str, jax.Array]
 
@@ -40,35 +40,33 @@ def make_train_step(
     """
     rate = learning_rate(config)
 
-    def gradients(state: TrainState, batch: Batch, drawn: Batch) -> tuple[Any, Metrics]:
-        def loss(params: Any, batch: Batch, drawn: Batch) -> tuple[jax.Array, Metrics]:
-            value, parts = objective.loss(params, state.frozen, batch, drawn)
-            return value, parts | {"loss": value}
+    # Of the trained leaves; the frozen ones and what was drawn are given.
+    gradient = jax.value_and_grad(objective.loss, has_aux=True)
 
-        grad = jax.grad(loss, has_aux=True)
+    def gradients(state: TrainState, batch: Batch, drawn: Batch) -> tuple[tuple[jax.Array, Metrics], Tree]:
         if config.accumulate == 1:
-            return grad(state.params, batch, drawn)
+            return gradient(state.params, state.frozen, batch, drawn)
 
         def split(x: jax.Array) -> jax.Array:
             # Every device keeps its own rows: microbatch i takes row i of each group of `accumulate` neighbours.
             return x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1)
 
         def add(total: Any, micro: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, grad(state.params, *micro)), None
+            return jax.tree.map(jnp.add, total, gradient(state.params, state.frozen, *micro)), None
 
         micros = jax.tree.map(split, (batch, drawn))
-        shapes = jax.eval_shape(grad, state.params, *jax.tree.map(lambda x: x[0], micros))
+        shapes = jax.eval_shape(gradient, state.params, state.frozen, *jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(add, zeros, micros)
         return jax.tree.map(lambda x: x / config.accumulate, total)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         drawn = objective.draw(step_key(seed, state.step), batch)
-        grads, metrics = gradients(state, batch, drawn)
+        (loss, metrics), grads = gradients(state, batch, drawn)
         norm = optax.global_norm(grads)
         count = optax.tree_utils.tree_get(state.opt_state, "count", filtering=_is_adam)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
         params = optax.apply_updates(state.params, updates)
         ema = state.ema if state.ema is None else update_ema(state.ema, params, state.step, config.ema_decay)
 
@@ -83,7 +81,7 @@ def make_train_step(
             opt_state=applied(opt_state, state.opt_state),
             skipped=skipped,
         )
-        extra = {"grad_norm": norm, "learning_rate": rate(count), "finite": finite, "skipped": skipped}
+        extra = {"loss": loss, "grad_norm": norm, "learning_rate": rate(count), "finite": finite, "skipped": skipped}
         return state, {name: jnp.asarray(value, jnp.float32) for name, value in (metrics | extra).items()}
 
     return step
