@@ -55,7 +55,7 @@ def read_object(path: str | os.PathLike, advice: str) -> dict[str, Any]:
     except OSError as error:
         raise KeySyncError(f"{path} cannot be read ({error}); {advice}") from None
     except ValueError as error:
-        raise KeySyncError(f"{path} is not valid JSON: {error}; {advice}") from None
+        raise KeySyncError(f"{path} cannot be read: it is not valid JSON ({error}); {advice}") from None
     if not isinstance(values, dict):
         raise KeySyncError(f"{path} must hold a JSON object; {advice}")
     return values

@@ -7,7 +7,8 @@ The parameter tree mirrors the reference's checkpoint: `model/diffusion_model/..
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -96,6 +97,10 @@ class StageModel(nn.Module):
     attention: str = "auto"
     latent_shape: tuple[int, int] | None = None
     remat: str = "none"
+
+    if TYPE_CHECKING:  # it has no mutable collections: what a method returns is all that comes back
+
+        def apply(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> Any: ...
 
     def setup(self):
         shape = self.latent_shape or (self.config.latent_size,) * 2

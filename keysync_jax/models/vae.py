@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -221,6 +222,10 @@ class VAE(nn.Module):
     dtype: Any = jnp.float32
     attention: str = "auto"
     remat: str = "none"
+
+    if TYPE_CHECKING:  # it has no mutable collections: what a method returns is all that comes back
+
+        def apply(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> Any: ...
 
     def setup(self):
         self.first_stage_model = FirstStage(self.config, self.dtype, self.attention, self.remat)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.core.trees import leaf_name
@@ -40,7 +40,7 @@ class Placement(NamedTuple):
     reason: str
 
 
-def placement(name: str, shape: tuple[int, ...], itemsize: int, mesh: Mesh) -> Placement:
+def placement(name: str, shape: tuple[int, ...], itemsize: int, mesh: Mesh | AbstractMesh) -> Placement:
     """The rule: where the leaf of this name (joined by "/") and shape lies on the mesh."""
     axes: list[str | None] = [None] * len(shape)
     reasons = []
@@ -71,7 +71,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Samples over `data` and `fsdp` together."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
@@ -112,7 +112,7 @@ class Row(NamedTuple):
     example: str
 
 
-def sharding_rows(mesh: Mesh, state: Any) -> list[Row]:
+def sharding_rows(mesh: Mesh | AbstractMesh, state: Any) -> list[Row]:
     """What lies where, largest first within each part (`params`, `frozen`, `ema`, `opt_state`, ...)."""
     rows: dict[tuple[str, str], Row] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):

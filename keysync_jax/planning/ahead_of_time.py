@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 
@@ -96,11 +96,19 @@ def compile_step(config: TrainConfig, topology: Topology, *, whole: bool = False
             ended = f"the compiler ended with status {child.returncode}" + (f": {lines[-1][:300]}" if lines else "")
             reason = said[-1] if said else ended
             raise KeySyncError(reason)
-        sizes = json.loads(output.read_text().splitlines()[-1]) if whole else read_assignment(dump)
+        sizes: Sizes = json.loads(output.read_text().splitlines()[-1]) if whole else read_assignment(dump)
     return Compiled(**sizes, seconds=time.perf_counter() - begin)
 
 
-def read_assignment(dump: Path) -> dict[str, int | None]:
+class Sizes(TypedDict):
+    """The sizes of `Compiled`."""
+
+    arguments: int
+    temporaries: int
+    code: int | None
+
+
+def read_assignment(dump: Path) -> Sizes:
     """The sizes of `Compiled` from XLA's dumped buffer assignment.
 
     Raises:
@@ -164,7 +172,7 @@ def end_with(parent: int, folder: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _compile(recipe: str, name: str) -> dict[str, int | None]:
+def _compile(recipe: str, name: str) -> Sizes:
     """In the child: the sizes of `Compiled` from the whole program."""
     topology = parse_topology(name)
     config = train_config(json.loads(Path(recipe).read_text()), recipe)
@@ -178,6 +186,8 @@ def _compile(recipe: str, name: str) -> dict[str, int | None]:
             raise
         reason = first_line(error, 300)
         raise KeySyncError(f"the step does not fit {name}: {reason}; take a stronger config.remat or a wider mesh") from error
+    if found is None:
+        raise KeySyncError(f"the compiler for {name} does not say what memory a program takes")
     new = found.output_size_in_bytes - found.alias_size_in_bytes  # results that take no argument's place
     return {
         "arguments": found.argument_size_in_bytes,

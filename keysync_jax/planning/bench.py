@@ -299,7 +299,7 @@ def _primitives(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[str]:
 @contextlib.contextmanager
 def _cold() -> Iterator[None]:
     """Compiles are not taken from the cache on disk."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
@@ -323,7 +323,7 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 def environment() -> dict[str, Any]:
     """Where and when: device, date, versions, and how busy the host was."""
     import flax
-    import jaxlib
+    import jaxlib.version
     import optax
 
     device = jax.devices()[0]
@@ -337,7 +337,7 @@ def environment() -> dict[str, Any]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {
-            "keysync_jax": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": flax.__version__,
+            "keysync_jax": __version__, "jax": jax.__version__, "jaxlib": jaxlib.version.__version__, "flax": flax.__version__,
             "optax": optax.__version__, "numpy": np.__version__, "python": platform.python_version(),
         },
     }  # fmt: skip
@@ -348,17 +348,17 @@ def environment() -> dict[str, Any]:
 
 def gpu_set() -> list[Case]:
     """What matters on one GPU, most important first: forward, training step, with the pixel loss, then kernels and policies."""
-    full = {"size": "full", "dtype": "bfloat16"}
+    full = functools.partial(Case, size="full", dtype="bfloat16")
     return [
-        Case("unet", **full),
-        Case("train", **full, batch=4),
-        Case("attention", **full, attention="auto"),
-        Case("attention", **full, attention="xla"),
-        Case("train", **full, batch=4, pixels=True),
-        Case("unet", **full, attention="xla"),
-        Case("train", **full, batch=4, remat="dots"),
-        Case("train", **full, batch=4, freeze="none"),
-        Case("train", **full, batch=4, remat="full"),
+        full("unet"),
+        full("train", batch=4),
+        full("attention", attention="auto"),
+        full("attention", attention="xla"),
+        full("train", batch=4, pixels=True),
+        full("unet", attention="xla"),
+        full("train", batch=4, remat="dots"),
+        full("train", batch=4, freeze="none"),
+        full("train", batch=4, remat="full"),
     ]
 
 

@@ -113,7 +113,9 @@ def mesh(config: TrainConfig, topology: Topology) -> Mesh:
 def gpu_target(topology: Topology) -> str:
     """A GPU as XLA's `GpuTargetConfig`, a text-format protocol buffer."""
     gpu, device = _GPUS[topology.kind], topology.device
-    major, minor = _PLUGINS[_plugin()]
+    plugin = _plugin()
+    assert plugin is not None  # `check` said so
+    major, minor = _PLUGINS[plugin]
     return f"""
         gpu_device_info {{
           threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: {gpu.threads}

@@ -239,7 +239,9 @@ def _gradient(objective: Objective) -> Any:
     return gradient
 
 
-def _memory(config: TrainConfig, mesh: Any, state: states.TrainState, rows: list[sharding.Row], work: activations.Activations) -> Memory:
+def _memory(
+    config: TrainConfig, mesh: AbstractMesh, state: states.TrainState, rows: list[sharding.Row], work: activations.Activations
+) -> Memory:
     batch = trainable_of(config).batch_shapes(config.data.batch_size)
     over = sharding.batch_sharding(mesh)
     blocks: dict[str, int] = {}

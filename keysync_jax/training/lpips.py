@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class Lpips:
             if i:
                 h = jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
             for kernel, bias in group:
-                h = jax.lax.conv_general_dilated(h, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+                h = jax.lax.conv_general_dilated(h, cast(jax.Array, kernel), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
                 h = jax.nn.relu(h + bias)
             out.append(h)
         return out

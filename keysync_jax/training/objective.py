@@ -79,9 +79,7 @@ class DiffusionObjective:
         sigma = sigmas_from_normals(drawn["normals"], config.noise.p_mean, config.noise.p_std)
         denoised = denoise(network, noised(latents, drawn["noise"], sigma), sigma, conditions)
 
-        def decode(z: jax.Array) -> jax.Array:
-            return self._vae.apply({"params": decoder}, z, method="decode")
-
+        decode = None if self._vae is None else functools.partial(self._vae.apply, {"params": decoder}, method="decode")
         pixels = PixelTargets(batch["original_indices"][0], batch["original_frames"]) if config.uses_pixels else None
         losses = prediction_loss(denoised, latents, sigma, conditions.masks, config.loss, decode=decode, pixels=pixels, lpips=self._lpips)
         parts = {"latent": jnp.mean(losses.latent)} | {f"pixel_{name}": value for name, value in losses.pixels.items()}
@@ -121,6 +119,7 @@ class VaeObjective:
         parts["l1_mouth"] = jnp.sum(error * batch["mouth"]) / (3 * jnp.sum(batch["mouth"]) + 1e-6)
         total = weights.l1_weight * jnp.mean(error * emphasis) + weights.kl_weight * kl
         if weights.lpips_weight:
+            assert self._lpips is not None
             parts["lpips"] = jnp.mean(self._lpips(decoded, images))
             total = total + weights.lpips_weight * parts["lpips"]
         return total, parts

@@ -87,7 +87,7 @@ def _failed(path: Any, error: Exception) -> KeySyncError:
 
 def _module(path: Any) -> Any:
     spec = importlib.util.spec_from_file_location(f"keysync_recipe_{Path(str(path)).stem}", str(path))
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise UsageError(f"{path} is no recipe; give a .py or config.json file")
     module = importlib.util.module_from_spec(spec)
     try:
@@ -130,7 +130,7 @@ def _apply(config: ConfigDict, override: str) -> None:
     if not separator:
         raise UsageError(f"override {override!r} has no value; write --config.{key}=VALUE")
     *parents, leaf = key.split(".")
-    parent = config
+    parent: Any = config
     for name in (*parents, leaf):
         if not isinstance(parent, ConfigDict) or name not in parent:
             known = f"; there are {', '.join(parent)}" if isinstance(parent, ConfigDict) else ""

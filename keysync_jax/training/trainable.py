@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import jax
 from jax.sharding import Mesh
@@ -25,7 +25,7 @@ Shapes = dict[str, jax.ShapeDtypeStruct]  # of a batch: arrays by name, the batc
 Say = Callable[[str], None]  # takes a line for the person who watches
 
 
-class SampleMaker(Protocol):
+class SampleMaker(abc.ABC):
     """Makes sample pictures of a run, for `watch.samples`.
 
     Attributes:
@@ -43,9 +43,9 @@ class SampleMaker(Protocol):
     rate: Fraction
     moving_rows: tuple[int, ...]
 
+    @abc.abstractmethod
     def __call__(self, params: Tree, frozen: Tree) -> tuple[list[Item], float]:
         """The items, none if what was made is not finite, and the figure."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Trainable(abc.ABC):
     defining: ClassVar[tuple[str, ...]] = ("model",)
     switches: ClassVar[tuple[str, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self):
+        """Raises a KeySyncError where the recipe does not fit the kind of model."""
+        return None
 
     # -- the model --------------------------------------------------------------------------------------------------------------------
 

@@ -202,7 +202,7 @@ def test_damaged_record_is_named(tmp_path):
         (json.dumps(good | {"mean": 3}), "mean must be a mapping, not 3"),
         (json.dumps(good | {"floors": {}}), "floors must hold a number"),  # would let anything pass
         (json.dumps(good | {"floors": figures | {"lag": "1"}}), "floors: lag must be float, not '1'"),
-        (json.dumps(good | {"floors": figures | {"lag": math.nan}}), "is not valid JSON: NaN is no number"),
+        (json.dumps(good | {"floors": figures | {"lag": math.nan}}), "is not valid JSON .NaN is no number"),
         (json.dumps(good | {"floors": dict.fromkeys(figures)}), "holds no floor"),
         (json.dumps(good | {"weights": ["vae"]}), "weights must be a mapping, not \\['vae'\\]"),
         (json.dumps(good | {"weights": {}}), "other weights of vae"),

@@ -120,7 +120,7 @@ def export(
         return os.fspath(output)
     collected = _collect(sources, options, console)
     parts = [collected.parts[name] for name in sorted(collected.parts, key=_rank)]
-    model_directory.check(" + ".join(map(os.fspath, sources)), {part.name: part.config for part in parts}, complete=False)
+    model_directory.check(" + ".join(os.fspath(source) for source in sources), {part.name: part.config for part in parts}, complete=False)
     if options.dtype:
         parts = [dataclasses.replace(part, tensors=part.tensors.astype(FLOAT_TYPES[options.dtype])) for part in parts]
     for note in collected.notes:
@@ -143,12 +143,14 @@ def export(
 
 def _check_sources(sources: Sequence[str | os.PathLike], options: ExportOptions) -> None:
     """Refuses sources that do not exist (one on a hub is looked for when it is read), and options that no source heeds."""
-    for source in map(os.fspath, sources):
+    for source in (os.fspath(each) for each in sources):
         if not source.startswith("hub:") and not epath.Path(source).exists():
             raise KeySyncError(f"{source} does not exist; name the workdir of a run or a model directory")
     trained = [of_run(source).part for source in sources if runs.is_run(source)]
     if not trained and (options.steps or options.ema):
-        raise UsageError(f"--step and --ema choose among the checkpoints of a run, and {' and '.join(map(os.fspath, sources))} is none")
+        raise UsageError(
+            f"--step and --ema choose among the checkpoints of a run, and {' and '.join(os.fspath(source) for source in sources)} is none"
+        )
     for name in options.steps:
         if name and name not in trained:
             raise UsageError(f"--step {name}=…: no source is a run of that part, but of {', '.join(trained)}")
@@ -188,7 +190,7 @@ def _scratch(output: str | os.PathLike, sources: Sequence[str | os.PathLike]) ->
         try:
             yield path
         except KeySyncError as error:
-            raise type(error)(str(error).replace(path, " + ".join(map(os.fspath, sources)))) from error
+            raise type(error)(str(error).replace(path, " + ".join(os.fspath(source) for source in sources))) from error
 
 
 # -- which parts --------------------------------------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def _collect(sources: Sequence[str | os.PathLike], options: ExportOptions, conso
             raise UsageError(f"{origins[part.name]} and {origin} both hold {part.name}; give one of them")
         parts[part.name], origins[part.name] = part, origin
 
-    for source in map(os.fspath, sources):
+    for source in (os.fspath(each) for each in sources):
         if not runs.is_run(source):
             for part in parts_of(_open_directory(source)):
                 add(part, source)
@@ -293,7 +295,8 @@ def _scale(parts: dict[str, Part], found: Sequence[RunWeights], options: ExportO
         if options.latent_scale is not None:
             raise UsageError("--latent-scale is for a VAE run; a model directory has its own, and stages were trained with it")
         return
-    scales = {name: parts[name].config.latent_scale for name in STAGES if name in parts}
+    stages = [part for name in STAGES if (part := parts.get(name))]
+    scales = {part.name: part.config.latent_scale for part in stages if isinstance(part.config, StageConfig)}
     if options.latent_scale is not None:
         scale, how = options.latent_scale, "as given"
         if not 0 < scale < math.inf:

@@ -53,7 +53,8 @@ def measure(config: VAEConfig, params: Mapping, images: Iterable[np.ndarray], se
 
     @jax.jit
     def encode(params: Mapping, images: jax.Array, noise: jax.Array) -> jax.Array:
-        return sample_posterior(*model.apply({"params": params}, images, method="encode_moments"), noise)
+        mean, logvar = model.apply({"params": params}, images, method="encode_moments")
+        return sample_posterior(mean, logvar, noise)
 
     frames = count = 0
     total = squares = 0.0

@@ -145,7 +145,7 @@ class _Events:
     def __init__(self, folder: str):
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # protobuf makes it
         from tensorboardX.record_writer import directory_check
 
         directory_check(folder)

@@ -39,7 +39,7 @@ from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.start.stage_vae import located
 from keysync_jax.training.state import TrainState, Tree, merge
 from keysync_jax.training.store.workdir import beside_training
-from keysync_jax.training.trainable import Say, Trainable
+from keysync_jax.training.trainable import SampleMaker, Say, Trainable
 from keysync_jax.training.watch import pictures
 from keysync_jax.training.watch.metrics import MetricLog
 from keysync_jax.training.watch.pictures import Item
@@ -82,13 +82,14 @@ class Samples:
         Returns:
           `samples/l1_mask` (autoencoder: `samples/l1`), mean absolute error against the source in [0, 1]; {} if nothing was made.
         """
-        if self._make is None:
+        make = self._make
+        if make is None:
             return {}
         begin = time.perf_counter()
-        self._log.say(f"{step:>7}  {self._make.what}{'' if self._compiled else ', compiling first'} …")
+        self._log.say(f"{step:>7}  {make.what}{'' if self._compiled else ', compiling first'} …")
         weights = state.params if state.ema is None else state.ema
         try:
-            items, error = self._make(weights, state.frozen)
+            items, error = make(weights, state.frozen)
         except jax.errors.JaxRuntimeError as problem:
             if "RESOURCE_EXHAUSTED" not in str(problem):
                 raise
@@ -100,20 +101,20 @@ class Samples:
             self._log.say(f"[red]{step:>7}  what was generated is not finite; no sample pictures[/red]")
             return {}
         name = "averaged weights" if state.ema is not None else "weights"
-        values = {f"samples/{self._make.error}": error}
-        title = f"step {step}, {name}, {self._make.caption}; {self._make.error} {error:.4f}"
+        values = {f"samples/{make.error}": error}
+        title = f"step {step}, {name}, {make.caption}; {make.error} {error:.4f}"
         if jax.process_index() == 0:
-            self._write(step, title, items)
+            self._write(step, title, items, make)
         path, seconds = self._folder / _file(step, "png"), time.perf_counter() - begin
-        self._log.say(f"{step:>7}  samples: {self._make.error} {error:.4f}, {path}  ({seconds:.0f} s)")
+        self._log.say(f"{step:>7}  samples: {make.error} {error:.4f}, {path}  ({seconds:.0f} s)")
         return values
 
-    def _write(self, step: int, title: str, items: Sequence[Item]) -> None:
-        picture = pictures.grid(title, items, self._make.times)
+    def _write(self, step: int, title: str, items: Sequence[Item], make: SampleMaker) -> None:
+        picture = pictures.grid(title, items, make.times)
         with beside_training(self._folder, self._log.say):
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / _file(step, "png")).write_bytes(pictures.png(picture))
-            (self._folder / _file(step, "mp4")).write_bytes(pictures.clip(items, self._make.rate, self._make.moving_rows))
+            (self._folder / _file(step, "mp4")).write_bytes(pictures.clip(items, make.rate, make.moving_rows))
         self._log.picture(step, "samples", picture)
 
 
@@ -143,7 +144,7 @@ def _decode_frames(model: VAE, params: Tree, latents: jax.Array) -> jax.Array:
     return jnp.moveaxis(jax.lax.map(decode, jnp.moveaxis(latents, 1, 0)), 0, 1)
 
 
-class StageSamples:
+class StageSamples(SampleMaker):
     """Windows of a diffusion stage."""
 
     error = "l1_mask"
@@ -253,7 +254,7 @@ def _decoder_of(config: TrainConfig) -> tuple[VAEConfig | None, Tree | None]:
     return vae, {"first_stage_model": {name: tree[name] for name in ("decoder", "post_quant_conv") if name in tree}}
 
 
-class AutoencoderSamples:
+class AutoencoderSamples(SampleMaker):
     """The beginnings of a few videos, encoded (to the mode) and decoded."""
 
     error = "l1"
@@ -270,10 +271,10 @@ class AutoencoderSamples:
         self.what = f"decoding {count} videos of {_VIDEO_FRAMES} frames"
         model = VAE(config.vae, dtype=jnp.dtype(config.dtype), attention=config.attention)
 
-        def reconstruct(params: Tree, frozen: Tree, batch: dict[str, jax.Array]) -> jax.Array:
+        def reconstruct(params: Tree, frozen: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             variables = merge(params, frozen)
 
-            def one(images: jax.Array) -> jax.Array:
+            def one(images: jax.Array) -> tuple[jax.Array, jax.Array]:
                 mean, _ = model.apply({"params": variables}, images.astype(jnp.float32) / 127.5 - 1, method="encode_moments")
                 return _decode_frames(model, variables, mean[:, None])[:, 0], jnp.isfinite(mean).all()
 
