@@ -35,7 +35,7 @@ from keysync_jax.speech.speech_encoder import Geometry, Published, SpeechEncoder
 from keysync_jax.training.config import DataConfig
 from keysync_jax.training.export.export_run import export, parts_of
 from keysync_jax.training.loop import train
-from keysync_jax.training.start import initial
+from keysync_jax.training.start import check
 from keysync_jax.weights.table import conv
 
 BANDS, WIDTH, FRAMES = tiny_talker_model.BANDS, 8, 30
@@ -112,7 +112,7 @@ def trained(model, dataset, tmp_path_factory):
     stage = model_directory.load(model).stage("keyframe")
     data = DataConfig(datasets=(str(dataset),), batch_size=1, validation_split="", threads=1, prefetch=1, min_spacing=2)
     config = dataclasses.replace(tiny_starts.recipe(data=data, init=tiny_starts.start_from("model", model)), stage=stage)
-    config, _ = initial.resolve(config)
+    config = check.resolve(config)[0].config
     assert train(config, str(folder / "run")) == 2
     rest = [part for part in parts_of(model_directory.load(model)) if part.name == "interpolation"]
     model_directory.save(folder / "rest", rest)

@@ -13,7 +13,7 @@ from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.models.stage import abstract_params, init_params
 from keysync_jax.training.config import DropoutConfig, TrainConfig
 from keysync_jax.training.objective import DiffusionObjective
-from keysync_jax.training.start.initial import split
+from keysync_jax.training.trainables import trainable_of
 from keysync_jax.verify import harness as parity
 from keysync_jax.verify.case_tools import to_images
 from keysync_jax.verify.stage_cases import Engine, build_engine
@@ -103,7 +103,7 @@ def test_loss_and_all_gradients_equal_the_reference(reference):
 
 def test_what_is_trained_is_what_the_reference_trains(reference):
     engine = reference.engine
-    trained, frozen = split(TrainConfig(stage=engine.model.config), engine.params)
+    trained, frozen = trainable_of(TrainConfig(stage=engine.model.config)).split(engine.params)
     held = {entry.torch_key for entry in engine.entries if sgm.is_frozen(entry.torch_key)}
     wanted = set(reference.case.json("trainable_after_to_freeze.json"))
     for tree, keys in ((trained, wanted), (frozen, held)):
@@ -114,7 +114,7 @@ def test_what_is_trained_is_what_the_reference_trains(reference):
 
 def test_the_full_size_recipe_freezes_the_temporal_layers():
     """690 + 2 tensors are trained and 738 frozen in the keyframe stage; the numbers are those of the reference's rules on SVD's network."""
-    trained, frozen = split(TrainConfig(), abstract_params(StageConfig()))
+    trained, frozen = trainable_of(TrainConfig()).split(abstract_params(StageConfig()))
     size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
     assert (len(jax.tree.leaves(trained)), size(trained)) == (690 + 2, 868_873_924 + 787_456)
     assert (len(jax.tree.leaves(frozen)), size(frozen)) == (738, 656_076_838)

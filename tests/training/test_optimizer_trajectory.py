@@ -12,8 +12,8 @@ from keysync_jax.models.stage import init_params
 from keysync_jax.training import state as states
 from keysync_jax.training.objective import DiffusionObjective
 from keysync_jax.training.optimizer import make_optimizer
-from keysync_jax.training.start.initial import split
 from keysync_jax.training.step import make_train_step
+from keysync_jax.training.trainables import trainable_of
 from keysync_jax.weights import table
 
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -35,7 +35,7 @@ class Given(DiffusionObjective):
 def test_the_network_takes_the_same_twenty_steps(stored):
     config = setup.CONFIG
     initial = init_params(config.stage, setup.SEED, zero_init=False, gain=3**0.5)
-    params, frozen = split(config, initial)
+    params, frozen = trainable_of(config).split(initial)
     tx = make_optimizer(config.optimizer)
     state = states.create(params, frozen, tx, ema=False)
     step = jax.jit(make_train_step(Given(config), tx, config.optimizer, seed=0), compiler_options=QUICK_COMPILE)

@@ -19,8 +19,8 @@ from keysync_jax.training import state as states
 from keysync_jax.training.config import OptimizerConfig, TrainConfig
 from keysync_jax.training.objective import DiffusionObjective
 from keysync_jax.training.optimizer import learning_rate, make_optimizer
-from keysync_jax.training.start.initial import split
 from keysync_jax.training.step import make_train_step, step_key
+from keysync_jax.training.trainables import trainable_of
 
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 STAGE = StageConfig(
@@ -78,7 +78,7 @@ def test_accumulation_is_exact_for_the_network():
     for accumulate in (1, 2):
         optimizer = OptimizerConfig(warmup_steps=0, accumulate=accumulate)
         config = TrainConfig(stage=STAGE, dtype="float32", remat="none", optimizer=optimizer)
-        params, frozen = split(config, init_params(STAGE, 0, zero_init=False))
+        params, frozen = trainable_of(config).split(init_params(STAGE, 0, zero_init=False))
         tx = make_optimizer(optimizer)
         state = states.create(params, frozen, tx, ema=False)
         update = jax.jit(make_train_step(DiffusionObjective(config), tx, optimizer, seed=7), compiler_options=QUICK_COMPILE)
