@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keysync_jax import config as configs
-from keysync_jax.config import AUDIO_ENCODERS, GuidanceConfig, SpeechEncoderConfig, StageConfig, VAEConfig
+from keysync_jax.config import AUDIO_ENCODERS, STAGES, GuidanceConfig, SpeechEncoderConfig, StageConfig, VAEConfig
 from keysync_jax.converters import sgm
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.speech import registry
 from keysync_jax.weights.table import Table
 
-STAGES = ("keyframe", "interpolation")
 DECODER = "first_stage_model.decoder."
 ENCODER = "first_stage_model.encoder."
 # The whole KL autoencoder that interpolation's conditioner may carry and never uses.

@@ -32,6 +32,9 @@ GUIDANCES = {
     "none": (),
 }
 
+# The two diffusion stages, in the order in which they run.
+STAGES = ("keyframe", "interpolation")
+
 # Scale between raw VAE latents and the latents the diffusion works on (Stable Video Diffusion).
 SVD_LATENT_SCALE = 0.18215
 
@@ -255,7 +258,7 @@ class GuidanceConfig:
 class StageConfig:
     """One of the two diffusion stages together with everything it was trained for."""
 
-    stage: str = "keyframe"  # "keyframe" | "interpolation"
+    stage: str = "keyframe"  # one of `STAGES`
     unet: UNetConfig = UNetConfig()
     resolution: int = 512  # side of the face crop in pixels
     latent_size: int = 64  # side of the latent
@@ -274,7 +277,7 @@ class StageConfig:
     guidance: GuidanceConfig = GuidanceConfig()
 
     def __post_init__(self):
-        _choice(self, "stage", ("keyframe", "interpolation"))
+        _choice(self, "stage", STAGES)
         _choice(self, "audio_merge", ("mean", "concat", "add"))
         _choice(self, "filler", ("zeros", "ones", "random", "fixed_zeros", "fixed_ones", "none"))
         names, known = self.audio_encoders, (*AUDIO_ENCODERS, *COLUMN_ENCODERS)

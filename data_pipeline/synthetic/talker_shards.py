@@ -9,16 +9,13 @@ voice are exact; the shards have the same format and are read alike.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from keysync_jax import assets
-from keysync_jax.core import cpu
+from keysync_jax.converters import model_directory
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import is_local
 from keysync_jax.core.progress import Bars
@@ -32,10 +29,9 @@ from keysync_jax.data_pipeline.shard_plan import Piece
 from keysync_jax.data_pipeline.shards import prepare_group, write_group
 from keysync_jax.data_pipeline.synthetic.dataset import MANIFEST_FIELDS, SPLITS
 from keysync_jax.data_pipeline.synthetic.write import ARRAYS, LANDMARK_FILE, VOICE_FILE, check_clip, sidecar
-
-_EXAMPLE = """\
-  keysync data synth -n 1000 --arrays -o talkers
-  keysync data shards talkers/manifest.csv -o data --model vae_model"""
+from keysync_jax.encoders.audio_features import AudioFeatures
+from keysync_jax.encoders.latents import LatentCoder
+from keysync_jax.parallel.mesh import data_mesh
 
 
 def write_shards(manifest: str | Path, output: str, model: str, *, microbatch: int = 64, seed: int = 0, progress: bool = True) -> int:
@@ -56,11 +52,6 @@ def write_shards(manifest: str | Path, output: str, model: str, *, microbatch: i
       KeySyncError: no clip, clips that are damaged or not square arrays of one size, a model without VAE or speech encoder, or an output
         that holds other shards or cannot be written to. All of it is found before anything is encoded.
     """
-    from keysync_jax.converters import model_directory
-    from keysync_jax.encoders.audio_features import AudioFeatures
-    from keysync_jax.encoders.latents import LatentCoder
-    from keysync_jax.parallel.mesh import data_mesh
-
     rows = _rows(Path(manifest))
     names = [Path(row["path"]).stem for row in rows]
     paths = {name: Path(manifest).parent / row["path"] for name, row in zip(names, rows, strict=True)}
@@ -158,34 +149,3 @@ def _check_output(output: str, base: Group, clips: Sequence[Clip]) -> None:
         make_folder(output)
     except ImportError as error:  # the package that speaks gs:// is not installed
         raise KeySyncError(f"cannot write {output}: {error}") from None
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="keysync data shards", description=__doc__.splitlines()[0], epilog=f"example:\n{_EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("manifest", metavar="MANIFEST", help="manifest.csv of keysync data synth --arrays")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="dataset directory")
-    parser.add_argument("--model", required=True, metavar="DIR", help="model directory with a VAE and speech encoders, or demo")
-    parser.add_argument("--microbatch", type=int, default=64, metavar="N", help="frames encoded at once (default 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the posterior samples (default 0)")
-    args = parser.parse_args(argv)
-    if args.microbatch < 1 or args.seed < 0:
-        parser.error(f"--microbatch {args.microbatch} --seed {args.seed}: at least one frame, and no negative seed")
-    cpu.prepare()
-    try:
-        count = write_shards(args.manifest, args.output, assets.resolve(args.model), microbatch=args.microbatch, seed=args.seed)
-    except (KeySyncError, OSError) as error:  # the latter: a full disk
-        print(f"keysync: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("keysync: error: stopped", file=sys.stderr)
-        return 1
-    print(f"{count} clips: {args.output}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,152 +1,17 @@
-"""The verbs about training data: `keysync prepare`, `keysync data synth` and `keysync data inspect`."""
+"""`keysync data`: drawn talkers, their shards and figures, and what a dataset holds and gives."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import shlex
-from pathlib import Path
+import json
 
-from etils import epath
-
-from keysync_jax.cli.verbs import add_verb
-from keysync_jax.core.errors import KeySyncError, UsageError
-
-_LARGEST_CROP = 4096
+from keysync_jax.cli.verbs import add_verb, check_remote, number
+from keysync_jax.config import STAGES
+from keysync_jax.core.errors import UsageError
 
 
-def add_verbs(verbs) -> None:
-    """Add the verbs to the `keysync` command."""
-    _add_prepare(verbs)
-    _add_data(verbs)
-
-
-def _add_prepare(verbs) -> None:
-    p = add_verb(
-        verbs, "prepare", _prepare, "turn raw videos into curated, precomputed training shards (restartable)",
-        "  keysync prepare videos/ -o data --model DIR --workers 4\n"
-        "  keysync prepare manifest.csv -o gs://bucket/data --model DIR --runner FlinkRunner --beam='--flink_master=host:8081'\n"
-        "  keysync prepare raw/ --annotations HDTF_dataset/ -o data --model DIR --scorer quality=hyperiqa.pt",
-    )  # fmt: skip
-    p.add_argument("input", metavar="INPUT", help="folder, video, list of paths (.txt), or manifest (.csv, .json)")
-    p.add_argument("-o", "--output", required=True, metavar="DIR", help="dataset directory, local or gs://; run again to go on or to add")
-    p.add_argument(
-        "--model", required=True, metavar="DIR", help="model directory whose VAE and speech encoders compute the features, or demo"
-    )
-    p.add_argument("--annotations", metavar="PATH", help="annotations of HDTF, CelebV-HQ or CelebV-Text; INPUT holds the videos")
-    p.add_argument("--source", default="", metavar="NAME", help="name of the collection, for items that do not state one")
-    p.add_argument("--seed", type=int, default=0, help="of posterior samples, random views and splits")
-    keep = p.add_argument_group("what is kept")
-    keep.add_argument("--crop-size", type=int, metavar="PX", help="side of the face crop (default: the model's resolution)")
-    keep.add_argument("--min-frames", type=int, metavar="N", help="shortest clip at 25 fps (default 25)")
-    keep.add_argument("--max-frames", type=int, metavar="N", help="longest clip; longer shots are cut (default 500)")
-    keep.add_argument("--min-face", type=_number, metavar="X", help="smallest face as a fraction of the crop (default 0.3)")
-    keep.add_argument("--max-silence", type=_number, metavar="X", help="largest share of silence (default: no limit)")
-    keep.add_argument("--faces", choices=["mediapipe", "fan"], help="landmark detector where a video has no landmark file")
-    keep.add_argument("--face-weights", metavar="DIR", help="folder with FAN's weight files")
-    keep.add_argument(
-        "--scorer", action="append", default=[], metavar="KIND=PATH",
-        help="quality, active_speaker or sync, with a TorchScript file or module:Class@PATH (repeat); without weights a scorer is off",
-    )  # fmt: skip
-    out = p.add_argument_group("output")
-    out.add_argument(
-        "--columns", metavar="LIST", help="of jpeg,sound,log_mel,wav2vec2,whisper,emotion,occluder (default jpeg,sound,log_mel)"
-    )
-    out.add_argument("--column-weights", action="append", default=[], metavar="NAME=PATH", help="weights of wav2vec2, whisper or occluder")
-    out.add_argument("--shard-mb", type=_number, metavar="MB", help="size of a shard (default 256)")
-    out.add_argument("--splits", metavar="LIST", help="shares of speakers (default train=0.9,validation=0.05,test=0.05)")
-    out.add_argument("--discard-work", action="store_true", help="delete the computed features once all shards are written")
-    job = p.add_argument_group("running")
-    job.add_argument("--workers", type=int, default=1, metavar="N", help="local processes (default 1); the result does not depend on it")
-    job.add_argument("--work", metavar="DIR", help="folder for finished work that all workers reach (default: OUTPUT/.work)")
-    job.add_argument("--runner", metavar="NAME", help="Apache Beam runner (default DirectRunner)")
-    job.add_argument("--beam", default="", metavar="FLAGS", help="further Beam flags in one string, e.g. --beam='--flink_master=host:8081'")
-    job.add_argument("--quiet", action="store_true", help="no progress")
-
-
-def _prepare(args) -> int:
-    from keysync_jax import assets
-    from keysync_jax.data_pipeline.prepare.groups import plan_features
-    from keysync_jax.data_pipeline.prepare.manifest import read_inputs
-    from keysync_jax.data_pipeline.prepare.run import prepare
-    from keysync_jax.data_pipeline.prepare.scorers import parse
-    from keysync_jax.data_pipeline.prepare.settings import Curation, Output
-
-    if args.workers < 1:
-        raise UsageError(f"--workers is {args.workers}; it must be at least 1")
-    if args.crop_size is not None and not 1 <= args.crop_size <= _LARGEST_CROP:
-        raise UsageError(f"--crop-size is {args.crop_size}; choose 1 to {_LARGEST_CROP} pixels")
-    if not args.output or ("://" not in args.output and Path(args.output).is_file()):
-        raise UsageError(f"--output {args.output!r} is no folder; name a dataset directory")
-    _check_remote(args.output)
-    items = read_inputs(args.input, args.annotations, args.source)
-    chosen = {
-        "columns": _columns(args.columns), "shard_megabytes": args.shard_mb, "split_fractions": _shares(args.splits),
-        "weights": dict(_pair(text, "--column-weights") for text in args.column_weights), "seed": args.seed,
-        "discard_work": args.discard_work,
-    }  # fmt: skip
-    target = Output(**{k: v for k, v in chosen.items() if v is not None})
-    model = assets.resolve(args.model)
-    size = plan_features(model, target, args.crop_size).crop_size
-    wanted = {
-        "crop_size": size, "min_frames": args.min_frames, "max_frames": args.max_frames, "min_face": args.min_face,
-        "max_silence": args.max_silence, "faces": args.faces, "face_weights": args.face_weights, "seed": args.seed,
-        "scorers": tuple(parse(text) for text in args.scorer),
-    }  # fmt: skip
-    curation = Curation(**{k: v for k, v in wanted.items() if v is not None})
-    flags = ([f"--runner={args.runner}"] if args.runner else []) + _beam(args.beam)
-    summary = prepare(items, args.output, model, curation, target, work=args.work, workers=args.workers, beam=flags, quiet=args.quiet)
-    print(summary)
-    return 0
-
-
-def _check_remote(path: str) -> None:
-    """Raises KeySyncError where the package that speaks gs:// is not installed."""
-    if "://" in path:
-        try:
-            epath.Path(path).exists()
-        except ImportError as error:
-            raise KeySyncError(f"cannot open {path}: {error}") from None
-
-
-def _beam(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UsageError(f"--beam {text!r} cannot be split into flags: {str(error).lower()}") from None
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is no finite number")
-    return value
-
-
-def _columns(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _shares(text: str | None) -> dict[str, float] | None:
-    if text is None:
-        return None
-    try:
-        return {name.strip(): _number(share) for name, share in (part.split("=") for part in text.split(","))}
-    except (ValueError, argparse.ArgumentTypeError):
-        raise UsageError(f"--splits {text!r} must read like train=0.9,validation=0.1") from None
-
-
-def _pair(text: str, option: str) -> tuple[str, str]:
-    name, separator, value = text.partition("=")
-    if not separator or not name or not value:
-        raise UsageError(f"{option} {text!r} must read NAME=PATH")
-    return name, value
-
-
-def _add_data(verbs) -> None:
+def add_data(verbs) -> None:
+    """Add `keysync data` and its verbs."""
     p = verbs.add_parser(
         "data", help="make drawn talkers, look into a dataset", description="Make drawn talkers, look into a dataset.",
         epilog="example:\n  keysync data synth -n 500 -o talkers\n  keysync data inspect data\n\nkeysync data VERB --help explains a verb.",
@@ -154,34 +19,28 @@ def _add_data(verbs) -> None:
     )  # fmt: skip
     p.add_argument("-v", "--verbose", action="count", default=0, help=argparse.SUPPRESS)
     parts = p.add_subparsers(title="verbs", metavar="VERB", required=True)
-    synth = add_verb(
+    for add in (_add_synth, _add_inspect, _add_shards, _add_figures, _add_benchmark):
+        add(parts)
+
+
+def _add_synth(parts) -> None:
+    p = add_verb(
         parts, "synth", _synth, "draw talking heads with their own voices, exact landmarks and truth",
         "  keysync data synth -n 500 -o talkers\n  keysync data synth -n 24 --size 256 --occluders 0.3 --emotion 0.5 -o talkers",
     )  # fmt: skip
-    synth.add_argument("-n", "--clips", type=int, required=True, metavar="N", help="number of clips; a larger number extends a folder")
-    synth.add_argument("-o", "--output", required=True, metavar="DIR", help="local folder; what is finished there is kept")
-    synth.add_argument("--frames", type=int, default=180, metavar="N", help="frames per clip at 25 fps (default 180)")
-    synth.add_argument("--size", type=int, default=128, metavar="PX", help="side of the frames (default 128)")
-    synth.add_argument("--speakers", type=int, metavar="N", help="different faces (default: a new one for each clip)")
-    synth.add_argument("--seed", type=int, default=0, help="another seed is another set (default 0)")
-    synth.add_argument("--silent", type=_number, default=0.06, metavar="P", help="share of clips without speech (default 0.06)")
-    synth.add_argument("--laughter", type=_number, default=0.0, metavar="P", help="share of clips with laughter-like sounds")
-    synth.add_argument(
-        "--occluders", type=_number, default=0.0, metavar="P", help="share of clips with a hand or microphone and exact masks"
-    )
-    synth.add_argument("--emotion", type=_number, default=0.0, metavar="P", help="share of clips with valence and arousal expressions")
-    synth.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1); the result does not depend on it")
-    synth.add_argument("--arrays", action="store_true", help="write frames and voice as .npy (9 MB a clip) instead of .mp4")
-    synth.add_argument("--quiet", action="store_true", help="no progress")
-    look = add_verb(
-        parts, "inspect", _inspect, "say what a dataset holds; draw one clip with mask and sound",
-        "  keysync data inspect data\n  keysync data inspect data --clip talker_000003 -o clip.png",
-    )  # fmt: skip
-    look.add_argument("data", metavar="DIR", help="dataset directory, local or gs://")
-    look.add_argument("--clip", metavar="ID", help="a clip's id or the beginning of it")
-    look.add_argument("-o", "--output", metavar="PNG", help="draw that clip as a picture strip")
-    look.add_argument("--mask", choices=["box", "full", "mouth", "heart", "face"], default="box", help="kind of mask to draw")
-    look.add_argument("--json", action="store_true", help="machine-readable")
+    p.add_argument("-n", "--clips", type=int, required=True, metavar="N", help="number of clips; a larger number extends a folder")
+    p.add_argument("-o", "--output", required=True, metavar="DIR", help="local folder; what is finished there is kept")
+    p.add_argument("--frames", type=int, default=180, metavar="N", help="frames per clip at 25 fps (default 180)")
+    p.add_argument("--size", type=int, default=128, metavar="PX", help="side of the frames (default 128)")
+    p.add_argument("--speakers", type=int, metavar="N", help="different faces (default: a new one for each clip)")
+    p.add_argument("--seed", type=int, default=0, help="another seed is another set (default 0)")
+    p.add_argument("--silent", type=number, default=0.06, metavar="P", help="share of clips without speech (default 0.06)")
+    p.add_argument("--laughter", type=number, default=0.0, metavar="P", help="share of clips with laughter-like sounds")
+    p.add_argument("--occluders", type=number, default=0.0, metavar="P", help="share of clips with a hand or microphone and exact masks")
+    p.add_argument("--emotion", type=number, default=0.0, metavar="P", help="share of clips with valence and arousal expressions")
+    p.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1); the result does not depend on it")
+    p.add_argument("--arrays", action="store_true", help="write frames and voice as .npy (9 MB a clip) instead of .mp4")
+    p.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def _synth(args) -> int:
@@ -196,16 +55,112 @@ def _synth(args) -> int:
     return 0
 
 
+def _add_inspect(parts) -> None:
+    p = add_verb(
+        parts, "inspect", _inspect, "say what a dataset holds; draw one clip with mask and sound",
+        "  keysync data inspect data\n  keysync data inspect data --clip talker_000003 -o clip.png",
+    )  # fmt: skip
+    p.add_argument("data", metavar="DIR", help="dataset directory, local or gs://")
+    p.add_argument("--clip", metavar="ID", help="a clip's id or the beginning of it")
+    p.add_argument("-o", "--output", metavar="PNG", help="draw that clip as a picture strip")
+    p.add_argument("--mask", choices=["box", "full", "mouth", "heart", "face"], default="box", help="kind of mask to draw")
+    p.add_argument("--json", action="store_true", help="machine-readable")
+
+
 def _inspect(args) -> int:
     from keysync_jax.config import MaskConfig
     from keysync_jax.data_pipeline.prepare.inspect_dataset import draw_clip, print_summary
 
     if args.output and not args.clip:
         raise UsageError("-o draws one clip: name it with --clip ID")
-    _check_remote(args.data)
+    check_remote(args.data)
     if args.output:  # first: whatever is wrong with it is the only thing that is said
         draw_clip(args.data, args.clip, args.output, MaskConfig(kind=args.mask))
     print_summary(args.data, args.clip, args.json)
     if args.output:
         print(args.output)
+    return 0
+
+
+def _add_shards(parts) -> None:
+    p = add_verb(
+        parts, "shards", _shards, "drawn talkers to training shards in one process, without a video codec",
+        "  keysync data synth -n 1000 --arrays -o talkers\n  keysync data shards talkers/manifest.csv -o data --model vae_model",
+    )  # fmt: skip
+    p.add_argument("manifest", metavar="MANIFEST", help="manifest.csv of keysync data synth --arrays")
+    p.add_argument("-o", "--output", required=True, metavar="DIR", help="dataset directory")
+    p.add_argument("--model", required=True, metavar="DIR", help="model directory with a VAE and speech encoders, or demo")
+    p.add_argument("--microbatch", type=int, default=64, metavar="N", help="frames encoded at once (default 64)")
+    p.add_argument("--seed", type=int, default=0, help="of the posterior samples (default 0)")
+    p.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _shards(args) -> int:
+    from keysync_jax import assets
+    from keysync_jax.data_pipeline.synthetic.talker_shards import write_shards
+
+    if args.microbatch < 1 or args.seed < 0:
+        raise UsageError(f"--microbatch {args.microbatch} --seed {args.seed}: at least one frame, and no negative seed")
+    model = assets.resolve(args.model)
+    count = write_shards(args.manifest, args.output, model, microbatch=args.microbatch, seed=args.seed, progress=not args.quiet)
+    print(f"{count} clips: {args.output}")
+    return 0
+
+
+def _add_figures(parts) -> None:
+    p = add_verb(
+        parts, "figures", _figures, "figures about the drawn talkers: what leaks, how well mouths are measured, what the sound holds",
+        "  keysync data figures\n  keysync data figures -n 40 --detection",
+    )  # fmt: skip
+    p.add_argument("-n", type=int, default=24, metavar="CLIPS", help="clips per figure (default 24)")
+    p.add_argument("--detection", action="store_true", help="also the face detector's rates (minutes)")
+
+
+def _figures(args) -> int:
+    from keysync_jax.data_pipeline.synthetic.talker_figures import MAX_CLIPS, report_lines
+
+    if not 1 <= args.n <= MAX_CLIPS:
+        raise UsageError(f"-n is {args.n}; choose 1 to {MAX_CLIPS} clips")
+    for line in report_lines(args.n, detection=args.detection):
+        print(line, flush=True)
+    return 0
+
+
+def _add_benchmark(parts) -> None:
+    p = add_verb(
+        parts, "benchmark", _benchmark, "how many training windows per second a dataset gives on this machine",
+        "  keysync data benchmark DIR --stage keyframe\n"
+        "  keysync data benchmark DIR --make 110 --latent 64                           write 110 clips of noise first\n"
+        "  keysync data benchmark DIR --make 110 --latent 16 --jpeg --pixels 14        with pictures of a drawn talker",
+    )  # fmt: skip
+    p.add_argument("directory", metavar="DIR", help="dataset directory")
+    p.add_argument("--stage", choices=STAGES, default="keyframe")
+    p.add_argument("--split", default="train")
+    p.add_argument("--encoder", default="hubert", help="audio column to read")
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--workers", type=int, default=0)
+    p.add_argument("--pixels", type=int, default=0, metavar="N", help="also decode N JPEGs of each window")
+    p.add_argument("--seconds", type=float, default=5.0)
+    make = p.add_argument_group("a dataset of noise")
+    make.add_argument("--make", type=int, default=0, metavar="N", help="first write N clips of noise there")
+    make.add_argument("--latent", type=int, default=64, metavar="H", help="latent side (default 64)")
+    make.add_argument("--jpeg", action="store_true", help="pictures, too")
+    make.add_argument("--options", metavar="OPTIONS", help="ArrayRecord writer options (default: those of every dataset)")
+
+
+def _benchmark(args) -> int:
+    from keysync_jax.data_pipeline.source.benchmark import benchmark
+
+    written = {}
+    if args.make:
+        from keysync_jax.data_pipeline.synthetic.noise_shards import write_noise  # brings JAX, which reading does without
+
+        options = {} if args.options is None else {"options": args.options}
+        written = {"written": write_noise(args.directory, args.make, args.latent, jpeg=args.jpeg, **options)}
+    measured = benchmark(
+        args.directory, args.stage, args.split, args.encoder, pixels=args.pixels, batch_size=args.batch, seconds=args.seconds,
+        threads=args.threads, workers=args.workers,
+    )  # fmt: skip
+    print(json.dumps({"stage": args.stage, **written, **measured}))
     return 0

@@ -12,7 +12,17 @@ import re
 import sys
 from collections.abc import Sequence
 
-from keysync_jax.cli import bench_verbs, data_verbs, dub_verbs, evaluate_verbs, fetch_verbs, plan_verbs, train_verbs, weights_verbs
+from keysync_jax.cli import (
+    bench_verbs,
+    data_verbs,
+    dub_verbs,
+    evaluate_verbs,
+    fetch_verbs,
+    plan_verbs,
+    prepare_verbs,
+    train_verbs,
+    weights_verbs,
+)
 from keysync_jax.core import cpu
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.version import __version__
@@ -60,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         paths = [found[0] for word in argv if (found := re.search(r"gs://[^\s,'\"]+", word))]
         return _fail(f"{paths[0] if paths else 'a gs:// path'} needs gcsfs, which is not installed; pip install gcsfs", 1)
-    except KeyboardInterrupt:
-        return _fail("stopped", 1)
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "stopped", 1)
 
 
 def _lacks(error: BaseException | None, package: str) -> bool:
@@ -93,7 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     fetch_verbs.add_fetch(verbs)
     dub_verbs.add_dub(verbs)
     weights_verbs.add_verbs(verbs)
-    data_verbs.add_verbs(verbs)
-    for add in (train_verbs.add_train, train_verbs.add_ablate, evaluate_verbs.add_evaluate, plan_verbs.add_plan, bench_verbs.add_bench):
-        add(verbs)
+    prepare_verbs.add_prepare(verbs)
+    data_verbs.add_data(verbs)
+    train_verbs.add_train(verbs)
+    evaluate_verbs.add_evaluate(verbs)
+    train_verbs.add_ablate(verbs)
+    plan_verbs.add_plan(verbs)
+    bench_verbs.add_bench(verbs)
     return parser

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import signal
 from collections.abc import Callable
+
+from keysync_jax.core.errors import KeySyncError
 
 
 def add_verb(verbs, name: str, run: Callable[[argparse.Namespace], int], summary: str, example: str) -> argparse.ArgumentParser:
@@ -34,3 +37,25 @@ def stop_on_sigterm() -> None:
     """From now on SIGTERM, a batch system's time limit, ends the process as Ctrl-C does: what is under way removes its scratch files."""
     with contextlib.suppress(ValueError):  # not the main thread, which is the one that signals reach
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def number(text: str) -> float:
+    """A finite number, as `type=` of an option. Raises argparse.ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
+def check_remote(path: str) -> None:
+    """Raises KeySyncError where the package that speaks gs:// is not installed."""
+    if "://" in path:
+        from etils import epath  # a third of the time that --help takes
+
+        try:
+            epath.Path(path).exists()
+        except ImportError as error:
+            raise KeySyncError(f"cannot open {path}: {error}") from None

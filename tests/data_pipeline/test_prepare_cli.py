@@ -1,4 +1,4 @@
-"""The verbs of `keysync_jax.cli.data_verbs`, as a user types them."""
+"""`keysync prepare` and `keysync data`, as a user types them."""
 
 import argparse
 import dataclasses
@@ -8,14 +8,16 @@ import sys
 import pytest
 import tiny_shards as tiny
 
-from keysync_jax.cli import data_verbs
+from keysync_jax.cli import data_verbs, prepare_verbs
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.shards import write_group
 
 
 def run(*words):
     parser = argparse.ArgumentParser()
-    data_verbs.add_verbs(parser.add_subparsers(required=True))
+    verbs = parser.add_subparsers(required=True)
+    prepare_verbs.add_prepare(verbs)
+    data_verbs.add_data(verbs)
     args = parser.parse_args([str(w) for w in words])
     return args.run(args)
 

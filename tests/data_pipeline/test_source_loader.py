@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_shards as tiny
 
+from keysync_jax.cli.main import main
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.shards import write_group
 from keysync_jax.data_pipeline.source import benchmark
@@ -17,6 +18,7 @@ from keysync_jax.data_pipeline.source.loader import Batches, BatchSource
 from keysync_jax.data_pipeline.source.mixture import DatasetChoice
 from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader
 from keysync_jax.data_pipeline.source.windows import InterpolationWindows, KeyframeWindows
+from keysync_jax.data_pipeline.synthetic.noise_shards import write_noise
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +113,10 @@ def test_worker_processes_in_a_plain_script(roots, reader, tmp_path):
         textwrap.dedent(
             """
             import json, sys
-            from data_pipeline.source.loader import Batches
-            from data_pipeline.source.mixture import DatasetChoice
-            from data_pipeline.source.sample import SourceConfig, WindowReader
-            from data_pipeline.source.windows import KeyframeWindows
+            from keysync_jax.data_pipeline.source.loader import Batches
+            from keysync_jax.data_pipeline.source.mixture import DatasetChoice
+            from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader
+            from keysync_jax.data_pipeline.source.windows import KeyframeWindows
 
             if __name__ == "__main__":
                 choices = (DatasetChoice(sys.argv[1], weight=2.0), DatasetChoice(sys.argv[2]))
@@ -162,14 +164,14 @@ def test_bad_settings(reader, options, message):
 
 
 def test_benchmark_command(tmp_path, capsys):
-    assert benchmark.main([str(tmp_path / "d"), "--make", "3", "--latent", "4", "--seconds", "0.2", "--batch", "2"]) == 0
+    assert main(["data", "benchmark", str(tmp_path / "d"), "--make", "3", "--latent", "4", "--seconds", "0.2", "--batch", "2"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["written"]["records"] == 600 and result["windows"] > 0 and result["windows_per_s"] > 0 and result["latent"] == [4, 4, 4]
     words = ["--make", "1", "--latent", "8", "--jpeg", "--pixels", "3", "--seconds", "0.2", "--batch", "2"]
-    assert benchmark.main([str(tmp_path / "pictures"), *words]) == 0
+    assert main(["data", "benchmark", str(tmp_path / "pictures"), *words]) == 0
     assert json.loads(capsys.readouterr().out)["windows"] > 0
     assert (tmp_path / "pictures" / "columns" / "jpeg").is_dir()
-    assert benchmark.main([str(tmp_path / "nothing")]) == 1
+    assert main(["data", "benchmark", str(tmp_path / "nothing")]) == 1
     assert "holds no dataset" in capsys.readouterr().err
 
 
@@ -177,7 +179,7 @@ def test_benchmark_command(tmp_path, capsys):
 @pytest.mark.parametrize("latent", [16, 64])
 @pytest.mark.parametrize("stage", ["keyframe", "interpolation"])
 def test_two_hundred_windows_per_second_from_twenty_thousand_records(tmp_path, latent, stage):
-    written = benchmark.write_noise(str(tmp_path), 101, latent)
+    written = write_noise(str(tmp_path), 101, latent)
     assert written["records"] >= 20_000
     windows = {"keyframe": KeyframeWindows(), "interpolation": InterpolationWindows()}[stage]
     result = benchmark.measure(WindowReader(SourceConfig((DatasetChoice(str(tmp_path)),), windows)))
@@ -191,10 +193,10 @@ def test_reading_imports_neither_opencv_nor_a_framework(tmp_path):
     write_group(tmp_path / "data", tiny.jpeg_group(), tiny.load_jpeg)
     code = f"""
         import sys
-        from data_pipeline.source.loader import Batches
-        from data_pipeline.source.mixture import DatasetChoice
-        from data_pipeline.source.sample import SourceConfig, WindowReader
-        from data_pipeline.source.windows import KeyframeWindows
+        from keysync_jax.data_pipeline.source.loader import Batches
+        from keysync_jax.data_pipeline.source.mixture import DatasetChoice
+        from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader
+        from keysync_jax.data_pipeline.source.windows import KeyframeWindows
         from keysync_jax.config import MaskConfig
         for kind in ("box", "full", "mouth", "heart", "face"):
             choice = (DatasetChoice({str(tmp_path / "data")!r}),)

@@ -28,13 +28,8 @@ from keysync_jax.data_pipeline.synthetic import (
     synth_dataset,
     write_clip,
 )
-from keysync_jax.data_pipeline.synthetic import (
-    talker_report as report,
-)
-from keysync_jax.data_pipeline.synthetic import (
-    talker_shards as shards,
-)
 from keysync_jax.data_pipeline.synthetic.dataset import MANIFEST_FIELDS, SPLITS, plan_clip
+from keysync_jax.data_pipeline.synthetic.talker_shards import write_shards
 
 SMALL = SynthSettings(seed=3, frames=12, size=64, silent_share=0.3, occluder_share=0.5)
 
@@ -239,18 +234,17 @@ def test_numbers_that_the_command_refuses(tmp_path, capsys, flags, words):
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("command", [lambda: main(["data", "--help"]), lambda: shards.main(["-h"]), lambda: report.main(["-h"])])
-def test_help_gives_an_example(capsys, command):
+@pytest.mark.parametrize("words", [[], ["synth"], ["inspect"], ["shards"], ["figures"], ["benchmark"]])
+def test_help_gives_an_example(capsys, words):
     with pytest.raises(SystemExit) as stop:
-        command()
+        main(["data", *words, "--help"])
     assert stop.value.code == 0 and "example:\n  " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", ["0", "-2", "99999999"])
-def test_report_refuses_an_impossible_number(capsys, count):
-    with pytest.raises(SystemExit) as stop:
-        report.main(["-n", count])
-    assert stop.value.code == 2 and f"-n is {count}; choose 1 to" in capsys.readouterr().err
+def test_figures_refuse_an_impossible_number(capsys, count):
+    assert main(["data", "figures", "-n", count]) == 2
+    assert f"-n is {count}; choose 1 to" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +262,7 @@ def test_shards_of_a_damaged_set_are_refused_before_encoding(arrays, tmp_path, c
     manifest = (arrays / "manifest.csv").read_text()
 
     def error(path, output=out, status=1):
-        assert shards.main([str(path), "-o", str(output), "--model", "demo"]) == status
+        assert main(["data", "shards", str(path), "-o", str(output), "--model", "demo"]) == status
         text = capsys.readouterr().err
         assert text.startswith("keysync: error: ") and len(text.splitlines()) == 1
         return text
@@ -290,9 +284,7 @@ def test_shards_of_a_damaged_set_are_refused_before_encoding(arrays, tmp_path, c
         (tmp_path / "set" / "manifest.csv").write_text(text)
         assert words in error(tmp_path / "set" / "manifest.csv")
     assert not out.exists()
-    with pytest.raises(SystemExit) as stop:
-        shards.main([str(arrays / "manifest.csv"), "-o", str(out), "--model", "demo", "--microbatch", "0"])
-    assert stop.value.code == 2
+    assert main(["data", "shards", str(arrays / "manifest.csv"), "-o", str(out), "--model", "demo", "--microbatch", "0"]) == 2
 
 
 @pytest.mark.parametrize("file, damage, words", [
@@ -318,7 +310,7 @@ def test_a_damaged_array_is_named_before_encoding(arrays, tmp_path, file, damage
     else:
         _damage(path, damage)
     with pytest.raises(KeySyncError, match=f"{re.escape(file) if 'wide' not in words else ''}.*{words}") as caught:
-        shards.write_shards(tmp_path / "set" / "manifest.csv", str(tmp_path / "out"), "nowhere", progress=False)
+        write_shards(tmp_path / "set" / "manifest.csv", str(tmp_path / "out"), "nowhere", progress=False)
     assert "wide" in words or "repeat the keysync data synth" in str(caught.value)
     assert not (tmp_path / "out").exists()
 

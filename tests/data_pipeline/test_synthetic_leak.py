@@ -1,7 +1,7 @@
 """What surrounds the dubbed region knows nothing of the mouth; chin and cheeks within it do, as in real faces."""
 
 from keysync_jax.data_pipeline.synthetic import TalkerOptions, make_clip
-from keysync_jax.data_pipeline.synthetic.talker_report import box_mask, leakage
+from keysync_jax.data_pipeline.synthetic.talker_figures import box_mask, leakage
 
 
 def test_another_voice_changes_no_pixel_outside_the_box():

@@ -5,7 +5,7 @@ import pytest
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.synthetic import make_clip, measure_mouth
-from keysync_jax.data_pipeline.synthetic.talker_report import measure_quality
+from keysync_jax.data_pipeline.synthetic.talker_figures import measure_quality
 
 
 def test_true_frames_of_held_out_identities():

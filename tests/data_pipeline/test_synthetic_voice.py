@@ -13,7 +13,7 @@ from keysync_jax.data_pipeline.synthetic.phonemes import (
     audio_generator,
     sample_phonemes,
 )
-from keysync_jax.data_pipeline.synthetic.talker_report import audio_probe
+from keysync_jax.data_pipeline.synthetic.talker_figures import audio_probe
 from keysync_jax.data_pipeline.synthetic.voice import formants, sample_voice, synthesize
 
 

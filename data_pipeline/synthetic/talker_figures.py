@@ -5,18 +5,16 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from keysync_jax.core.clock import FRAME_RATE, SAMPLE_RATE
-from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.synthetic.clip import TalkerClip, make_clip
+from keysync_jax.data_pipeline.synthetic.detection import format_report, report_detection
 from keysync_jax.data_pipeline.synthetic.measure import measure_mouth
 from keysync_jax.data_pipeline.synthetic.motion import sample_motion
 from keysync_jax.data_pipeline.synthetic.phonemes import articulate, at_frames, sample_phonemes
@@ -169,45 +167,22 @@ def audio_probe(train: int = 100, held_out: int = 24, *, frames: int = 180, feat
     return AudioProbe(float(score[0]), float(score[1]), float(alone))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print all figures; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="keysync data figures", description=__doc__.splitlines()[0],
-        epilog="example:\n  keysync data figures\n  keysync data figures -n 40 --detection",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("-n", type=int, default=24, metavar="CLIPS", help="clips per figure (default 24)")
-    parser.add_argument("--detection", action="store_true", help="also the face detector's rates (minutes)")
-    args = parser.parse_args(argv)
-    if not 1 <= args.n <= MAX_CLIPS:
-        parser.error(f"-n is {args.n}; choose 1 to {MAX_CLIPS} clips")
-    try:
-        _print_figures(args.n, args.detection)
-    except KeySyncError as error:
-        print(f"keysync: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("keysync: error: stopped", file=sys.stderr)
-        return 1
-    return 0
+def report_lines(clips: int, *, detection: bool = False) -> Iterator[str]:
+    """All figures, a line (or a paragraph) each as soon as it is known.
 
-
-def _print_figures(clips: int, detection: bool) -> None:
+    Args:
+      clips: clips per figure, at most `MAX_CLIPS`.
+      detection: also the face detector's rates, which takes minutes.
+    """
     start = time.process_time()
     for seed in range(5):
         make_clip(seed)
-    print(f"one clip of 180 frames at 128 px: {(time.process_time() - start) / 5:.2f} s of one core\n")
+    yield f"one clip of 180 frames at 128 px: {(time.process_time() - start) / 5:.2f} s of one core\n"
     for name, value in leakage(clips, size=128)._asdict().items():
-        print(f"R² against the opening, {name}: {value:.4f}")
+        yield f"R² against the opening, {name}: {value:.4f}"
     for blur, noise in ((0.0, 0.0), (1.2, 0.0), (1.2, 4.0)):
         q = measure_quality(clips, blur=blur, noise=noise)
-        print(f"\nmeasured at blur {blur} px, noise {noise}: " + ", ".join(f"{k} {v:.3f}" for k, v in q._asdict().items()))
-    print("\naudio probe: " + ", ".join(f"{k} {v:.3f}" for k, v in audio_probe()._asdict().items()))
+        yield f"\nmeasured at blur {blur} px, noise {noise}: " + ", ".join(f"{k} {v:.3f}" for k, v in q._asdict().items())
+    yield "\naudio probe: " + ", ".join(f"{k} {v:.3f}" for k, v in audio_probe()._asdict().items())
     if detection:
-        from keysync_jax.data_pipeline.synthetic.detection import format_report, report_detection
-
-        print("\n" + format_report(report_detection(clips)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        yield "\n" + format_report(report_detection(clips))
