@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from keysync_jax.config import StageConfig, VAEConfig
+from keysync_jax.config import CONTAINERS, TORCH_FORMATS, StageConfig, VAEConfig
 from keysync_jax.converters import diffusers, model_directory, safetensors_file, torch_write
 from keysync_jax.converters.byte_progress import byte_progress
 from keysync_jax.converters.containers import SIDECAR
@@ -32,7 +32,6 @@ from keysync_jax.converters.staging import staged
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import is_local
 
-FORMATS, CONTAINERS = ("keysync", "diffusers"), ("pt", "safetensors")
 # Which optional VAE copies a KeySync file can carry.
 COPIES = ("conditioner", "first_stage")
 _MARKER = "keysync_export.json"  # says that a folder is an export of ours, so that --force may replace it
@@ -149,7 +148,12 @@ def _stages(directory: ModelDirectory, stages: Iterable[str] | None) -> list[str
 
 def _check_options(format: str, container: str, vae_copies: bool | Iterable[str], dtype: str | None) -> tuple[str, ...]:
     copies = (("conditioner",) if vae_copies else ()) if isinstance(vae_copies, bool) else tuple(vae_copies)
-    for what, value, allowed in (("format", format, FORMATS), ("container", container, CONTAINERS), ("dtype", dtype, (None, *FLOAT_TYPES))):
+    dtypes = (None, *FLOAT_TYPES)
+    for what, value, allowed in (
+        ("format", format, TORCH_FORMATS),
+        ("container", container, CONTAINERS),
+        ("dtype", dtype, dtypes),
+    ):
         if value not in allowed:
             raise UsageError(f"{what} {value!r}: choose one of {', '.join(a for a in allowed if a)}")
     unknown = [copy for copy in copies if copy not in COPIES]

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from keysync_jax.config import AudioEncoderConfig, StageConfig, UNetConfig, VAEConfig
+from keysync_jax.config import MODEL_SIZES, AudioEncoderConfig, StageConfig, UNetConfig, VAEConfig
 from keysync_jax.converters import model_directory
 from keysync_jax.converters.byte_progress import byte_progress
 from keysync_jax.converters.fresh import NON_DEGENERATE, VAE_CONSTANTS, fresh, stage_constants
@@ -18,8 +18,6 @@ from keysync_jax.converters.parts import Part, audio_part_name, part_table
 from keysync_jax.core.errors import UsageError
 from keysync_jax.speech import registry
 from keysync_jax.speech.random_params import init_params
-
-SIZES = ("tiny", "full")
 
 
 def configurations(size: str) -> tuple[dict[str, StageConfig], VAEConfig, list[AudioEncoderConfig]]:
@@ -38,7 +36,7 @@ def configurations(size: str) -> tuple[dict[str, StageConfig], VAEConfig, list[A
         }
         return stages, VAEConfig(), [AudioEncoderConfig(), AudioEncoderConfig(kind="wavlm", normalize_waveform=False)]
     if size != "tiny":
-        raise UsageError(f"size {size!r}: choose one of {', '.join(SIZES)}")
+        raise UsageError(f"size {size!r}: choose one of {', '.join(MODEL_SIZES)}")
     sizes = {
         "model_channels": 32,
         "channel_mult": (1, 2),

@@ -7,6 +7,7 @@ carry no arrays and import no JAX, so that `converters` can walk them to list pa
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import types
 import typing
@@ -32,11 +33,41 @@ GUIDANCES = {
     "none": (),
 }
 
-# The two diffusion stages, in the order in which they run.
-STAGES = ("keyframe", "interpolation")
-
 # Scale between raw VAE latents and the latents the diffusion works on (Stable Video Diffusion).
 SVD_LATENT_SCALE = 0.18215
+
+# Every list of choices that commands and recipes read.
+STAGES = ("keyframe", "interpolation")  # of diffusion, in the order in which they run
+MASK_KINDS = ["box", "full", "mouth", "heart", "face"]  # drawn by `media.masks`, whose `register` adds to them
+FACE_BACKENDS = ("mediapipe", "fan")  # landmark detectors, opened by `media.faces`; the first is the default
+COMPUTE_DTYPES = ("float32", "bfloat16")  # of the networks' computation
+STORED_DTYPES = ("float32", "float16", "bfloat16")  # of weights on disk
+ATTENTION = ("auto", "xla", "cudnn", "splash")  # kernels, see `models.attention`
+MODEL_SIZES = ("tiny", "full")  # of `keysync init`
+BENCH_SIZES = ("tiny", "medium", "full")
+TORCH_FORMATS = ("keysync", "diffusers")  # folders that PyTorch code reads
+EXPORT_FORMATS = ("model", *TORCH_FORMATS)
+CONTAINERS = ("pt", "safetensors")  # files of the keysync format
+LIP_RATIOS = ("inner", "inner centre", "outer")  # lip points of the mouth aspect ratio, see `evaluation.video_metrics`
+HELD_OUT = ("test", "validation")  # splits of drawn talkers that no model was trained on
+
+
+def optional_columns() -> tuple[str, ...]:
+    """Column groups that may stand beside a dataset's base group of latents, audio tokens and landmarks, each written on its own.
+
+    A speech encoder of the model directory is in the base group; to name it here changes nothing.
+    """
+    return ("jpeg", "sound", *AUDIO_ENCODERS, *COLUMN_ENCODERS, "emotion", "occluder")
+
+
+class Remat(enum.Enum):
+    """What the backward pass keeps of the forward pass (`models.remat`), from most memory to least."""
+
+    NONE = "none"  # keep everything
+    DOTS = "dots"  # keep matrix products and convolutions, the S x S logits of attention included
+    CONV_AWARE = "conv_aware"  # keep matrix products but no S x S logits, convolutions and attention outputs (the default)
+    NAMES = "names"  # keep convolutions and attention outputs
+    FULL = "full"  # keep only what enters a block
 
 
 def encoder_names(encoder: str) -> tuple[str, ...]:
@@ -232,12 +263,12 @@ class AudioEncoderConfig(SpeechEncoderConfig):
 class MaskConfig:
     """Which region is regenerated; see `media.masks`."""
 
-    kind: str = "box"  # "box" | "full" | "mouth" | "heart" | "face"
+    kind: str = "box"  # one of `MASK_KINDS`
     nose_index: int = 28
     box_expand: float = 0.0
 
     def __post_init__(self):
-        _choice(self, "kind", ("box", "full", "mouth", "heart", "face"))
+        _choice(self, "kind", MASK_KINDS)
 
 
 @dataclasses.dataclass(frozen=True)

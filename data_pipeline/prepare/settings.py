@@ -5,21 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from keysync_jax.config import AUDIO_ENCODERS, COLUMN_ENCODERS
+from keysync_jax.config import optional_columns
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.clip_index import check_split
 
 # Raised when the meaning of stored work changes, so that work of older versions is not taken for current.
 ANALYSIS_VERSION = 2
 FEATURES_VERSION = 1
-
-
-def optional_columns() -> tuple[str, ...]:
-    """Column groups that may stand beside the base group of latents, audio tokens and landmarks, each written on its own.
-
-    A speech encoder of the model directory is in the base group; to name it here changes nothing.
-    """
-    return ("jpeg", "sound", *AUDIO_ENCODERS, *COLUMN_ENCODERS, "emotion", "occluder")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,77 +5,90 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from typing import Any
 
-from keysync_jax.cli.verbs import add_verb
+from keysync_jax.cli.verbs import add_group, add_verb
+from keysync_jax.config import ATTENTION, BENCH_SIZES, COMPUTE_DTYPES, Remat
 from keysync_jax.core.errors import UsageError
 
-_EXAMPLES = """\
-  keysync bench unet --size tiny                                        one forward pass
-  keysync bench train --size medium --remat full --repeats 5            one update
-  keysync bench train --size full --dtype bfloat16 --batch 4 --pixels
-  keysync bench attention --size full --dtype bfloat16 --attention xla  forward and gradient of the network's shapes
-  keysync bench gpu -o bench.json                                       the set that matters on one GPU, within ten minutes"""
-
-_ATTENTION = ("size", "dtype", "attention", "repeats", "warmup")
-_UNET = (*_ATTENTION, "batch")
-# Which flags each task takes, besides -o and -v. None of them has a default here, so that a given one is told apart; see `bench.Case`.
-_FLAGS = {"unet": _UNET, "train": (*_UNET, "remat", "train_all", "pixels"), "attention": _ATTENTION, "gpu": ("budget",)}
 _BUDGET, _LEAST_BUDGET = 600.0, 60.0  # seconds; to start JAX and to end a process that fills a device takes some
 
 
 def add_bench(verbs) -> None:
-    """Add `keysync bench`."""
-    p = add_verb(verbs, "bench", _bench, "time, memory and FLOPs of the network and a training step", _EXAMPLES)
-    p.add_argument("what", choices=list(_FLAGS), help="gpu: a set of cases at full size")
-    p.add_argument("-o", "--output", metavar="JSON", help="write all figures, with device, date and versions")
-    case = p.add_argument_group("unet, train and attention")
-    case.add_argument(
-        "--size", choices=["tiny", "medium", "full"], help="tiny (default); medium: 59.7 M parameters, not for attention; full: 1.5 G"
-    )
-    case.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the computation (default float32)")
-    case.add_argument("--attention", choices=["auto", "xla", "cudnn", "splash"], help="(default auto)")
-    case.add_argument("--repeats", type=int, metavar="N", help="timed calls (default 20, on a CPU 5)")
-    case.add_argument("--warmup", type=int, metavar="N", help="calls before (default 3, on a CPU 1)")
-    case.add_argument("--batch", type=int, metavar="N", help="windows of 14 frames, not for attention (default 1)")
-    train = p.add_argument_group("train")
-    train.add_argument(
-        "--remat", choices=["none", "dots", "conv_aware", "names", "full"], help="what the backward pass keeps (default conv_aware)"
-    )
-    train.add_argument("--train-all", action="store_true", default=None, help="train the temporal layers too")
+    """Add `keysync bench` and its verbs."""
+    parts = add_group(
+        verbs, "bench", "time, memory and FLOPs of the network and a training step",
+        "  keysync bench unet --size tiny                                        one forward pass\n"
+        "  keysync bench train --size full --dtype bfloat16 --batch 4 --pixels   one update\n"
+        "  keysync bench gpu -o bench.json                                       the set that matters on one GPU",
+    )  # fmt: skip
+    unet = add_verb(parts, "unet", _bench, "one forward pass", "  keysync bench unet --size tiny")
+    _add_case(unet, BENCH_SIZES)
+    _add_batch(unet)
+    train = add_verb(
+        parts, "train", _bench, "one update",
+        "  keysync bench train --size medium --remat full --repeats 5\n"
+        "  keysync bench train --size full --dtype bfloat16 --batch 4 --pixels",
+    )  # fmt: skip
+    _add_case(train, BENCH_SIZES)
+    _add_batch(train)
+    train.add_argument("--remat", choices=[each.value for each in Remat], help="what the backward pass keeps (default conv_aware)")
+    train.add_argument("--train-all", dest="freeze", action="store_const", const="none", help="train the temporal layers too")
     train.add_argument("--pixels", action="store_true", default=None, help="with the pixel loss on one frame")
-    gpu = p.add_argument_group("gpu")
+    attention = add_verb(
+        parts, "attention", _bench, "forward and gradient of attention, for each of the network's shapes",
+        "  keysync bench attention --size full --dtype bfloat16 --attention xla",
+    )  # fmt: skip
+    _add_case(attention, [size for size in BENCH_SIZES if size != "medium"])  # which has no shapes of its own
+    gpu = add_verb(parts, "gpu", _bench_gpu, "a set of cases at full size on one GPU", "  keysync bench gpu -o bench.json")
+    _add_output(gpu)
     gpu.add_argument(
-        "--budget", type=float, metavar="S", help=f"end within so many seconds (default {_BUDGET:.0f}, at least {_LEAST_BUDGET:.0f})"
-    )
+        "--budget", type=float, default=_BUDGET, metavar="S",
+        help=f"end within so many seconds (default {_BUDGET:.0f}, at least {_LEAST_BUDGET:.0f})",
+    )  # fmt: skip
+
+
+def _add_output(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-o", "--output", metavar="JSON", help="write all figures, with device, date and versions")
+
+
+def _add_case(p: argparse.ArgumentParser, sizes) -> None:
+    """Fields of `planning.bench.Case`, which has the defaults."""
+    p.set_defaults(task=p.prog.split()[-1])
+    _add_output(p)
+    p.add_argument("--size", choices=sizes, help="tiny (default); medium: 59.7 M parameters; full: 1.5 G")
+    p.add_argument("--dtype", choices=COMPUTE_DTYPES, help="of the computation (default float32)")
+    p.add_argument("--attention", choices=ATTENTION, help="(default auto)")
+    p.add_argument("--repeats", type=int, metavar="N", help="timed calls (default 20, on a CPU 5)")
+    p.add_argument("--warmup", type=int, metavar="N", help="calls before (default 3, on a CPU 1)")
+
+
+def _add_batch(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--batch", type=int, metavar="N", help="windows of 14 frames (default 1)")
 
 
 def _bench(args: argparse.Namespace) -> int:
-    begin = time.monotonic()
-    settings = _settings(args)
-    budget = settings.pop("budget", _BUDGET)
-    if not _LEAST_BUDGET <= budget < math.inf:
-        raise UsageError(f"--budget {budget:g}: give the seconds to end within, at least {_LEAST_BUDGET:.0f}")
-
     import jax
 
     from keysync_jax.planning import bench
 
-    if args.what == "gpu":  # which must not touch the device here, as each case has it in turn
-        report = bench.run_all(bench.gpu_set(), args.output, budget - (time.monotonic() - begin), accelerator=True)
-    else:
-        if settings.pop("train_all", False):
-            settings["freeze"] = "none"
-        if jax.default_backend() == "cpu":
-            settings = {"repeats": 5, "warmup": 1} | settings
-        report = bench.run_all([bench.Case(args.what, **settings)], args.output)
+    fields = [field for field in bench.Case.__dataclass_fields__ if getattr(args, field, None) is not None]
+    settings: dict[str, Any] = {field: getattr(args, field) for field in fields}
+    if jax.default_backend() == "cpu":
+        settings = {"repeats": 5, "warmup": 1} | settings
+    return _status(bench.run_all([bench.Case(**settings)], args.output))
+
+
+def _bench_gpu(args: argparse.Namespace) -> int:
+    begin = time.monotonic()
+    if not _LEAST_BUDGET <= args.budget < math.inf:
+        raise UsageError(f"--budget {args.budget:g}: give the seconds to end within, at least {_LEAST_BUDGET:.0f}")
+
+    from keysync_jax.planning import bench
+
+    # Does not touch the device here, as each case has it in turn.
+    return _status(bench.run_all(bench.gpu_set(), args.output, args.budget - (time.monotonic() - begin), accelerator=True))
+
+
+def _status(report: dict[str, Any]) -> int:
     return int(not report["results"] or any("error" in result for result in report["results"]))
-
-
-def _settings(args: argparse.Namespace) -> dict:
-    """The flags that were given. Raises UsageError for one that the task does not take."""
-    given = {name: value for name, value in vars(args).items() if value is not None and any(name in flags for flags in _FLAGS.values())}
-    for name in given:
-        if name not in _FLAGS[args.what]:
-            others = ", ".join(task for task, flags in _FLAGS.items() if name in flags)
-            raise UsageError(f"bench {args.what} takes no --{name.replace('_', '-')}, which is for {others}")
-    return given

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
-from keysync_jax.cli.verbs import add_verb, check_remote, number
-from keysync_jax.config import STAGES
+from keysync_jax.cli.verbs import add_group, add_verb, check_remote, number
+from keysync_jax.config import MASK_KINDS, STAGES
 from keysync_jax.core.errors import UsageError
 
 
 def add_data(verbs) -> None:
     """Add `keysync data` and its verbs."""
-    p = verbs.add_parser(
-        "data", help="make drawn talkers, look into a dataset", description="Make drawn talkers, look into a dataset.",
-        epilog="example:\n  keysync data synth -n 500 -o talkers\n  keysync data inspect data\n\nkeysync data VERB --help explains a verb.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parts = add_group(
+        verbs, "data", "make drawn talkers, look into a dataset",
+        "  keysync data synth -n 500 -o talkers\n  keysync data inspect data",
     )  # fmt: skip
-    p.add_argument("-v", "--verbose", action="count", default=0, help=argparse.SUPPRESS)
-    parts = p.add_subparsers(title="verbs", metavar="VERB", required=True)
     for add in (_add_synth, _add_inspect, _add_shards, _add_figures, _add_benchmark):
         add(parts)
 
@@ -63,7 +59,7 @@ def _add_inspect(parts) -> None:
     p.add_argument("data", metavar="DIR", help="dataset directory, local or gs://")
     p.add_argument("--clip", metavar="ID", help="a clip's id or the beginning of it")
     p.add_argument("-o", "--output", metavar="PNG", help="draw that clip as a picture strip")
-    p.add_argument("--mask", choices=["box", "full", "mouth", "heart", "face"], default="box", help="kind of mask to draw")
+    p.add_argument("--mask", choices=MASK_KINDS, default=MASK_KINDS[0], help="kind of mask to draw")
     p.add_argument("--json", action="store_true", help="machine-readable")
 
 

@@ -6,7 +6,7 @@ import sys
 
 from keysync_jax import assets
 from keysync_jax.cli.verbs import add_verb, stop_on_sigterm
-from keysync_jax.config import GUIDANCES
+from keysync_jax.config import COMPUTE_DTYPES, FACE_BACKENDS, GUIDANCES, MASK_KINDS
 from keysync_jax.core.errors import UsageError
 
 _MODEL_HELP = "model directory, local, gs:// or hub:owner/name (made by keysync convert or keysync init)"
@@ -33,12 +33,12 @@ def add_dub(verbs) -> None:
     )  # fmt: skip
     model.add_argument("--audio-scale", type=float, metavar="X", help="audio guidance (default: the model's own, 5.0)")
     model.add_argument("--identity-scale", type=float, metavar="X", help="identity guidance (default: the model's own, 2.0)")
-    model.add_argument("--mask", choices=["box", "full", "mouth", "heart", "face"], help="region to regenerate (default: the model's own)")
+    model.add_argument("--mask", choices=MASK_KINDS, help="region to regenerate (default: the model's own)")
     model.add_argument("--reference-windows", action="store_true", help="the PyTorch reference's window plan, which drops the tail")
-    model.add_argument("--dtype", choices=["float32", "bfloat16"], help="network compute type (default: float32 on CPU, else bfloat16)")
+    model.add_argument("--dtype", choices=COMPUTE_DTYPES, help="network compute type (default: float32 on CPU, else bfloat16)")
     model.add_argument("--microbatch", type=int, default=1, metavar="N", help="windows per device and call (default 1)")
     face = p.add_argument_group("faces")
-    face.add_argument("--faces", choices=["mediapipe", "fan"], default="mediapipe", help="landmark detector (fan: needs the torch extra)")
+    face.add_argument("--faces", choices=FACE_BACKENDS, default=FACE_BACKENDS[0], help="landmark detector (fan: needs the torch extra)")
     face.add_argument("--face-weights", metavar="DIR", help="folder with FAN's weight files")
     face.add_argument("--face", default="largest", metavar="WHICH", help="largest, center, left, right or X,Y in pixels")
     video = p.add_argument_group("output")

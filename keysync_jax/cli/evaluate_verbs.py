@@ -8,6 +8,7 @@ from typing import Any
 
 from keysync_jax import assets
 from keysync_jax.cli.verbs import add_verb, stop_on_sigterm
+from keysync_jax.config import COMPUTE_DTYPES, FACE_BACKENDS, HELD_OUT, LIP_RATIOS
 from keysync_jax.core.errors import UsageError
 from keysync_jax.core.files import check_target, write_text
 
@@ -66,7 +67,7 @@ def add_evaluate(verbs) -> None:
     clips.add_argument("--silent-clips", type=int, metavar="N", help="of these, dubbed with silence too (default: all, at most 24)")
     clips.add_argument("--seconds", type=float, metavar="S", help="length of a clip (default 6)")
     clips.add_argument("--seed", type=int, help="another seed is another set of clips, and other noise (default 0)")
-    clips.add_argument("--split", choices=["test", "validation"], help="held-out set (default test; the grid uses validation)")
+    clips.add_argument("--split", choices=HELD_OUT, help="held-out set (default test; the grid uses validation)")
     clips.add_argument("--size", type=int, metavar="PX", help="side of the drawn frames (default 128)")
     clips.add_argument("--keyframes-only", action="store_true", help="the keyframe stage alone, measured where keyframes stand")
     clips.add_argument("--one-stage", action="store_true", help="consecutive frames from the keyframe stage, nothing interpolated")
@@ -76,16 +77,16 @@ def add_evaluate(verbs) -> None:
         "--guidance-grid", metavar="A/I,…", help="pairs audio/identity to compare; KEYFRAME:INTERPOLATION pairs as in 5/2:2.5/1.5"
     )
     clips.add_argument("--steps", type=int, metavar="N", help="sampler steps, at least 10 (default: the model's own)")
-    clips.add_argument("--dtype", choices=["float32", "bfloat16"], help="network compute type")
+    clips.add_argument("--dtype", choices=COMPUTE_DTYPES, help="network compute type")
     clips.add_argument("--microbatch", type=int, metavar="N", help="windows per device and call (default 4 on a CPU, else 16)")
     video = p.add_argument_group("video")
     video.add_argument("--reference", metavar="V", help="video to compare with: the same figures, differences, correlation")
     video.add_argument("--audio-silent", action="store_true", help="GEN was driven by silence: its open frames are the leak")
     video.add_argument("--threshold", type=float, metavar="X", help="mouth aspect ratio above which a mouth is open (0.25)")
-    video.add_argument("--ratio", choices=["inner", "inner centre", "outer"], help="which lip points (default inner)")
+    video.add_argument("--ratio", choices=LIP_RATIOS, help=f"which lip points (default {LIP_RATIOS[0]})")
     video.add_argument("--series", metavar="FILE", help="figures of every frame as .csv or .json")
     video.add_argument("--plot", metavar="PNG", help="draw the mouth aspect ratio over time")
-    video.add_argument("--faces", choices=["mediapipe", "fan"], help="landmark detector (default mediapipe)")
+    video.add_argument("--faces", choices=FACE_BACKENDS, help=f"landmark detector (default {FACE_BACKENDS[0]})")
     video.add_argument("--face-weights", metavar="DIR", help="folder with FAN's weight files")
     video.add_argument("--face", metavar="WHICH", help="largest, center, left, right or X,Y in pixels (default largest)")
 

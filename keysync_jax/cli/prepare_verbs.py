@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from keysync_jax.cli.verbs import add_verb, check_remote, number
+from keysync_jax.config import COLUMN_ENCODERS, FACE_BACKENDS, optional_columns
 from keysync_jax.core.errors import UsageError
 
 _LARGEST_CROP = 4096
@@ -34,17 +35,17 @@ def add_prepare(verbs) -> None:
     keep.add_argument("--max-frames", type=int, metavar="N", help="longest clip; longer shots are cut (default 500)")
     keep.add_argument("--min-face", type=number, metavar="X", help="smallest face as a fraction of the crop (default 0.3)")
     keep.add_argument("--max-silence", type=number, metavar="X", help="largest share of silence (default: no limit)")
-    keep.add_argument("--faces", choices=["mediapipe", "fan"], help="landmark detector where a video has no landmark file")
+    keep.add_argument("--faces", choices=FACE_BACKENDS, help="landmark detector where a video has no landmark file")
     keep.add_argument("--face-weights", metavar="DIR", help="folder with FAN's weight files")
     keep.add_argument(
         "--scorer", action="append", default=[], metavar="KIND=PATH",
         help="quality, active_speaker or sync, with a TorchScript file or module:Class@PATH (repeat); without weights a scorer is off",
     )  # fmt: skip
     out = p.add_argument_group("output")
+    out.add_argument("--columns", metavar="LIST", help=f"of {','.join(optional_columns())} (default jpeg,sound,log_mel)")
     out.add_argument(
-        "--columns", metavar="LIST", help="of jpeg,sound,log_mel,wav2vec2,whisper,emotion,occluder (default jpeg,sound,log_mel)"
+        "--column-weights", action="append", default=[], metavar="NAME=PATH", help=f"weights of {', '.join(COLUMN_ENCODERS)} or occluder"
     )
-    out.add_argument("--column-weights", action="append", default=[], metavar="NAME=PATH", help="weights of wav2vec2, whisper or occluder")
     out.add_argument("--shard-mb", type=number, metavar="MB", help="size of a shard (default 256)")
     out.add_argument("--splits", metavar="LIST", help="shares of speakers (default train=0.9,validation=0.05,test=0.05)")
     out.add_argument("--discard-work", action="store_true", help="delete the computed features once all shards are written")

@@ -33,6 +33,19 @@ def add_verb(verbs, name: str, run: Callable[[argparse.Namespace], int], summary
     return parser
 
 
+def add_group(verbs, name: str, summary: str, example: str):
+    """Add a verb that has verbs of its own; returns what these are added to. The arguments are those of `add_verb`."""
+    parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n{example}\n\nkeysync {name} VERB --help explains a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-v", "--verbose", action="count", default=0, help=argparse.SUPPRESS)
+    return parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+
 def stop_on_sigterm() -> None:
     """From now on SIGTERM, a batch system's time limit, ends the process as Ctrl-C does: what is under way removes its scratch files."""
     with contextlib.suppress(ValueError):  # not the main thread, which is the one that signals reach

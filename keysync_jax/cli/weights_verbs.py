@@ -6,6 +6,7 @@ import argparse
 
 from keysync_jax import assets
 from keysync_jax.cli.verbs import add_verb
+from keysync_jax.config import AUDIO_ENCODERS, CONTAINERS, EXPORT_FORMATS, MASK_KINDS, MODEL_SIZES, STAGES, STORED_DTYPES
 from keysync_jax.core.errors import UsageError
 
 _EXPORT_EXAMPLES = """\
@@ -35,12 +36,12 @@ def add_convert(verbs) -> None:
     p.add_argument("--force", action="store_true", help="replace an existing model directory")
     known = p.add_argument_group("what a checkpoint does not say of itself (defaults are those of the released weights)")
     known.add_argument(
-        "--encoder", action="append", default=[], metavar="STAGE=KIND", help="speech encoder of a stage: hubert, wavlm, log_mel"
+        "--encoder", action="append", default=[], metavar="STAGE=KIND", help=f"speech encoder of a stage: {', '.join(AUDIO_ENCODERS)}"
     )
-    known.add_argument("--mask", metavar="KIND", help="mask that it was trained with")
+    known.add_argument("--mask", choices=MASK_KINDS, help="mask that it was trained with")
     known.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the crop that it was trained with")
     known.add_argument("--head-channels", type=int, metavar="N", help="attention head size")
-    p.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="type to store (default: as it is)")
+    p.add_argument("--dtype", choices=STORED_DTYPES, help="type to store (default: as it is)")
 
 
 def _convert(args) -> int:
@@ -89,7 +90,7 @@ def add_init(verbs) -> None:
         verbs, "init", _init, "make a model directory with random weights, to try things out",
         "  keysync init --size tiny -o tiny",
     )  # fmt: skip
-    p.add_argument("--size", required=True, choices=["tiny", "full"], help="tiny: 128-px crop, megabytes; full: the released layout, 14 GB")
+    p.add_argument("--size", required=True, choices=MODEL_SIZES, help="tiny: 128-px crop, megabytes; full: the released layout, 14 GB")
     p.add_argument("-o", "--output", required=True, metavar="DIR")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--force", action="store_true", help="replace an existing model directory")
@@ -123,8 +124,8 @@ def add_export(verbs) -> None:
     p = add_verb(verbs, "export", _export, "write training runs or a model directory, ours or for PyTorch", _EXPORT_EXAMPLES)
     p.add_argument("sources", nargs="+", metavar="SRC", help="workdir of a run, or model directory (local, gs://, hub:owner/name or demo)")
     p.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
-    p.add_argument("--format", choices=["model", "keysync", "diffusers"], help="default: model directory for runs")
-    p.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="type to store (default: as it is)")
+    p.add_argument("--format", choices=EXPORT_FORMATS, help="default: model directory for runs")
+    p.add_argument("--dtype", choices=STORED_DTYPES, help="type to store (default: as it is)")
     p.add_argument("--force", action="store_true", help="replace an existing export")
     run = p.add_argument_group("training runs")
     run.add_argument("--step", action="append", default=[], metavar="N", help="checkpoint (default: the last); PART=N for one of several")
@@ -132,9 +133,9 @@ def add_export(verbs) -> None:
     run.add_argument("--log-mel", type=int, metavar="N", help="add a log-mel encoder of N bands (default: what the stages read, else 80)")
     run.add_argument("--latent-scale", type=float, metavar="X", help="of a VAE run (default: measured on its training frames)")
     torch = p.add_argument_group("PyTorch formats")
-    torch.add_argument("--container", choices=["pt", "safetensors"], default="pt", help="keysync format: file type (default pt)")
+    torch.add_argument("--container", choices=CONTAINERS, default=CONTAINERS[0], help="keysync format: file type (default pt)")
     torch.add_argument("--vae-copies", action="store_true", help="keysync format: add the optional VAE encoder copies")
-    torch.add_argument("--stage", action="append", choices=["keyframe", "interpolation"], help="only this stage (repeat for both)")
+    torch.add_argument("--stage", action="append", choices=STAGES, help="only this stage (repeat for both)")
     push = p.add_argument_group("publishing")
     push.add_argument("--push", metavar="hub:OWNER/NAME", help="upload the export with a model card; needs `hf auth login`")
     push.add_argument("--licence", default="other", metavar="ID", help="licence that the card states (default other)")

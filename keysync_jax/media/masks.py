@@ -8,10 +8,12 @@ are written here as closed forms over row and column indices, which a polygon ra
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image, ImageDraw
 
-from keysync_jax.config import MaskConfig
+from keysync_jax.config import MASK_KINDS, MaskConfig
 from keysync_jax.core.errors import KeySyncError
 
 # Constants of the reference's mask kinds (KeySync reference at commit cfff7cf).
@@ -22,28 +24,8 @@ NOSE_MARGIN = 0.10  # "heart": sideways growth of the nose rectangle, as a fract
 
 # (top, bottom, left, right) of one rectangle per frame, all inclusive, int64 [F].
 Rect = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
-
-def scale_landmarks(
-    landmarks: np.ndarray, size: tuple[int, int], target: tuple[int, int], reference_double_scaling: bool = False
-) -> np.ndarray:
-    """Landmarks of an image of one size in the pixels of the same image resized, truncated toward zero.
-
-    Args:
-      landmarks: `[..., 2]` (x, y) in pixels of an image of `size`.
-      size: (height, width) of the image the landmarks were found on.
-      target: (height, width) after resizing.
-      reference_double_scaling: apply the factor twice, as the reference's raw-video path does by mistake (it detects on frames that
-        are already resized and scales the result again). Only for comparison.
-
-    Returns:
-      int64 array of the same shape.
-    """
-    factor = np.array([target[1] / size[1], target[0] / size[0]])
-    scaled = landmarks * factor
-    if reference_double_scaling:
-        scaled = scaled * factor
-    return scaled.astype(np.int64)
+# Draws a kind of mask: landmarks [F, 68, 2], the sampled rows [h] and columns [w] of an image of size (H, W) -> bool [F, h, w].
+Draw = Callable[[np.ndarray, np.ndarray, np.ndarray, tuple[int, int], MaskConfig], np.ndarray]
 
 
 def nearest_indices(length: int, target: int) -> np.ndarray:
@@ -82,38 +64,38 @@ def remove_occluder(mask: np.ndarray, occluder: np.ndarray) -> np.ndarray:
     return np.logical_and(mask, np.logical_not(occluder)).astype(mask.dtype)
 
 
-def make_mask(
-    landmarks: np.ndarray,
-    height: int,
-    width: int,
-    config: MaskConfig,
-    target: tuple[int, int] | None = None,
-    reference_heart: bool = False,
-) -> np.ndarray:
-    """Masks of `config.kind` for a run of frames.
+def register(kind: str, draw: Draw) -> None:
+    """Adds a kind of mask: from now on stages can be trained with it and dubs can name it, in this process.
 
-    Kinds (H, W: image size; "left" and "right": extreme x over all 68 points):
-      box:   rows from landmark `nose_index` (raised by `box_expand`) to the bottom, left to right.
-      full:  the same rows over the whole width; `box_expand` is added to the edge as the reference does, so it lowers it.
-      mouth: rows from landmark `nose_index` to the lowest landmark, one percent of the width more at both ends, left to right.
-      heart: box from landmark 29 down, without a rectangle over the nose.
-      face:  polygon of jaw points 2-14, grown from its centre by five percent of the height.
-    A `box_expand` in [0, 1) is a fraction (of the width for box, of the height for full), else pixels; the other kinds have their own
-    fixed margins and ignore it, as the reference does. Parts outside the image are clipped.
+    Whoever uses a model that was trained with it registers it again, and so do the workers that read its data.
+
+    Args:
+      kind: a name that `MaskConfig.kind` takes from now on.
+      draw: how it is drawn, see `Draw`.
+
+    Raises:
+      KeySyncError: there is a kind of that name.
+    """
+    if kind in KINDS:
+        raise KeySyncError(f"there is a mask {kind!r} already; choose another name")
+    KINDS[kind] = draw
+    MASK_KINDS.append(kind)
+
+
+def make_mask(landmarks: np.ndarray, height: int, width: int, config: MaskConfig, target: tuple[int, int] | None = None) -> np.ndarray:
+    """Masks of `config.kind`, one of `KINDS`, for a run of frames. Parts outside the image are clipped.
 
     Args:
       landmarks: `[F, 68, 2]` (x, y) in image pixels, float or int. Float and int inputs follow the same truncation rules.
       height, width: image size in pixels.
       config: kind, nose landmark and expansion.
       target: (h, w) of the grid to sample to; None keeps the image's own grid.
-      reference_heart: draw "heart" with the reference's two slips: its box is a self-crossing contour (a few pixels are lost when it
-        leaves the image above and at the side) and uint8 wraps to 255 where the nose rectangle leaves the box. Only for comparison.
 
     Returns:
-      float32 `[F, h, w]`, values 0 and 1 (and 255 under `reference_heart`).
+      float32 `[F, h, w]`, values 0 and 1.
 
     Raises:
-      KeySyncError: landmarks of another shape, or not finite.
+      KeySyncError: landmarks of another shape, or not finite; a kind that was registered in another process.
     """
     landmarks = np.asarray(landmarks)
     if landmarks.ndim != 3 or landmarks.shape[1:] != (68, 2):
@@ -123,29 +105,53 @@ def make_mask(
         raise KeySyncError(f"landmarks of frame {frames[0]} are not finite ({frames.size} such frames); leave out frames without a face")
     if not 0 <= config.nose_index < 68:
         raise KeySyncError(f"mask nose_index is {config.nose_index}; it must name one of the 68 landmarks (0-67)")
-
-    if config.kind == "face":
-        mask = np.stack([_jaw_polygon(points, height, width) for points in landmarks]) if len(landmarks) else np.zeros((0, height, width))
-        return (mask if target is None else downsample(mask, target)).astype(np.float32)
-
-    # The other kinds are rectangles, so only the sampled rows and columns are ever evaluated.
+    if config.kind not in KINDS:
+        raise KeySyncError(f"no mask {config.kind!r} is registered in this process; import the module that registers it")
+    # Only the sampled rows and columns are ever evaluated.
     rows = np.arange(height) if target is None else nearest_indices(height, target[0])
     cols = np.arange(width) if target is None else nearest_indices(width, target[1])
-    if config.kind == "full":
-        inside = rows >= _full_edge(landmarks, height, config)[:, None]
-        return np.repeat(inside[:, :, None], len(cols), axis=2).astype(np.float32)
-    if config.kind == "heart":
-        box_rect = _below(landmarks, landmarks[:, HEART_TOP, 1], height)
-        nose = _inside(_nose_rect(landmarks), rows, cols)
-        if reference_heart:
-            box = _crossed_boxes(box_rect, height, width)[:, rows[:, None], cols[None, :]]
-            return (box - nose.astype(np.uint8)).astype(np.float32)
-        return (_inside(box_rect, rows, cols) & ~nose).astype(np.float32)
-    if config.kind == "mouth":
-        return _inside(_mouth_rect(landmarks, height, width, config), rows, cols).astype(np.float32)
-    expand = _pixels(config.box_expand, width)
-    rect = _below(landmarks, landmarks[:, config.nose_index, 1] - expand, height)
-    return _inside(rect, rows, cols).astype(np.float32)
+    return KINDS[config.kind](landmarks, rows, cols, (height, width), config).astype(np.float32)
+
+
+def _box(landmarks: np.ndarray, rows: np.ndarray, cols: np.ndarray, size: tuple[int, int], config: MaskConfig) -> np.ndarray:
+    """Rows from landmark `nose_index` (raised by `box_expand`, of the width) to the bottom, between the extreme landmarks."""
+    expand = _pixels(config.box_expand, size[1])
+    return inside(below(landmarks, landmarks[:, config.nose_index, 1] - expand, size[0]), rows, cols)
+
+
+def _full(landmarks: np.ndarray, rows: np.ndarray, cols: np.ndarray, size: tuple[int, int], config: MaskConfig) -> np.ndarray:
+    """The box's rows over the whole width. `box_expand`, of the height, is added to the edge as the reference does: it lowers it."""
+    offset = config.box_expand
+    if 0 < abs(offset) < 1:
+        offset = int(offset * size[0])
+    # Clipped to the last row: the reference never gives an empty "full" mask.
+    edge = np.clip(landmarks[:, config.nose_index, 1] + offset, 0, size[0] - 1)
+    return np.repeat((rows >= edge[:, None])[:, :, None], len(cols), axis=2)
+
+
+def _mouth(landmarks: np.ndarray, rows: np.ndarray, cols: np.ndarray, size: tuple[int, int], config: MaskConfig) -> np.ndarray:
+    """Rows from landmark `nose_index` to the lowest landmark, one percent of the width more at both ends, between the extremes."""
+    margin = _pixels(MOUTH_MARGIN, size[1])
+    lowest = np.minimum(size[0], landmarks[:, :, 1].max(axis=1) + margin)
+    return inside(below(landmarks, landmarks[:, config.nose_index, 1] - margin, lowest), rows, cols)
+
+
+def _heart(landmarks: np.ndarray, rows: np.ndarray, cols: np.ndarray, size: tuple[int, int], config: MaskConfig) -> np.ndarray:
+    """The box from landmark 29 down, without a rectangle over the nose."""
+    box = below(landmarks, landmarks[:, HEART_TOP, 1], size[0])
+    return inside(box, rows, cols) & ~inside(nose_rect(landmarks), rows, cols)
+
+
+def _face(landmarks: np.ndarray, rows: np.ndarray, cols: np.ndarray, size: tuple[int, int], config: MaskConfig) -> np.ndarray:
+    """Polygon of jaw points 2-14, grown from its centre by five percent of the height."""
+    out = np.zeros((len(landmarks), len(rows), len(cols)), bool)
+    for mask, points in zip(out, landmarks, strict=True):
+        mask[:] = _jaw_polygon(points, *size)[rows[:, None], cols[None, :]]
+    return out
+
+
+# A `box_expand` in [0, 1) is a fraction, else pixels; mouth, heart and face have fixed margins and ignore it, as in the reference.
+KINDS: dict[str, Draw] = {"box": _box, "full": _full, "mouth": _mouth, "heart": _heart, "face": _face}
 
 
 def _pixels(value: float, length: int) -> float:
@@ -156,19 +162,14 @@ def _truncate(values: np.ndarray) -> np.ndarray:
     return np.trunc(values).astype(np.int64)
 
 
-def _below(landmarks: np.ndarray, top: np.ndarray, bottom: int | np.ndarray) -> Rect:
+def below(landmarks: np.ndarray, top: np.ndarray, bottom: int | np.ndarray) -> Rect:
     """Rectangle between the extreme landmarks from `top` to `bottom`."""
     x = landmarks[:, :, 0]
     return _truncate(top), _truncate(np.broadcast_to(bottom, len(landmarks))), _truncate(x.min(axis=1)), _truncate(x.max(axis=1))
 
 
-def _mouth_rect(landmarks: np.ndarray, height: int, width: int, config: MaskConfig) -> Rect:
-    margin = _pixels(MOUTH_MARGIN, width)
-    lowest = np.minimum(height, landmarks[:, :, 1].max(axis=1) + margin)
-    return _below(landmarks, landmarks[:, config.nose_index, 1] - margin, lowest)
-
-
-def _nose_rect(landmarks: np.ndarray) -> Rect:
+def nose_rect(landmarks: np.ndarray) -> Rect:
+    """Rectangle over the nose that "heart" leaves out."""
     # The arithmetic stays in the landmarks' own precision (float32 or, from integers, float64) before it is truncated.
     side = np.abs(landmarks[:, 2, 0] - landmarks[:, HEART_TOP, 0]) * NOSE_MARGIN
     return (
@@ -179,32 +180,12 @@ def _nose_rect(landmarks: np.ndarray) -> Rect:
     )
 
 
-def _full_edge(landmarks: np.ndarray, height: int, config: MaskConfig) -> np.ndarray:
-    offset = config.box_expand
-    if 0 < abs(offset) < 1:
-        offset = int(offset * height)
-    # Clipped to the last row: the reference never gives an empty "full" mask.
-    return np.clip(landmarks[:, config.nose_index, 1] + offset, 0, height - 1)
-
-
-def _inside(rect: Rect, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+def inside(rect: Rect, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
     """bool `[F, h, w]`: which of the given rows and columns lie in each frame's rectangle. Corners may come in either order."""
     top, bottom, left, right = (edge[:, None] for edge in rect)
     in_rows = (rows >= np.minimum(top, bottom)) & (rows <= np.maximum(top, bottom))
     in_cols = (cols >= np.minimum(left, right)) & (cols <= np.maximum(left, right))
     return in_rows[:, :, None] & in_cols[:, None, :]
-
-
-def _crossed_boxes(rect: Rect, height: int, width: int) -> np.ndarray:
-    """uint8 `[F, H, W]`: each rectangle filled through the eight-point contour, with both diagonals, of the reference's "heart"."""
-    import cv2  # only for comparison with the reference: workers that read training data do without OpenCV
-
-    boxes = np.zeros((len(rect[0]), height, width), np.uint8)
-    for box, top, bottom, left, right in zip(boxes, *rect, strict=True):
-        corners = [(left, top), (left, bottom), (right, top), (right, bottom)]
-        contour = np.array([corners[i] for i in (0, 1, 2, 3, 0, 2, 1, 3)], np.int32)
-        cv2.drawContours(box, [contour], -1, 1, cv2.FILLED)
-    return boxes
 
 
 def _jaw_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:

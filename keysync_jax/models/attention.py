@@ -16,11 +16,11 @@ import os
 import jax
 import jax.numpy as jnp
 
+from keysync_jax.config import ATTENTION
 from keysync_jax.core.errors import UsageError, in_one_line
 
 Array = jax.Array
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 ENVIRONMENT_VARIABLE = "KEYSYNC_ATTENTION"
 
 # Below these numbers of keys the whole matrix of logits is small and XLA's fused softmax is as good.
@@ -64,8 +64,8 @@ def select(
 ) -> str:
     """Which of "xla", "cudnn" and "splash" `attention` runs for queries `[B, L, N, D]` and this many keys. See there."""
     requested = implementation if implementation != "auto" else os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-    if requested not in IMPLEMENTATIONS:
-        known = ", ".join(IMPLEMENTATIONS)
+    if requested not in ATTENTION:
+        known = ", ".join(ATTENTION)
         raise UsageError(f"attention {requested!r} is unknown; choose one of {known} (argument or {ENVIRONMENT_VARIABLE})")
     backend = jax.default_backend()
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform or backend, platform or backend)

@@ -1,4 +1,4 @@
-"""What the backward pass keeps of the forward pass, as one enumeration.
+"""What the backward pass keeps of the forward pass, by the names of `config.Remat`.
 
 Blocks of the U-Net are rematerialised one by one. `saved` in `models.layers` tags the outputs of convolutions and attention, which are
 the expensive things to compute again: `dots_with_no_batch_dims_saveable` alone would recompute every convolution.
@@ -6,21 +6,12 @@ the expensive things to compute again: `dots_with_no_batch_dims_saveable` alone 
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 
-
-class Remat(enum.Enum):
-    """Rematerialisation policy, from most memory to least."""
-
-    NONE = "none"  # keep everything
-    DOTS = "dots"  # keep matrix products and convolutions, the S x S logits of attention included
-    CONV_AWARE = "conv_aware"  # keep matrix products but no S x S logits, convolutions and attention outputs (the default)
-    NAMES = "names"  # keep convolutions and attention outputs
-    FULL = "full"  # keep only what enters a block
+from keysync_jax.config import Remat
 
 
 def policy(remat: Remat) -> Callable | None:

@@ -28,17 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
+from keysync_jax.config import ATTENTION, COMPUTE_DTYPES, Remat, StageConfig, UNetConfig, VAEConfig
 from keysync_jax.core.errors import KeySyncError, UsageError, in_one_line
 from keysync_jax.core.files import check_target, write_text
 from keysync_jax.core.processes import FailedError, OutOfTimeError, run_apart
 from keysync_jax.costs import flops
 from keysync_jax.diffusion.conditions import Conditions
 from keysync_jax.diffusion.loss import LossConfig
-from keysync_jax.models.attention import IMPLEMENTATIONS, attention
+from keysync_jax.models.attention import attention
 from keysync_jax.models.conditioning import batch_shapes
 from keysync_jax.models.freezing import frozen_mask
-from keysync_jax.models.remat import Remat
 from keysync_jax.models.stage import StageModel, cast_matrices, init_params, init_vae_params
 from keysync_jax.training import state
 from keysync_jax.training.config import OptimizerConfig, TrainConfig
@@ -103,7 +102,7 @@ class Case:
 
     def __post_init__(self):
         for name, allowed in (
-            ("task", TASKS), ("size", tuple(SIZES)), ("dtype", ("float32", "bfloat16")), ("attention", IMPLEMENTATIONS),
+            ("task", TASKS), ("size", tuple(SIZES)), ("dtype", COMPUTE_DTYPES), ("attention", ATTENTION),
             ("remat", tuple(r.value for r in Remat)), ("freeze", ("temporal", "none")),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:

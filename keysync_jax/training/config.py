@@ -11,13 +11,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from keysync_jax.config import StageConfig, VAEConfig, from_dict, to_dict
+from keysync_jax.config import ATTENTION, COMPUTE_DTYPES, Remat, StageConfig, VAEConfig, from_dict, to_dict
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import schedules
 from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.diffusion.sigma_sampling import P_MEAN, P_STD
-from keysync_jax.models import attention
-from keysync_jax.models.remat import Remat
 from keysync_jax.parallel.mesh import MeshConfig as MeshConfig  # recipes of users import it from here
 
 
@@ -266,9 +264,9 @@ class TrainConfig:
     def __post_init__(self):
         for name, allowed in (
             ("freeze", ("temporal", "none")),
-            ("dtype", ("float32", "bfloat16")),
+            ("dtype", COMPUTE_DTYPES),
             ("remat", tuple(r.value for r in Remat)),
-            ("attention", attention.IMPLEMENTATIONS),
+            ("attention", ATTENTION),
         ):
             _require(getattr(self, name) in allowed, f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; choose one from 0 to {2**32 - 1}")  # JAX's keys have no more bits

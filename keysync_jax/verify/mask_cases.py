@@ -8,7 +8,8 @@ import numpy as np
 
 from keysync_jax.config import MaskConfig
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.media import masks
+from keysync_jax.media.masks import remove_occluder
+from keysync_jax.verify import reference_masks
 from keysync_jax.verify.harness import Case, runner
 
 PIPELINE_SIZE = (512, 512)  # the reference's inference path rasterises at its model resolution
@@ -24,7 +25,7 @@ def _compute(case: Case, key: str) -> np.ndarray:
     spec, what, *rest = key.removeprefix("out.").split(".")
     if spec == "arms":
         mask = _pipeline(case, _arms_spec(case), _config(case, what), target=True)
-        return masks.remove_occluder(mask, case.inputs["mask_arms"])[:, None].astype(np.uint8)
+        return remove_occluder(mask, case.inputs["mask_arms"])[:, None].astype(np.uint8)
     if what == "scaled":
         return _scaled(case, spec)
     if what == "box_expand":
@@ -61,19 +62,19 @@ def _image_size(case: Case, spec: str) -> tuple[int, int]:
 
 
 def _scaled(case: Case, spec: str) -> np.ndarray:
-    return masks.scale_landmarks(case.inputs[f"{spec}.landmarks"], _image_size(case, spec), PIPELINE_SIZE)
+    return reference_masks.scale_landmarks(case.inputs[f"{spec}.landmarks"], _image_size(case, spec), PIPELINE_SIZE)
 
 
 def _pipeline(case: Case, spec: str, config: MaskConfig, target: bool) -> np.ndarray:
     """Inference path: integer landmarks at the model resolution."""
     size = tuple(case.meta["target_size"]) if target else None
-    return masks.make_mask(_scaled(case, spec), *PIPELINE_SIZE, config, size, reference_heart=True)
+    return reference_masks.make_mask(_scaled(case, spec), *PIPELINE_SIZE, config, size)
 
 
 def _native(case: Case, spec: str, config: MaskConfig, target: bool) -> np.ndarray:
     """Training path: float landmarks at the picture's own size."""
     size = tuple(case.meta["target_size"]) if target else None
-    return masks.make_mask(case.inputs[f"{spec}.landmarks"], *_image_size(case, spec), config, size, reference_heart=True)
+    return reference_masks.make_mask(case.inputs[f"{spec}.landmarks"], *_image_size(case, spec), config, size)
 
 
 def _cells(mask: np.ndarray) -> np.ndarray:

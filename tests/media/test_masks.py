@@ -1,15 +1,23 @@
 """Masks: the stored reference tensors, the rasteriser they stand for, and what must hold for any face."""
 
+import argparse
 import pathlib
 
 import cv2
 import numpy as np
 import pytest
+import tiny_shards
 
-from keysync_jax.config import MaskConfig
+from keysync_jax.cli import dub_verbs
+from keysync_jax.config import MASK_KINDS, MaskConfig, StageConfig, from_dict, to_dict
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.shards import write_group
+from keysync_jax.data_pipeline.source.mixture import DatasetChoice
+from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader
+from keysync_jax.data_pipeline.source.windows import KeyframeWindows
 from keysync_jax.media import masks
 from keysync_jax.verify import harness as parity
+from keysync_jax.verify import reference_masks
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "masks"
 
@@ -63,7 +71,7 @@ def test_box_covers_border_columns_and_reaches_the_bottom():
 
 def test_target_equals_sampling_the_full_mask():
     rng = np.random.default_rng(3)
-    for kind in ("box", "full", "mouth", "heart", "face"):
+    for kind in MASK_KINDS:
         points = face_points(rng, 200, 152, count=3)
         full = masks.make_mask(points, 152, 200, MaskConfig(kind))
         assert full.shape == (3, 152, 200) and set(np.unique(full)) <= {0.0, 1.0}
@@ -91,8 +99,8 @@ def test_nearest_indices_round_as_torch():
 
 def test_landmarks_are_scaled_once_and_truncated():
     points = np.array([[[340.0, 280.0], [-3.9, 0.5]]])
-    np.testing.assert_array_equal(masks.scale_landmarks(points, (1920, 1080), (512, 512)), [[[161, 74], [-1, 0]]])
-    twice = masks.scale_landmarks(points, (1920, 1080), (512, 512), reference_double_scaling=True)
+    np.testing.assert_array_equal(reference_masks.scale_landmarks(points, (1920, 1080), (512, 512)), [[[161, 74], [-1, 0]]])
+    twice = reference_masks.scale_landmarks(points, (1920, 1080), (512, 512), times=2)
     np.testing.assert_array_equal(twice, [[[76, 19], [0, 0]]])
     assert twice.dtype == np.int64
 
@@ -105,7 +113,7 @@ def test_heart_leaves_the_nose_and_wraps_only_on_request():
     assert mask[60, 50] == 1 and mask[50, 50] == 0 and mask[39, 50] == 0 and mask[50, 30] == 1
     # The nose rectangle grows sideways by a tenth of the distance from jaw to nose, here 3, and leaves the box (20 to 80) on the right.
     points[0, 2, 0], points[0, 35] = 20, (79, 54)
-    wrapped = masks.make_mask(points, 100, 100, MaskConfig("heart"), reference_heart=True)[0]
+    wrapped = reference_masks.make_mask(points, 100, 100, MaskConfig("heart"))[0]
     plain = masks.make_mask(points, 100, 100, MaskConfig("heart"))[0]
     assert wrapped[50, 81] == 255 and plain[50, 81] == 0
     np.testing.assert_array_equal(wrapped == 1, plain == 1)
@@ -141,3 +149,49 @@ def test_bad_landmarks_are_named():
     with pytest.raises(KeySyncError, match="nose_index is 68"):
         masks.make_mask(points[:2], 64, 64, MaskConfig(nose_index=68))
     assert masks.make_mask(points[:0], 64, 64, MaskConfig("face")).shape == (0, 64, 64)
+
+
+def _lips(landmarks, rows, cols, size, config):
+    """The box around the lips, four pixels wider on either side."""
+    points = landmarks[:, 48:]
+    top, bottom, left, right = masks.below(points, points[..., 1].min(1), points[..., 1].max(1))
+    return masks.inside((top, bottom, left - 4, right + 4), rows, cols)
+
+
+@pytest.fixture
+def lips(monkeypatch):
+    """A kind of mask that another package adds."""
+    monkeypatch.setattr(masks, "KINDS", dict(masks.KINDS))
+    monkeypatch.setattr(masks, "MASK_KINDS", MASK_KINDS)
+    masks.register("lips", _lips)
+    yield "lips"
+    MASK_KINDS.remove("lips")
+
+
+def test_a_kind_from_outside_is_one_of_ours(lips, tmp_path):
+    """It is drawn, a model's configuration can name it, and so can a dub's options and the reader of training data."""
+    points = np.full((2, 68, 2), 20.0, np.float32)
+    points[:, 48], points[:, 57] = (12, 24), (27, 29)
+    mask = masks.make_mask(points, 32, 32, MaskConfig(lips))
+    assert mask[:, 20:30, 8:32].all() and mask.sum() == 2 * 10 * 24
+    np.testing.assert_array_equal(masks.make_mask(points, 32, 32, MaskConfig(lips), (8, 8)), masks.downsample(mask, (8, 8)))
+    with pytest.raises(KeySyncError, match="there is a mask 'lips' already"):
+        masks.register(lips, _lips)
+
+    assert from_dict(StageConfig, to_dict(StageConfig(mask=MaskConfig(lips)))).mask.kind == lips
+    parser = argparse.ArgumentParser()
+    dub_verbs.add_dub(parser.add_subparsers())
+    assert parser.parse_args(["dub", "a", "b", "-o", "c", "--mask", lips]).mask == lips
+
+    write_group(tmp_path, tiny_shards.group(), tiny_shards.load, tiny_shards.clips())
+    source = WindowReader(SourceConfig((DatasetChoice(str(tmp_path)),), KeyframeWindows(), mask=MaskConfig(lips)))
+    read = source.read([source.sample(0, 0, 1)])["masks"][0, ..., 0]
+    # The crops there have 32 pixels, the cells 8, and the lips lie between (18.7, 24.3) and (23, 30).
+    np.testing.assert_array_equal(read[0], [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]])
+
+
+def test_a_kind_that_this_process_does_not_know_is_named(lips):
+    config = MaskConfig(lips)
+    del masks.KINDS[lips]
+    with pytest.raises(KeySyncError, match="no mask 'lips' is registered in this process"):
+        masks.make_mask(np.zeros((1, 68, 2)), 32, 32, config)

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from keysync_jax.config import SpeechEncoderConfig, StageConfig
+from keysync_jax.config import EXPORT_FORMATS, SpeechEncoderConfig, StageConfig
 from keysync_jax.converters import assemble_audio, model_directory
 from keysync_jax.converters import export as torch_formats
 from keysync_jax.converters.byte_progress import byte_progress
@@ -34,7 +34,6 @@ from keysync_jax.training.start.stage_vae import located
 from keysync_jax.training.state import Tree
 from keysync_jax.training.trainables import of_run, read_run
 
-FORMATS = ("model", *torch_formats.FORMATS)
 _ORDER = (*STAGES, "vae")
 
 
@@ -69,7 +68,7 @@ class ExportOptions:
     card: model_card.CardOptions = model_card.CardOptions()
 
     def __post_init__(self):
-        for what, value, allowed in (("format", self.format, FORMATS), ("dtype", self.dtype, (None, *FLOAT_TYPES))):
+        for what, value, allowed in (("format", self.format, EXPORT_FORMATS), ("dtype", self.dtype, (None, *FLOAT_TYPES))):
             if value not in allowed:
                 raise UsageError(f"{what} {value!r}: choose one of {', '.join(a for a in allowed if a)}")
         unknown = [name for name in self.steps if name not in ("", *_ORDER)]
