@@ -185,7 +185,7 @@ def test_a_kind_from_outside_is_one_of_ours(lips, tmp_path):
 
     write_group(tmp_path, tiny_shards.group(), tiny_shards.load, tiny_shards.clips())
     source = WindowReader(SourceConfig((DatasetChoice(str(tmp_path)),), KeyframeWindows(), mask=MaskConfig(lips)))
-    read = source.read([source.sample(0, 0, 1)])["masks"][0, ..., 0]
+    read = source.read([source.sample(0, 0, 1)])["mask"][0, ..., 0]
     # The crops there have 32 pixels, the cells 8, and the lips lie between (18.7, 24.3) and (23, 30).
     np.testing.assert_array_equal(read[0], [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]])
 
