@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,7 @@ class StageSampler(Microbatcher):
         noise = keyed_noise(windows.seed, config.stage, windows.index, shape)
         latents = "identity" if config.stage == "keyframe" else "endpoints"
         batch = {"audio": windows.audio, "known": windows.known, "mask": windows.mask, latents: windows.latents}
-        networks = {name: functools.partial(model.apply, {"params": own}) for name, own in params.items()}
+        apply = cast(Callable[..., jax.Array], model.apply)
+        networks = {name: functools.partial(apply, {"params": own}) for name, own in params.items()}
         given = conditions(model, {"params": params[MAIN]}, batch)
         return sampler.sample(networks, noise, schedules.ays_sigmas(windows.steps), given, windows.guidance)

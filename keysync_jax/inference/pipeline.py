@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class KeySyncPipeline:
         *,
         dtype: str | None = None,
         microbatch: int = 1,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
     ):
         if microbatch < 1:
             raise UsageError(f"microbatch is {microbatch}; it must be at least 1")
@@ -64,6 +64,8 @@ class KeySyncPipeline:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         self.mesh = data_mesh(devices)
         self.encoders: dict[str, Hearing] = _Encoders(directory)
+        # float32 always: the VAE is cheap beside the U-Net and bf16 shows in flat skin.
+        self.vae = LatentCoder(directory.vae, lambda: directory.params("vae"), self.mesh, microbatch=2)
         self._directory = directory
         self._dtype = jnp.dtype(dtype)
         self._microbatch = microbatch
@@ -77,12 +79,6 @@ class KeySyncPipeline:
     def interpolation(self) -> StageSampler:
         """The second stage."""
         return self._stage("interpolation")
-
-    @functools.cached_property
-    def vae(self) -> LatentCoder:
-        """The autoencoder."""
-        # float32 always: the VAE is cheap beside the U-Net and bf16 shows in flat skin.
-        return LatentCoder(self._directory.vae, lambda: self._directory.params("vae"), self.mesh, microbatch=2)
 
     @property
     def samplers(self) -> dict[str, StageSampler]:
@@ -151,8 +147,9 @@ class KeySyncPipeline:
           CancelledError: `cancel` was set.
           KeySyncError: see the phases of `DubJob`.
         """
-        inputs = {Path(path).resolve(): what for path, what in ((video, "the video"), (audio, "the voice")) if not _is_array(path)}
-        if output is None and not _is_array(video):
+        given = ((video, "the video"), (audio, "the voice"))
+        inputs = {Path(path).resolve(): what for path, what in given if not isinstance(path, np.ndarray)}
+        if output is None and not isinstance(video, np.ndarray):
             output = Path(video).with_name(f"{Path(video).stem}_dubbed.mp4")
         if output is not None:
             output = os.fspath(output)
@@ -220,10 +217,6 @@ class _Encoders(dict[str, Hearing]):
     def __missing__(self, name: str) -> AudioFeatures:
         self[name] = encoder = AudioFeatures(self._directory.audio(name), self._directory.params(f"audio/{name}"))
         return encoder
-
-
-def _is_array(source: str | os.PathLike | np.ndarray) -> TypeGuard[np.ndarray]:
-    return isinstance(source, np.ndarray)
 
 
 def _keep(taken: Mapping[Path, str], path: str | os.PathLike, what: str) -> None:
