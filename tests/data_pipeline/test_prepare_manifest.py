@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from bounds import approx
 from broken_inputs import encode
 
 from keysync_jax.core.errors import KeySyncError, UsageError
@@ -129,7 +130,7 @@ def test_hdtf(tmp_path):
     assert (items["RD Radio11_1"].name, items["RD Radio11_1"].start, items["RD Radio11_1"].stop) == ("Radio11.mp4", 3690, 3750)
     carolyn = items["WDA CarolynMaloney2_0"]
     # x 16, width 32, y 4, height 48 in a picture of 64 x 64
-    assert carolyn.box == pytest.approx((0.25, 0.0625, 0.75, 0.8125)) and carolyn.speaker == "WDA_CarolynMaloney"
+    assert carolyn.box == approx((0.25, 0.0625, 0.75, 0.8125)) and carolyn.speaker == "WDA_CarolynMaloney"
     assert items["WDA Gone_0"].name == "Gone.mp4"  # missing: goes to the dead letter later
     assert {i.source for i in items.values()} == {"hdtf"}
     (notes / "WDA_annotion_time.txt").write_text("CarolynMaloney2.mp4 00:20-00:10\n")

@@ -135,5 +135,6 @@ def test_bad_columns(bad):
 
 def test_record_bytes_is_the_real_size():
     columns = (latent_column(64, 64), audio_column("hubert", 768), landmarks_column())
+    # The names of the columns and the lengths in front of them are the rest.
     assert record_bytes(columns) == pytest.approx(64 * 64 * 4 * 2 + 2 * 768 * 2 + 68 * 2 * 4, rel=0.01)
     assert record_bytes((jpeg_column(8, 8),), jpeg_bytes=5000) - record_bytes((jpeg_column(8, 8),), jpeg_bytes=4000) == 1000

@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny_shards as tiny
+from bounds import approx, close
 
 from keysync_jax.config import MaskConfig, StageConfig
 from keysync_jax.core.errors import KeySyncError
@@ -55,7 +56,7 @@ def test_keyframe_sample_holds_the_frames_it_names(root):
         np.testing.assert_array_equal(out["known"][0], [tiny.latent(clip, f) for f in frames])
         np.testing.assert_array_equal(out["audio"][0], [tiny.audio(clip, f, 6) for f in frames])
         np.testing.assert_array_equal(out["identity"][0], tiny.latent(clip, frames[0]))
-        np.testing.assert_allclose(out["valence"][0], frames / 1000, rtol=1e-6)
+        close(out["valence"][0], frames / 1000, 1, scale="each")
         assert source.stores[out["dataset"][0]].clips[out["clip"][0]].id == clip
         assert {k: (v.shape[1:], v.dtype.name) for k, v in out.items()} == {
             "known": ((14, 4, 4, 4), "float32"), "audio": ((14, 2, 6), "float32"), "mask": ((14, 4, 4, 1), "float32"),
@@ -174,7 +175,7 @@ def test_mirrored_landmarks_name_the_same_features():
         assert MIRROR[centre] == centre
     points = np.random.default_rng(0).random((3, 68, 2)) * 64
     back = mirror_landmarks(mirror_landmarks(points, 64), 64)
-    np.testing.assert_allclose(back, points)
+    close(back, points, 2, scale=64, dtype=np.float64)
     # The mask of the mirrored face is the mirrored mask.
     for dtype, x in ((np.float32, 10 + np.round(points[..., 0] * 0.5)), (np.float64, 10 + points[..., 0] * 0.5)):
         placed = np.stack([x, points[..., 1]], axis=-1).astype(dtype)
@@ -185,10 +186,10 @@ def test_mirrored_landmarks_name_the_same_features():
 def test_box_jitter_moves_the_mask_within_its_bound(root):
     points = np.stack([tiny.landmarks("", 0)] * 2) * 8  # a crop of 256
     moved = jitter_landmarks(points, (256, 256), (0.1, -0.05), 0.2)
-    np.testing.assert_allclose(moved[..., 1], points[..., 1] - 12.8, atol=1e-4)
+    close(moved[..., 1], points[..., 1] - 12.8, 4, scale=256)
     width = np.ptp(points[0, :, 0])
-    assert np.ptp(moved[0, :, 0]) == pytest.approx(1.2 * width, rel=1e-5)
-    assert moved[0, :, 0].mean() == pytest.approx(points[0, :, 0].mean() + 25.6, abs=1e-3)
+    assert np.ptp(moved[0, :, 0]) == approx(1.2 * width, 4, dtype=np.float32, scale=256)
+    assert moved[0, :, 0].mean() == approx(points[0, :, 0].mean() + 25.6, 4, dtype=np.float32, scale=256)
     source = reader(root, InterpolationWindows(), box_jitter=0.3)
     samples = [source.sample(0, row, 60) for row in range(60)]
     draws = np.array([[*s.shift, s.stretch] for s in samples])
@@ -214,7 +215,7 @@ def test_only_the_asked_frames_are_decoded_and_they_are_the_right_ones(root, mon
         for k, index in enumerate(sample.pixels):
             frame = sample.start + 13 * index
             expected = tiny.picture(source.clip(sample).id, frame) / 127.5 - 1
-            np.testing.assert_allclose(out["original_frames"][row, k], expected, atol=0.03)
+            np.testing.assert_allclose(out["original_frames"][row, k], expected, rtol=0, atol=4 / 127.5)  # code values, through JPEG
     everything = reader(root, KeyframeWindows(), pixel_frames=14)
     assert everything.read([everything.sample(0, 0, 1)])["original_indices"].tolist() == [list(range(14))]
 
@@ -258,7 +259,7 @@ def test_mixture_of_datasets(root, tmp_path):
     choices = (DatasetChoice(str(root), weight=3.0, filter=good), DatasetChoice(str(tmp_path / "more"), weight=1.0))
     source = WindowReader(SourceConfig(choices, InterpolationWindows(), seed=1))
     samples = [source.sample(step, row, 8) for step in range(256) for row in range(8)]
-    assert np.mean([s.dataset for s in samples]) == pytest.approx(0.25, abs=1e-3)
+    assert np.mean([s.dataset for s in samples]) == pytest.approx(0.25, abs=1 / 1024)  # to one item of a block
     assert {source.clip(s).scores["quality"] for s in samples if s.dataset == 0} == {0.3, 0.4, 0.5}
     assert {source.clip(s).num_frames for s in samples if s.dataset == 1} == {50, 60, 70}
     out = source.read(samples[:16])

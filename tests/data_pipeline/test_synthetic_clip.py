@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pytest
+from bounds import close
 
 from keysync_jax.core.errors import UsageError
 from keysync_jax.data_pipeline.synthetic import TalkerOptions, make_clip
@@ -45,7 +46,7 @@ def test_identity_with_the_voice_of_another_clip(clip):
     assert target.identity == clip.identity
     # Same relative articulation, on this face: openings are proportional.
     scale = target.identity["mouth_opening"] / voice.identity["mouth_opening"]
-    np.testing.assert_allclose(target.opening, voice.opening * scale, rtol=1e-5, atol=1e-7)
+    close(target.opening, voice.opening * scale, 4)
     still = [*range(0, 3), *range(14, 48)]
     np.testing.assert_array_equal(target.landmarks[:, still], clip.landmarks[:, still])
     moved = make_clip(11, frames=60, motion_seed=5)
@@ -57,7 +58,7 @@ def test_landmarks_agree_with_opening_and_width(clip):
     eyes = np.linalg.norm(clip.landmarks[:, 45] - clip.landmarks[:, 36], axis=1)
     gap = np.linalg.norm(clip.landmarks[:, 66] - clip.landmarks[:, 62], axis=1) / eyes
     across = np.linalg.norm(clip.landmarks[:, 54] - clip.landmarks[:, 48], axis=1) / eyes
-    # Yaw and pitch change a length by their parallax only.
+    # Yaw and pitch change a length by their parallax only: some per cent of a mouth that opens by .4 and is .9 wide.
     np.testing.assert_allclose(gap, clip.opening, atol=0.012)
     np.testing.assert_allclose(across, clip.width, atol=0.03)
     assert clip.opening.max() > 0.5 * MAX_OPENING and clip.opening.min() == 0
@@ -82,7 +83,7 @@ def test_landmarks_lie_on_the_drawn_features():
 
 def test_size_is_only_resolution():
     small, large = make_clip(11, frames=6, size=128), make_clip(11, frames=6, size=256)
-    np.testing.assert_allclose(large.landmarks, 2 * small.landmarks, atol=1e-3)
+    close(large.landmarks, 2 * small.landmarks, 4)
     shrunk = np.stack([cv2.resize(f, (128, 128), interpolation=cv2.INTER_AREA) for f in large.frames])
     assert np.abs(shrunk.astype(int) - small.frames).mean() < 2.0
 

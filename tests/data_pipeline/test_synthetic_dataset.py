@@ -16,6 +16,7 @@ import time
 import av
 import numpy as np
 import pytest
+from bounds import approx, spread
 
 from keysync_jax.cli.main import main
 from keysync_jax.core.errors import KeySyncError, UsageError
@@ -42,7 +43,7 @@ def _digests(folder):
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("synth")
     summary = synth_dataset(4, folder, SMALL, quiet=True)
-    assert (summary.made, summary.kept) == (4, 0) and summary.seconds == pytest.approx(4 * 12 / 25)
+    assert (summary.made, summary.kept) == (4, 0) and summary.seconds == approx(4 * 12 / 25)
     return folder
 
 
@@ -63,7 +64,7 @@ def test_written_clip_reads_back(tmp_path, name):
     np.testing.assert_array_equal(np.load(path.with_name("clip.landmarks.npy")), clip.landmarks)
     np.testing.assert_array_equal(np.load(path.with_name("clip.occluder.npz"))["mask"], clip.occluder_mask)
     record = json.loads(path.with_name("clip.truth.json").read_text())
-    np.testing.assert_allclose(record["opening"], clip.opening, atol=1e-6)
+    np.testing.assert_allclose(record["opening"], clip.opening, rtol=0, atol=0.501e-6)  # written with six decimals
     assert record["is_closure"] == clip.is_closure.tolist() and record["seeds"]["audio"] == 5
     assert record["phonemes"][0]["name"] == "sil" and record["identity"]["hair_style"] == clip.identity["hair_style"]
 
@@ -195,10 +196,10 @@ def test_splits_go_by_speaker_and_reach_their_shares():
         assert plan.identity_seed == plans[int(plan.speaker[-5:])].identity_seed
     assert len({p.audio_seed for p in plans}) == len({p.motion_seed for p in plans}) == 1000
     for split, share in (("train", 0.8), ("validation", 0.1), ("test", 0.1)):
-        assert sum(p.split == split for p in plans) / 1000 == pytest.approx(share, abs=0.02)
+        assert sum(p.split == split for p in plans) / 1000 == pytest.approx(share, abs=0.02)  # two hundred speakers: to four of them
     kinds = [plan_clip(i, SynthSettings(silent_share=0.2, emotion_share=0.5)).options for i in range(400)]
-    assert sum(k.silent for k in kinds) / 400 == pytest.approx(0.2, abs=0.06)
-    assert sum(k.emotion for k in kinds) / 400 == pytest.approx(0.5, abs=0.08)
+    assert sum(k.silent for k in kinds) / 400 == pytest.approx(0.2, abs=spread((0.2 * 0.8) ** 0.5, 400))
+    assert sum(k.emotion for k in kinds) / 400 == pytest.approx(0.5, abs=spread(0.5, 400))
 
 
 @pytest.mark.parametrize(

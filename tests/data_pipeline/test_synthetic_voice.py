@@ -1,7 +1,7 @@
 """The voice says what the mouth does and is no louder for an open vowel."""
 
 import numpy as np
-import pytest
+from bounds import approx
 
 from keysync_jax.core.clock import SAMPLE_RATE
 from keysync_jax.data_pipeline.synthetic.phonemes import (
@@ -58,7 +58,7 @@ def test_formants_are_ordered_and_scale_with_the_tract():
     opening, width = np.meshgrid(np.linspace(0, 1, 11), np.linspace(0, 1, 11))
     f1, f2, f3 = formants(opening, width, 1.0)
     assert (f2 - f1 > 0).all() and (f3 - f2 > 300).all()
-    assert formants(opening, width, 1.2)[1] == pytest.approx(1.2 * f2)
+    assert formants(opening, width, 1.2)[1] == approx(1.2 * f2)
 
 
 def test_fricatives_hiss_and_nasals_hum():
@@ -71,8 +71,8 @@ def test_fricatives_hiss_and_nasals_hum():
 def test_lips_are_shut_through_every_closure_and_silence():
     for seed in range(6):
         phonemes = sample_phonemes(seed, 7.2)
-        assert phonemes[0].start == 0 and phonemes[-1].end == pytest.approx(7.2)
-        assert all(a.end == pytest.approx(b.start) for a, b in zip(phonemes, phonemes[1:], strict=False))
+        assert phonemes[0].start == 0 and phonemes[-1].end == approx(7.2, 64)  # a sum of some fifty
+        assert all(a.end == approx(b.start) for a, b in zip(phonemes, phonemes[1:], strict=False))
         opening = at_frames(articulate(phonemes, 7.2, seed).opening, 180)
         centre = (np.arange(180) + 0.5) / 25
         shut = [p for p in phonemes if p.closure or p.name == "sil"]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bounds import close
 from tiny_speech import SIZES, encoder
 
 from keysync_jax.config import AudioEncoderConfig
@@ -26,6 +27,8 @@ def voice(seconds: float, seed: int = 0) -> np.ndarray:
     return (0.01 + envelope * rng.standard_normal(n)).astype(np.float32)
 
 
+# Some twenty layers lie between samples and tokens, with sums of up to 400 terms.
+ROUNDING = dict(ulps=4, terms=400)
 SHORT = {"window_seconds": 4.0, "context_seconds": 1.0}
 
 
@@ -88,7 +91,8 @@ def test_streaming_is_exact(kind):
     """Blocks of convolutions with whole-clip statistics, and masked padding, give the single pass to rounding."""
     run = features(kind)
     prepared = run.prepare(voice(15.0))  # three blocks, the last one partial; 749 tokens in a window of 1200
-    np.testing.assert_allclose(run.tokens(prepared), run.single_pass(prepared), rtol=0, atol=1e-5)
+    exact = run.single_pass(prepared)
+    close(run.tokens(prepared), exact, **ROUNDING, wrong=np.roll(exact, 1, axis=0))
 
 
 def test_statistics_of_a_block_alone_would_be_wrong():
@@ -97,7 +101,9 @@ def test_statistics_of_a_block_alone_would_be_wrong():
     prepared = run.prepare(voice(15.0))
     block = prepared[: 299 * 320 + 400]
     own = audio_features._features(run._module, run._variables, block[None], run._moments(block))
-    assert np.abs(np.asarray(own[0]) - next(run._feature_blocks(prepared, 749))).max() > 100 * 1e-5
+    exact = next(run._feature_blocks(prepared, 749))
+    close(exact, exact, **ROUNDING, wrong=own[0])
+    assert np.abs(np.asarray(own[0]) - exact).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["hubert", "wavlm"])
@@ -139,7 +145,8 @@ def test_deterministic():
 
 def test_loudness_matters_only_where_the_encoder_is_not_normalised():
     wav = voice(2.0)
-    np.testing.assert_allclose(features("hubert")(wav), features("hubert")(0.3 * wav + 0.1), atol=2e-3)
+    # The variance has 1e-7 added, which of that of the quiet sound (0.3^2 of 0.008) is 1.4e-4; the layers may make ten times as much.
+    np.testing.assert_allclose(features("hubert")(wav), features("hubert")(0.3 * wav + 0.1), rtol=0, atol=2e-3)
     assert np.abs(features("log_mel")(wav) - features("log_mel")(0.3 * wav)).max() > 0.1
 
 
@@ -169,8 +176,8 @@ class TestPlanWindows:
 
 def test_standardise_uses_the_unbiased_variance():
     x = np.array([1.0, 2.0, 4.0], np.float32)
-    np.testing.assert_allclose(standardise(x, unbiased=True, eps=0.0), (x - x.mean()) / x.std(ddof=1), rtol=1e-6)
-    np.testing.assert_allclose(standardise(x, unbiased=False, eps=0.5), (x - x.mean()) / np.sqrt(x.var() + 0.5), rtol=1e-6)
+    close(standardise(x, unbiased=True, eps=0.0), (x - x.mean()) / x.std(ddof=1), 4)
+    close(standardise(x, unbiased=False, eps=0.5), (x - x.mean()) / np.sqrt(x.var() + 0.5), 4)
     assert not standardise(np.zeros(5, np.float32), unbiased=True, eps=1e-7).any()
 
 

@@ -133,6 +133,7 @@ def test_copying_the_input_fails():
         "partial_r": False, "silence_open": False, "silence_input_open": True, "outside_change": True,
     }  # fmt: skip
     assert abs(report["columns"]["output"]["opening_r"]) < 0.35
+    # A copy leaks 1; what the measurer adds to a drawn mouth is under a fiftieth, as in the test above.
     assert all(report["columns"]["output"][key] == pytest.approx(1, abs=0.02) for key in ("input_leak", "silence_leak"))
     baseline, output = report["columns"]["copied input"], report["columns"]["output"]
     assert baseline["opening_r"] == output["opening_r"] and baseline["silence_open"] == output["silence_open"] >= 0.4
@@ -149,7 +150,7 @@ def test_a_clip_without_a_lag_misses_the_mark():
     output = report["columns"]["output"]
     assert [math.isnan(row["lag"] or 0) or row["lag"] for row in report["per_clip"]] == [None, 0, 0]
     assert output["lag"] == output["lag_signed"] == 0 and output["lag_missing"] == 1  # of the two that have one
-    assert output["lag_within_1"] == pytest.approx(2 / 3, abs=1e-4)
+    assert output["lag_within_1"] == pytest.approx(2 / 3, abs=0.501e-4)  # reports keep four decimals
     assert {row["key"]: row["passed"] for row in report["marks"]}["lag"] is False
     assert report["columns"]["truth"]["lag_missing"] == 0
 
@@ -163,8 +164,8 @@ def test_the_stored_result_of_the_bundled_model_stands():
         "lag": 0, "lag_error": 0, "lag_signed": 0, "lag_within_1": 1, "lag_missing": 0,
     }  # fmt: skip
     assert {key: again[key] for key in ("opening_r", "width_r", "closed", "partial_r")} == pytest.approx(
-        {key: column[key] for key in ("opening_r", "width_r", "closed", "partial_r")}, abs=2e-4
-    )
+        {key: column[key] for key in ("opening_r", "width_r", "closed", "partial_r")}, abs=1.01e-4
+    )  # the stored mean has four decimals, and so has each clip's figure that is averaged again
     rows = marks.judge(talkers.marks_of(stored), {**stored["columns"]["truth"], **column, "lag_missing": again["lag_missing"]})
     assert rows == stored["marks"] and all(row["passed"] for row in rows) and stored["passed"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bounds import approx
 from PIL import Image
 
 from keysync_jax.cli import evaluate_verbs
@@ -33,12 +34,12 @@ def _face(gap, width=40.0, centre_gap=None):
 
 def test_mouth_ratio_by_its_three_definitions():
     face = _face(8, centre_gap=14)
-    assert video_metrics.mouth_ratio(face) == pytest.approx((8 + 14 + 8) / 3 / 40)
-    assert video_metrics.mouth_ratio(face, "inner centre") == pytest.approx(14 / 40)
-    assert video_metrics.mouth_ratio(face, "outer") == pytest.approx(20 / 50)
+    assert video_metrics.mouth_ratio(face) == approx((8 + 14 + 8) / 3 / 40)
+    assert video_metrics.mouth_ratio(face, "inner centre") == approx(14 / 40)
+    assert video_metrics.mouth_ratio(face, "outer") == approx(20 / 50)
     assert video_metrics.mouth_ratio(_face(0)) == 0
     angle = np.array([[0.8, -0.6], [0.6, 0.8]])
-    assert video_metrics.mouth_ratio(3.7 * face @ angle + 100) == pytest.approx(video_metrics.mouth_ratio(face))
+    assert video_metrics.mouth_ratio(3.7 * face @ angle + 100) == approx(video_metrics.mouth_ratio(face))
     with pytest.raises(UsageError, match="no mouth aspect ratio called 'lips'"):
         video_metrics.mouth_ratio(face, "lips")
 
@@ -59,13 +60,13 @@ def test_variance_of_laplacian():
     point[4, 4] = 1
     values = np.zeros(81)
     values[:5] = (-4, 1, 1, 1, 1)
-    assert video_metrics.laplacian_variance(point) == pytest.approx(values.var())
+    assert video_metrics.laplacian_variance(point) == approx(values.var())
     assert video_metrics.laplacian_variance(np.full((9, 9), 77)) == 0
     edge = np.zeros((5, 5))
     edge[:, 0] = 3  # mirrored without repeating the border: the neighbour beyond column 0 is column 1
     expected = np.zeros((5, 5))
     expected[:, 0], expected[:, 1] = -6, 3
-    assert video_metrics.laplacian_variance(edge) == pytest.approx(expected.var())
+    assert video_metrics.laplacian_variance(edge) == approx(expected.var())
     noise = np.random.default_rng(0).uniform(0, 255, (32, 32))
     blurred = (noise + np.roll(noise, 1, 0) + np.roll(noise, 1, 1)) / 3
     assert video_metrics.laplacian_variance(blurred) < 0.5 * video_metrics.laplacian_variance(noise)
@@ -87,8 +88,8 @@ def test_comparison_uses_frames_with_a_face_in_both():
     ours, theirs = _figures([*known[:2], np.nan, *known[2:], 0.2]), _figures([*2 * known[:2], 0.9, *2 * known[2:]])
     both = video_metrics.compare(ours, theirs)
     assert both["frames_compared"] == 8 and both["frames_apart"] == 1
-    assert both["ratio_r"] == pytest.approx(1) and both["ratio_difference"] == pytest.approx(known.mean())
-    assert both["open_difference"] == pytest.approx(5 / 8 - 7 / 8)  # over the frames that are compared
+    assert both["ratio_r"] == approx(1) and both["ratio_difference"] == approx(known.mean())
+    assert both["open_difference"] == approx(5 / 8 - 7 / 8)  # over the frames that are compared
     short = video_metrics.compare(_figures(known[:7]), theirs)
     assert short["frames_compared"] == 7 and np.isnan(short["ratio_r"])  # too few to correlate
     with pytest.raises(KeySyncError, match="fewer than two frames"):
@@ -108,7 +109,7 @@ def test_comparison_goes_by_time_where_the_rates_differ():
     for first, second, frames in ((slow, twice, 50), (twice, slow, 100)):
         both = video_metrics.compare(first, second)
         assert (both["frames_compared"], both["frames_apart"]) == (frames, 0)
-        assert both["ratio_r"] == pytest.approx(1) and both["ratio_difference"] == pytest.approx(0)
+        assert both["ratio_r"] == approx(1) and both["ratio_difference"] == approx(0, scale=1)
     short = video_metrics.compare(slow, twice._replace(**{n: getattr(twice, n)[:40] for n in ("time", "sharpness", "mouth_sharpness")},
                                                        ratios={n: v[:40] for n, v in twice.ratios.items()}))  # fmt: skip
     assert short["frames_apart"] == 30 and short["frames_compared"] == 20
@@ -200,6 +201,7 @@ def test_command_on_a_video_with_known_mouth(video, tmp_path, capsys):
                     "--quiet") == 0  # fmt: skip
     report = json.loads(files[0].read_text())
     exact = video_metrics.mouth_ratio(clip.landmarks)
+    # The detector misjudges a frame or three of this clip, where the mouth is a shade above or below the threshold.
     assert report["lip_leak"] == report["generated"]["open"] == pytest.approx((exact > 0.25).mean(), abs=0.13)
     assert report["comparison"]["ratio_r"] == 1 and report["comparison"]["sharpness_difference"] == 0
     assert list(report["generated"]["sweep"].values()) == sorted(report["generated"]["sweep"].values(), reverse=True)

@@ -9,6 +9,7 @@ import types
 import cv2
 import numpy as np
 import pytest
+from bounds import close
 
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.synthetic import make_clip
@@ -85,7 +86,7 @@ def test_landmarks_lie_on_the_drawn_face(fresh):
     face = found[0]
     points = face.landmarks
     assert points.shape == (68, 2) and points.dtype == np.float32 and face.score > 0.9
-    near = 0.05 * size
+    near = 0.05 * size  # a detector of photographs, on a drawing: a twentieth of the face is half an eye
     for first, eye in zip((36, 42), EYES, strict=True):
         np.testing.assert_allclose(points[first : first + 6].mean(axis=0), at(eye, cx, cy, size), atol=near)
     np.testing.assert_allclose(points[33], at(NOSE_BASE, cx, cy, size), atol=near)
@@ -135,6 +136,7 @@ def test_small_and_large_faces(fresh, width, height, size):
     frame[y0 : y0 + side, x0 : x0 + side] = draw_face(side, side, cx - x0, cy - y0, size)
     found = fresh.detect(frame)
     assert len(found) == 1
+    # Less than an eye of the smallest face, whose 60 pixels the detector sees through a shrunken frame.
     np.testing.assert_allclose(found[0].landmarks[36:48].mean(axis=0), at((0, EYES[0][1]), cx, cy, size), atol=0.08 * size)
 
 
@@ -160,7 +162,7 @@ def test_lost_found_and_repeatable(fresh):
     first = [fresh.detect(f) for f in frames]
     assert [len(f) for f in first] == [1, 1, 1, 1, 0, 0, 1, 1]
     centers = [f[0].center[0] for f in first if f]
-    np.testing.assert_allclose(centers, [180, 192, 204, 216, 300, 150], atol=8)
+    np.testing.assert_allclose(centers, [180, 192, 204, 216, 300, 150], atol=8)  # a twenty-fifth of the face, less than a step of 12
     with open_backend("mediapipe") as another:
         second = [another.detect(f) for f in frames]
     for a, b in zip(first, second, strict=True):
@@ -273,7 +275,7 @@ def test_fan_conforms_to_the_interface(fan_package):
         found = fan.detect(np.zeros((960, 1280, 3), np.uint8))
         assert fan_package.seen == (480, 640, 3)  # detection on the reduced frame ...
         assert [f.score for f in found] == [0.99, 0.6] and found[0].area > found[1].area
-        np.testing.assert_allclose(found[0].box, (100.5, 20.5, 220.5, 180.5))  # ... landmarks on the full one
+        close(found[0].box, (100.5, 20.5, 220.5, 180.5), 2)  # ... landmarks on the full one
         assert all(isinstance(f, Face) and f.landmarks.shape == (68, 2) and f.landmarks.dtype == np.float32 for f in found)
         fan_package.boxes = []
         assert fan.detect(np.zeros((100, 100, 3), np.uint8)) == []
@@ -312,7 +314,7 @@ def test_mesh_table_is_complete_and_symmetric():
     assert table.shape == (68, 3) and table[:, :2].max() < 468
     assert sorted(i for group in landmarks.GROUPS.values() for i in group) == list(range(68))
     np.testing.assert_array_equal(landmarks.MIRROR[landmarks.MIRROR], np.arange(68))
-    np.testing.assert_allclose(table[landmarks.MIRROR, 2], table[:, 2])
+    np.testing.assert_array_equal(table[landmarks.MIRROR, 2], table[:, 2])  # numbers typed twice
 
 
 def test_mirrored_picture_gives_mirrored_points(fresh):
@@ -339,15 +341,15 @@ def test_jaw_follows_the_outline_of_a_turned_head():
     mesh[50] = (-90, 40)  # a cheek vertex that sticks out on the left
     turned = landmarks.from_mesh(mesh)
     assert turned[2, 0] < plain[2, 0] - 10
-    np.testing.assert_allclose(turned[10:], plain[10:], atol=1e-4)
+    close(turned[10:], plain[10:], 4)
 
 
 def test_measures_do_not_depend_on_place_and_size():
     points = np.random.default_rng(2).uniform(0, 100, (3, 68, 2))
     for measure in (landmarks.mouth_opening, landmarks.mouth_aspect, landmarks.eye_aspect, landmarks.turn):
         assert measure(points).shape == (3,)
-        np.testing.assert_allclose(measure(points * 3 + [50, -20]), measure(points), rtol=1e-9)
-    np.testing.assert_allclose(landmarks.eye_distance(points * 3), 3 * landmarks.eye_distance(points))
+        close(measure(points * 3 + [50, -20]), measure(points), 64, dtype=np.float64)  # ratios of differences of points
+    close(landmarks.eye_distance(points * 3), 3 * landmarks.eye_distance(points), 8, dtype=np.float64)
 
 
 def test_draw_marks_points_and_mask():

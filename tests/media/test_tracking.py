@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from bounds import close, eps
 
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.media import tracking
@@ -24,6 +25,10 @@ def table_of(frames):
     return table
 
 
+# Landmarks are float32 at up to 1,280 pixels, and each is a mean, an interpolation or a polynomial of five of them.
+ROUNDING = dict(ulps=8, scale=1280)
+
+
 def x_of(shot):
     return shot.landmarks[:, :, 0].mean(axis=1) - SHAPE[:, 0].mean() * 100
 
@@ -43,7 +48,7 @@ def test_second_person_never_swaps_in():
     missing = np.array([i in (10, 11, 12) or 25 <= i < 35 for i in range(40)])
     np.testing.assert_array_equal(shot.detected, ~missing)
     np.testing.assert_array_equal(shot.usable, [not 25 <= i < 35 for i in range(40)])
-    np.testing.assert_allclose(x_of(shot)[shot.usable], 300 + 2 * np.flatnonzero(shot.usable), atol=0.01)
+    close(x_of(shot)[shot.usable], 300 + 2 * np.flatnonzero(shot.usable), **ROUNDING)
     assert np.isnan(shot.landmarks[25:35]).all()
 
 
@@ -60,7 +65,7 @@ def test_selections():
         ("1,1", 200, 80),
     ):
         shot = table.finish(text, smooth=False)
-        assert shot.landmarks[5].mean(axis=0)[0] == pytest.approx(x + SHAPE[:, 0].mean() * size, abs=0.01), text
+        close(shot.landmarks[5].mean(axis=0)[0], x + SHAPE[:, 0].mean() * size, **ROUNDING, err_msg=text)
         assert shot.tracks == 4
 
 
@@ -89,7 +94,7 @@ def test_gap_of_up_to_five_is_filled(gap):
     assert shot.detected.sum() == 16
     if gap <= 5:
         assert shot.runs == [(0, len(frames))] and shot.usable.all()
-        np.testing.assert_allclose(x_of(shot), 300 + 3 * np.arange(len(frames)), atol=0.01)
+        close(x_of(shot), 300 + 3 * np.arange(len(frames)), **ROUNDING)
     else:
         assert shot.runs == [(0, 8), (8 + gap, len(frames))]
 
@@ -115,7 +120,7 @@ def test_fill_gaps_interpolates_linearly():
     points[0], points[4] = 10, 20
     points[1:4] = 99  # not detected: must not be read
     filled, runs = fill_gaps(points, np.array([True, False, False, False, True]))
-    np.testing.assert_allclose(filled[:, 0, 0], [10, 12.5, 15, 17.5, 20])
+    close(filled[:, 0, 0], [10, 12.5, 15, 17.5, 20], 2)
     assert runs == [(0, 5)] and filled.dtype == np.float32
 
 
@@ -125,18 +130,18 @@ def test_smoothing_takes_jitter_and_leaves_motion():
     motion = SHAPE * 100 + 300 + 4.0 * time + 0.05 * time**2  # accelerating, 4 to 10 pixels per frame
     noisy = motion + rng.normal(0, 0.7, motion.shape)
     smooth = smooth_run(noisy)
-    assert jitter(noisy) == pytest.approx(0.7, rel=0.1)
+    assert jitter(noisy) == pytest.approx(0.7, rel=0.1)  # of 8,160 numbers; the accelerated motion adds a little
     assert jitter(smooth) < 0.3 * jitter(noisy)
     assert np.abs(smooth - motion)[4:-4].mean() < 0.6 * np.abs(noisy - motion).mean()
     # No lag: without noise nothing moves, not even at the ends.
-    np.testing.assert_allclose(smooth_run(motion), motion, atol=1e-3)
+    close(smooth_run(motion), motion, 8)
 
 
 def test_smoothing_is_symmetric_in_time_and_keeps_a_blink():
     blink = np.zeros((41, 68, 2))
     blink[18:23] = np.array([0.5, 0.9, 1.0, 0.9, 0.5])[:, None, None]
     out = smooth_run(blink)
-    np.testing.assert_allclose(out, smooth_run(blink[::-1])[::-1], atol=1e-6)
+    close(out, smooth_run(blink[::-1])[::-1], 8)
     assert out[20].min() > 0.85 and int(out[:, 0, 0].argmax()) == 20
 
 
@@ -145,7 +150,7 @@ def test_short_runs(length):
     points = np.random.default_rng(length).normal(0, 1, (length, 68, 2))
     out = smooth_run(points)
     assert out.shape == points.shape and np.isfinite(out).all()
-    assert np.allclose(out, points, atol=1e-6) == (length < 5)
+    assert (np.abs(out - points).max() <= 8 * eps() * np.abs(points).max()) == (length < 5)
 
 
 def test_smoothing_refuses_holes():
@@ -159,6 +164,6 @@ def test_smoothing_does_not_cross_a_gap():
     frames = [[face(300, 300)]] * 10 + [[]] * 8 + [[face(340, 300)]] * 10
     shot = table_of(frames).finish()
     assert shot.runs == [(0, 10), (18, 28)]
-    np.testing.assert_allclose(x_of(shot)[:10], 300, atol=0.01)
-    np.testing.assert_allclose(x_of(shot)[18:], 340, atol=0.01)
+    close(x_of(shot)[:10], 300, **ROUNDING)
+    close(x_of(shot)[18:], 340, **ROUNDING)
     assert tracking.MAX_GAP == 5

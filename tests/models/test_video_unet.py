@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bounds import close
 
 from keysync_jax.config import UNetConfig
 from keysync_jax.converters import sgm
@@ -54,6 +55,10 @@ def run(*args, config=TINY, dtype=jnp.float32, **kwargs):
 X, C_NOISE, TOKENS = draw(2, 3, 4, 6, 8), draw(2, seed=1), draw(2, 3, 24, seed=2)
 
 
+# Some thirty products of 64 to 1,152 terms lie between input and output, and on half as many the next depends.
+ROUNDING = dict(ulps=16, terms=9 * 64)
+
+
 def test_bfloat16_is_close_and_returns_float32():
     full, low = run(X, C_NOISE, TOKENS), run(X, C_NOISE, TOKENS, dtype=jnp.bfloat16)
     assert full.shape == (2, 3, 4, 6, 4) and low.dtype == np.float32
@@ -66,8 +71,9 @@ def test_videos_of_a_batch_are_independent_and_frames_are_not():
     full = run(X, C_NOISE, TOKENS)
     other = X.copy()
     other[0, 2] += 1
-    changed = np.abs(run(other, C_NOISE, TOKENS) - full).max(axis=(2, 3, 4))
-    assert (changed[0] > 1e-2).all() and (changed[1] < 1e-5).all()
+    got = run(other, C_NOISE, TOKENS)
+    assert (np.abs(got - full).max(axis=(2, 3, 4))[0] > 1e-2).all()
+    close(got[1], full[1], **ROUNDING, wrong=got[0])
 
 
 def test_still_images_do_not_read_other_frames():
@@ -75,8 +81,9 @@ def test_still_images_do_not_read_other_frames():
     full = run(X, C_NOISE, TOKENS, image_only_indicator=indicator)
     other = X.copy()
     other[0, 2] += 1
-    changed = np.abs(run(other, C_NOISE, TOKENS, image_only_indicator=indicator) - full).max(axis=(2, 3, 4))
-    assert (changed[0, :2] < 1e-5).all() and changed[0, 2] > 1e-2
+    got = run(other, C_NOISE, TOKENS, image_only_indicator=indicator)
+    assert np.abs(got - full)[0, 2].max() > 1e-2
+    close(got[0, :2], full[0, :2], **ROUNDING, wrong=run(other, C_NOISE, TOKENS)[0, :2])
 
 
 def test_audio_reaches_each_frame_through_the_time_embedding():
@@ -85,7 +92,7 @@ def test_audio_reaches_each_frame_through_the_time_embedding():
     swapped = run(X, C_NOISE, TOKENS[:, [1, 0, 2]])
     assert np.abs(swapped - full).max() > 1e-2
     quiet = dataclasses.replace(TINY, audio_cond_method="none")
-    np.testing.assert_allclose(run(X, C_NOISE, TOKENS[:, [1, 0, 2]], config=quiet), run(X, C_NOISE, TOKENS, config=quiet), atol=1e-4)
+    close(run(X, C_NOISE, TOKENS[:, [1, 0, 2]], config=quiet), run(X, C_NOISE, TOKENS, config=quiet), **ROUNDING)
 
 
 def test_call_forms_agree():
@@ -94,7 +101,7 @@ def test_call_forms_agree():
     per_frame_noise = np.broadcast_to(C_NOISE[:, None], (2, 3))
     per_frame_context = np.broadcast_to(TOKENS[:, None], (2, 3, 3, 24))
     got = run(X, per_frame_noise, per_frame_context, TOKENS, config=config)
-    np.testing.assert_allclose(got, run(X, C_NOISE, TOKENS), atol=1e-4)
+    close(got, run(X, C_NOISE, TOKENS), **ROUNDING, wrong=run(X, C_NOISE, TOKENS[:, [1, 0, 2]]))
 
 
 def test_all_audio_of_a_sample_in_one_embedding():
@@ -114,10 +121,9 @@ def test_vector_precedes_audio():
     kernel[:6] = 0
     try:
         without = run(X, C_NOISE, TOKENS, TOKENS, vector, config=config)
-        np.testing.assert_allclose(run(X, C_NOISE, TOKENS, TOKENS, 2 * vector, config=config), without, atol=1e-5)
+        close(run(X, C_NOISE, TOKENS, TOKENS, 2 * vector, config=config), without, **ROUNDING, wrong=full)
     finally:
         kernel[:] = saved
-    assert np.abs(without - full).max() > 1e-2
 
 
 def test_context_is_projected_once_per_video():

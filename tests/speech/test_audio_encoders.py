@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors
+from bounds import close
 
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.errors import KeySyncError
@@ -66,7 +67,8 @@ def test_equals_transformers(case):
     assert {e.torch_key for e in entries} == set(tensors)
     got = apply(config, table.to_flax(entries, tensors), waveform()[None])
     assert got.shape == (1, *expected.shape)
-    np.testing.assert_allclose(got[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    # The two packages order their sums differently, over some twenty layers and up to a thousand samples.
+    close(got[0], expected, 4, terms=400, wrong=np.roll(expected, 1, axis=0))
 
 
 @pytest.mark.parametrize("kind", ["hubert", "wavlm"])
@@ -105,7 +107,7 @@ def test_masked_padding_changes_nothing(kind):
     alone = apply(config, params, features, np.array([n]), method="encode")
     garbage = np.full((1, 17, features.shape[2]), 1e3, np.float32)
     padded = apply(config, params, np.concatenate([features, garbage], axis=1), np.array([n]), method="encode")
-    np.testing.assert_allclose(padded[:, :n], alone, rtol=0, atol=2e-6)
+    close(padded[:, :n], alone, 8, terms=24)  # garbage of 1,000 that leaked in would replace the values
 
 
 def test_token_counts():
@@ -144,14 +146,16 @@ class TestLogMel:
         power = np.exp(tokens[2:-2].max(axis=1) * log_mel.SCALE + log_mel.CENTRE)
         assert (np.abs(10 * np.log10(power)) < 3).all()  # a full-scale sine is about 0 dB
         silence = apply(self.config, {}, np.zeros((1, 1280), np.float32))
-        np.testing.assert_allclose(silence, (np.log(1e-10) - np.log(1e-5)) / 5, rtol=1e-6)
+        floor = (np.log(1e-10) - np.log(1e-5)) / 5
+        close(silence, np.full(silence.shape, floor), 8, scale=abs(np.log(1e-10)) / 5)
 
     def test_token_is_centred_on_its_hop(self):
         click = np.zeros((1, 6400), np.float32)
         click[0, 10 * 320 + 160] = 1.0
         energy = apply(self.config, {}, click)[0].mean(axis=1)
         assert energy.argmax() == 10
-        np.testing.assert_allclose(energy[9], energy[11], rtol=1e-5)
+        # A mean of 80 logarithms of sums of 512 products. A window half a hop to the side would differ by tenths.
+        close(energy[9], energy[11], 4, terms=80)
 
     def test_too_many_bands_are_refused(self):
         with pytest.raises(KeySyncError, match="300 mel bands"):

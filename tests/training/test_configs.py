@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from bounds import close
 
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig, to_dict
 from keysync_jax.converters import model_directory, sgm
@@ -195,7 +196,7 @@ def test_an_image_network_has_no_temporal_layers():
     tokens = np.repeat(tokens, 2, axis=1)
     call = jax.jit(lambda x: StageModel(stage).apply({"params": params}, x, np.zeros(1, np.float32), Conditions(identity, tokens)))
     first, second = call(x), call(np.stack([x[:, 0], x[:, 1] + 1], axis=1))
-    np.testing.assert_allclose(first[:, 0], second[:, 0], rtol=0, atol=1e-6)
+    close(second[:, 0], first[:, 0], 8, terms=9 * 32)  # the same program on other frames, of which a vector may hold two
     assert np.abs(first[:, 1] - second[:, 1]).max() > 1e-3
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     assert not [name for name in names if "time_" in name and "time_embed" not in name]

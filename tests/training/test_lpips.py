@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bounds import close
 from lpips_case import FILE, images, weights
 
 from keysync_jax.converters import torch_write
@@ -42,10 +43,11 @@ def test_values_and_gradient_equal_torch(distance):
     first, second = images()
     value, pull = jax.vjp(jax.jit(distance), first, second)
     stored = np.load(FILE)
-    np.testing.assert_allclose(value, stored["value"], rtol=1e-5)
+    # Thirteen convolutions, sums over a picture, and the way back.
+    close(value, stored["value"], 32)
     gradient, _ = pull(jnp.ones(2))
-    np.testing.assert_allclose(gradient, stored["gradient"], rtol=0, atol=2e-5 * np.abs(stored["gradient"]).max())
-    np.testing.assert_allclose(distance(second, first), value, rtol=1e-6)
+    close(gradient, stored["gradient"], 64, wrong=np.roll(stored["gradient"], 1, axis=1))
+    close(distance(second, first), value, 8)
 
 
 def test_equal_images_have_no_distance_and_no_gradient(distance):
@@ -81,7 +83,7 @@ def test_the_pixel_loss_of_a_stage(distance):
         if mask:
             image[:, :16] = frames[:, 0, :16]
         expected = 0.5 * np.mean(weight * distance(image, frames[:, 0]))
-        np.testing.assert_allclose(loss(denoised).pixels["lpips"], expected, rtol=1e-5)
+        close(loss(denoised).pixels["lpips"], expected, 32)
         gradient = jax.grad(lambda d, loss=loss: loss(d).pixels["lpips"])(denoised)
         assert np.abs(gradient[:, 1, 2:, :, :3]).max() > 1e-6 and np.isfinite(gradient).all()
         assert not gradient[:, [0, 2]].any()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import object_store
 import pytest
+from bounds import approx
 from etils import epath
 
 from keysync_jax.core.errors import KeySyncError, UsageError
@@ -61,9 +62,9 @@ def test_an_interval_is_averaged_and_bad_steps_are_left_out(clock):
     assert values["learning_rate"] == 7.0 and values["skipped"] == 1.0 and values["nonfinite"] == 1
     assert values["steps_per_s"] == 2.0 and values["clips_per_s"] == 64.0  # the ten seconds of validation are not training
     assert values["data_wait"] == 0.25
-    assert values["tflops_per_s"] == 1.0 and values["mfu"] == pytest.approx(0.01)
+    assert values["tflops_per_s"] == 1.0 and values["mfu"] == approx(0.01)
     # 96 steps at 2 per second, and of all time one sixth was training.
-    assert values["eta_s"] == pytest.approx(48 * 6)
+    assert values["eta_s"] == approx(48 * 6)
 
     meter.add(step_metrics(5.0))
     clock.now += 2.0

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import trajectory as setup
+from bounds import close
 
 from keysync_jax.converters import sgm
 from keysync_jax.models.stage import init_params
@@ -41,8 +42,8 @@ def test_the_network_takes_the_same_twenty_steps(stored):
     step = jax.jit(make_train_step(Given(config), tx, config.optimizer, seed=0), compiler_options=QUICK_COMPILE)
     for i in range(setup.STEPS):
         state, metrics = step(state, setup.batch(i) | {"drawn": setup.drawn(i)})
-        np.testing.assert_allclose(metrics["loss"], stored["losses"][i], rtol=2e-6, err_msg=f"loss of step {i}")
-        np.testing.assert_allclose(metrics["learning_rate"], stored["rates"][i], rtol=1e-6, atol=1e-14)
+        close(metrics["loss"], stored["losses"][i], 32, err_msg=f"loss of step {i}")
+        close(metrics["learning_rate"], stored["rates"][i], 4)
     entries = sgm.stage_table(config.stage)
     before = dict(table.to_torch(entries, initial))
     after = dict(table.to_torch(entries, states.merge(state.params, state.frozen)))
@@ -73,5 +74,6 @@ def test_every_term_of_the_update(stored):
     for step in range(setup.STEPS):
         updates, opt_state = tx.update(jnp.asarray(setup.given(step)[1]), opt_state, params)
         params = optax.apply_updates(params, updates)
-        np.testing.assert_allclose(params, stored["alone"][step], rtol=1e-6, atol=2e-6, err_msg=f"step {step}")
+        # One rounding of a parameter and some of its update per step; the smallest term, the decay, is 1e-3 of a parameter.
+        close(params, stored["alone"][step], 4 + step, err_msg=f"step {step}")
     assert np.abs(params - setup.given(0)[0]).min() > 1e-4  # decay alone moves those without a gradient

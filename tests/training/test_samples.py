@@ -9,6 +9,7 @@ import numpy as np
 import object_store
 import pytest
 import tiny_runs
+from bounds import approx
 from etils import epath
 from PIL import Image
 
@@ -108,6 +109,7 @@ def test_a_clip_is_repeated_until_it_can_be_watched(tmp_path):
     frames, rate = frames_of(tmp_path / "a.mp4")
     assert rate == 4 and len(frames) == 8 and frames[0].shape == (18, 30, 3)
     levels = [[float(f[4, 4].mean()), float(f[14, 20].mean())] for f in frames]
+    # Lossy video of the studio range: a code value or two of YUV are up to four of RGB. The next frame is off by sixty.
     np.testing.assert_allclose(levels, [[60 * (i % 4), 180 - 60 * (i % 4)] for i in range(8)], atol=4)
     (tmp_path / "b.mp4").write_bytes(pictures.clip(items, Fraction(25, 13)))
     frames, rate = frames_of(tmp_path / "b.mp4")
@@ -237,7 +239,7 @@ def test_a_run_is_the_same_with_and_without_being_watched(config, tmp_path):
 
     rows, single = read_metrics(tmp_path / "watched"), read_metrics(tmp_path / "alone")
     assert list(rows) == [2, 4] and {"loss", "val/loss", "val_ema/loss", "tflops_per_s", "data_wait", "eta_s"} <= rows[2].keys()
-    assert rows[2]["loss"] == pytest.approx((single[1]["loss"] + single[2]["loss"]) / 2, rel=1e-6)
+    assert rows[2]["loss"] == approx((single[1]["loss"] + single[2]["loss"]) / 2, 4, dtype=np.float32)
     assert "samples/l1_mask" in rows[4] and "samples/l1_mask" not in rows[2]
     for name in ("samples/00000004.png", "samples/00000004.mp4", "curve.png", "profile"):
         assert (tmp_path / "watched" / name).exists(), name

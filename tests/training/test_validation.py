@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
+from bounds import close
 from scipy import stats
 
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
@@ -69,7 +70,7 @@ def run(config, mesh, state):
 
 def test_levels_are_the_medians_of_equally_probable_buckets():
     normals = bucket_normals()
-    np.testing.assert_allclose(normals, stats.norm.ppf([0.1, 0.3, 0.5, 0.7, 0.9]), atol=1e-6)
+    close(normals, stats.norm.ppf([0.1, 0.3, 0.5, 0.7, 0.9]), 4)
 
 
 def test_every_level_and_their_mean_are_reported_for_both_sets_of_weights(run):
@@ -77,8 +78,9 @@ def test_every_level_and_their_mean_are_reported_for_both_sets_of_weights(run):
     assert [f"{s:.3g}" for s in found.sigmas] == ["0.584", "1.45", "2.72", "5.1", "12.7"]
     for prefix in ("val", "val_ema"):
         levels = [values[f"{prefix}/loss_sigma_{s:.3g}"] for s in found.sigmas]
-        assert values[f"{prefix}/loss"] == pytest.approx(np.mean(levels), rel=1e-6) and len(set(levels)) == 5
-        assert values[f"{prefix}/latent"] == pytest.approx(values[f"{prefix}/loss"], rel=1e-5)  # the only term here
+        close(values[f"{prefix}/loss"], np.mean(levels), 8)
+        assert len(set(levels)) == 5
+        close(values[f"{prefix}/latent"], values[f"{prefix}/loss"], 16)  # the only term here
     assert values["val/loss"] != values["val_ema/loss"]
     assert "validating on 6 windows" in said[0] and "at σ 0.584: " in said[1] and len(said[1]) <= 160
 
@@ -107,7 +109,7 @@ def test_a_level_is_the_training_loss_at_that_noise_without_dropout(run, config,
     for level, value in zip(bucket_normals(), got["loss"], strict=True):
         want, _ = loss(state.params, {}, batch, drawn | kept | {"normals": jnp.full(2, level)})
         dropped, _ = loss(state.params, {}, batch, drawn | {"normals": jnp.full(2, level)})
-        assert float(value) == pytest.approx(float(want), rel=1e-5) and abs(float(dropped) - float(want)) > 1e-4
+        close(value, want, 32, wrong=dropped)  # two programs of some thirty layers; conditions dropped would be seen
 
 
 def test_of_several_datasets_those_with_the_split_are_validated_on(config, datasets):
@@ -168,7 +170,7 @@ def test_an_autoencoder_is_validated_on_whole_frames(videos, mesh):
         assert batch["images"].shape == (2, 32, 32, 3)
         drawn = objective.draw(jax.random.fold_in(jax.random.key(SEED), number), batch)
         parts.append(float(loss(state.params, {}, batch, drawn)[0]))
-    assert values["val/loss"] == pytest.approx(np.mean(parts), rel=1e-4)
+    close(values["val/loss"], np.mean(parts), 32, wrong=parts)  # two programs of some twenty layers; either batch alone would be seen
 
 
 def test_a_folder_of_videos_is_warned_about(videos, mesh):

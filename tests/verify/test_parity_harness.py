@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import rich.console
 import safetensors.numpy
+from bounds import approx
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.verify import harness as parity
@@ -40,7 +41,7 @@ STORED = {"in.x": np.float32([1, 2]), "out.y": np.float32([1, 100])}
 def test_within_tolerance(run):
     result = run({"out.y": np.float32([1, 100.5])}, STORED, {"y": {"atol": 1.0}})
     assert result.ok
-    assert result.ratio == pytest.approx(0.5)
+    assert result.ratio == approx(0.5)
     assert result.worst.name == "out.y"
 
 
@@ -64,13 +65,13 @@ def test_wrong_answers_fail(run, got, reason):
 def test_tolerance_per_step(run):
     stored = {"mid.x": np.float32([[1000, 0], [1, 0]])}
     tolerances = {"mid.x": {"atol": 10.0, "atol_per_step": [10.0, 0.1]}}
-    assert run({"mid.x": np.float32([[1009, 0], [1, 0]])}, stored, tolerances).ratio == pytest.approx(0.9)
+    assert run({"mid.x": np.float32([[1009, 0], [1, 0]])}, stored, tolerances).ratio == approx(0.9)
 
 
 def test_tolerance_per_step_is_per_step(run):
     stored = {"mid.x": np.float32([[1000, 0], [1, 0]])}
     tolerances = {"mid.x": {"atol": 10.0, "atol_per_step": [10.0, 0.1]}}
-    assert run({"mid.x": np.float32([[1000, 0], [1.5, 0]])}, stored, tolerances).ratio == pytest.approx(5)
+    assert run({"mid.x": np.float32([[1000, 0], [1.5, 0]])}, stored, tolerances).ratio == approx(5)
 
 
 def test_number_of_steps_must_match(run):
