@@ -54,11 +54,13 @@ def test_stored_tokens_are_the_references(golden_dir, model, tmp_path):
     prepare(items, tmp_path / "data", model, Curation(crop_size=32), Output(columns=(), split_fractions={"train": 1.0}), quiet=True)
     store = FrameStore(tmp_path / "data")
     for name, wave in WAVES.items():
-        expected = load_case(golden_dir / name).expected[f"out.{wave}.emb_offline"]
+        case = load_case(golden_dir / name)
+        expected = case.expected[f"out.{wave}.emb_offline"]
         clip = next(c for c in store.clips if c.video == f"{name}.mkv")
         stored = np.stack(store.read(clip, list(range(30)), [f"audio_{name}"])[f"audio_{name}"])
         assert stored.dtype == np.float16 and stored.shape == expected.shape
-        np.testing.assert_allclose(stored.astype(np.float32), expected, rtol=FLOAT16, atol=1e-4)
+        tolerance = case.meta["tolerances"]["per_tensor"][f"{wave}.emb_offline"]["atol"]
+        np.testing.assert_allclose(stored.astype(np.float32), expected, rtol=FLOAT16, atol=tolerance)
 
 
 def test_latents_are_samples_of_the_references_posterior(golden_dir, model):
@@ -71,7 +73,11 @@ def test_latents_are_samples_of_the_references_posterior(golden_dir, model):
     latents = np.stack(list(Encoders(plan).latents(enumerate(images), seed=7)))
     key = stream_key(np.uint32(7), "posterior")
     noise = np.stack([jax.random.normal(jax.random.fold_in(key, i), mean.shape[1:]) for i in range(len(images))])
-    np.testing.assert_allclose(latents, (mean + np.exp(0.5 * logvar) * noise) * plan.vae.latent_scale, atol=1e-4)
+    # An error of the moments within the case's tolerance comes through as it is, and of the logarithm times half the noise's part.
+    tolerance = case.meta["tolerances"]["per_tensor"]["moments"]["atol"]
+    drawn = np.exp(0.5 * logvar) * noise
+    size = np.abs(plan.vae.latent_scale) * (1 + 0.5 * np.abs(drawn).max())
+    np.testing.assert_allclose(latents, (mean + drawn) * plan.vae.latent_scale, rtol=0, atol=tolerance * size)
 
 
 def test_masks_from_stored_landmarks_are_the_references(golden_dir):

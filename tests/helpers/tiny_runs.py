@@ -10,17 +10,14 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from tiny import LATENT, MELS, SIZE
 
 from keysync_jax.data_pipeline import records
 from keysync_jax.data_pipeline.clip_index import Clip
 from keysync_jax.data_pipeline.dataset_layout import make_group
 from keysync_jax.data_pipeline.records import audio_column, landmarks_column, latent_column, record_bytes
 from keysync_jax.data_pipeline.shards import write_group
-from keysync_jax.training import recipes
-from keysync_jax.training.config import train_config
 
-CONFIG = train_config(recipes.load("tiny_test"))
-SIZE, LATENT, MELS = CONFIG.stage.resolution, CONFIG.stage.latent_size, CONFIG.stage.audio_feature_dim
 COLUMNS = (latent_column(LATENT, LATENT), audio_column("log_mel", MELS), landmarks_column())
 ENTRY = Path(__file__).with_name("train_entry.py")
 

@@ -5,10 +5,12 @@ import io
 
 import jax
 import numpy as np
+import tiny
 from PIL import Image
-from tiny_runs import LATENT, MELS, SIZE, write_dataset
+from tiny import SIZE, STAGES
+from tiny_runs import write_dataset
 
-from keysync_jax.config import StageConfig, UNetConfig, VAEConfig, to_dict
+from keysync_jax.config import VAEConfig, to_dict
 from keysync_jax.converters import model_directory
 from keysync_jax.converters.fresh import NON_DEGENERATE, VAE_CONSTANTS, fresh, stage_constants
 from keysync_jax.converters.parts import Part, part_table
@@ -22,15 +24,8 @@ from keysync_jax.training.start import check
 from keysync_jax.training.store import checkpoints
 
 SCALE = 0.25  # of the tiny VAE; not the default
-UNET = UNetConfig(
-    model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,), num_head_channels=16, context_dim=16, audio_dim=16,
-    num_frames=3,
-)  # fmt: skip
-_SHARED = dict(resolution=SIZE, latent_size=LATENT, num_frames=3, audio_encoder="log_mel", audio_feature_dim=MELS)
-KEYFRAME = StageConfig(unet=UNET, **_SHARED)
-INTERPOLATION = StageConfig(stage="interpolation", unet=dataclasses.replace(UNET, in_channels=9), **_SHARED)
-STAGES = {"keyframe": KEYFRAME, "interpolation": INTERPOLATION}
-VAE = VAEConfig(base_channels=32, channel_mult=(1, 1, 1, 1), num_res_blocks=1, latent_scale=SCALE)
+# Their decoder mixes frames, as Stable Video Diffusion's does: the freezing and the export of temporal layers are tested with it.
+VAE = dataclasses.replace(tiny.VAE, decoder=VAEConfig().decoder, latent_scale=SCALE)
 
 
 def vae_part(seed=0, config=VAE) -> Part:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from keysync_jax.config import AudioEncoderConfig, StageConfig, UNetConfig, VAEConfig
+import tiny
+
+from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.converters import model_directory
 from keysync_jax.converters.fresh import NON_DEGENERATE, VAE_CONSTANTS, fresh, stage_constants
 from keysync_jax.converters.lazy import Tensors
@@ -21,28 +24,18 @@ def make(path: Path, *, image_keyframes: bool = False, beside: Part | None = Non
       image_keyframes: keyframes from a network without temporal layers, as `configs/ablation_image_keyframes.py` trains it.
       beside: a further speech encoder, whose tokens the stages read beside log-mel.
     """
-    unet = {
-        "model_channels": 32, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "num_head_channels": 32,
-        "context_dim": 32, "audio_dim": 32, "num_frames": 4,
-    }  # fmt: skip
-    shared = {
-        "resolution": 64, "latent_size": 8, "num_frames": 4, "audio_encoder": "log_mel", "audio_feature_dim": BANDS,
-        "audio_scale": 1.5, "identity_scale": 1.0,
-    }  # fmt: skip
+    audio = {"audio_feature_dim": BANDS}
     if beside is not None:
-        shared |= {"audio_encoder": f"log_mel+{beside.config.kind}", "audio_feature_dim": BANDS + beside.config.hidden_size}
-    stages = [
-        StageConfig(unet=UNetConfig(in_channels=8, **unet), **shared),
-        StageConfig(stage="interpolation", unet=UNetConfig(in_channels=9, **unet), **shared),
-    ]
+        audio = {"audio_encoder": f"log_mel+{beside.config.kind}", "audio_feature_dim": BANDS + beside.config.hidden_size}
+    stages = [dataclasses.replace(stage, **audio, audio_scale=1.5, identity_scale=1.0) for stage in tiny.STAGES.values()]
     if image_keyframes:
-        image = unet | {"num_frames": 1, "temporal_layers": False, "audio_cond_method": "to_time_emb_image"}
-        stages[0] = StageConfig(unet=UNetConfig(in_channels=8, **image), **shared | {"num_frames": 1})
+        unet = dataclasses.replace(tiny.UNET, num_frames=1, temporal_layers=False, audio_cond_method="to_time_emb_image")
+        stages[0] = dataclasses.replace(stages[0], unet=unet, num_frames=1)
     parts = []
     for seed, config in enumerate(stages):
         tensors = fresh(part_table(config), seed, zero_init=False, gain=NON_DEGENERATE, constants=stage_constants(config))
         parts.append(Part(config.stage, config, tensors, random=True))
-    vae = VAEConfig(base_channels=32, channel_mult=(1, 1, 1, 1), num_res_blocks=1, decoder="image")
+    vae = tiny.VAE
     parts.append(Part("vae", vae, fresh(part_table(vae), 9, zero_init=False, gain=NON_DEGENERATE, constants=VAE_CONSTANTS), random=True))
     parts.append(Part("audio/log_mel", AudioEncoderConfig(kind="log_mel", hidden_size=BANDS), Tensors({}, "log_mel has no weights")))
     model_directory.save(path, [*parts, *([beside] if beside is not None else [])])

@@ -388,4 +388,5 @@ def test_landmarks_are_those_of_mediapipe(seed):
     side = 1.5 * np.ptp(theirs, axis=1).max(axis=-1)  # of the square that the mesh network looks at
     error = np.linalg.norm(ours - theirs, axis=-1) / side[:, None] * 192
     assert error.mean() < 0.5 and error.max() < 2
-    np.testing.assert_allclose([found[i][0].score for i in seen], stored[f"scores_{seed}"][seen], atol=0.01)
+    # What half a pixel of the square moves a score by; a face that is not one scores a half less.
+    np.testing.assert_allclose([found[i][0].score for i in seen], stored[f"scores_{seed}"][seen], rtol=0, atol=0.01)

@@ -7,32 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
+from keysync_jax.config import VAEConfig
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion.conditions import Conditions
 from keysync_jax.models.initializers import random_params
 from keysync_jax.models.stage import StageModel, abstract_params, init_params, init_vae_params
 
-UNET = UNetConfig(
-    model_channels=32,
-    channel_mult=(1,),
-    num_res_blocks=1,
-    attention_resolutions=(),
-    num_head_channels=32,
-    context_dim=24,
-    audio_dim=24,
-)
-KEYFRAME = StageConfig(unet=UNET, latent_size=4, resolution=32, num_frames=3, audio_feature_dim=6)
-INTERPOLATION = dataclasses.replace(KEYFRAME, stage="interpolation", unet=dataclasses.replace(UNET, in_channels=9))
+UNET, KEYFRAME, INTERPOLATION = tiny.UNET, tiny.KEYFRAME, tiny.INTERPOLATION
+T, N, D, C = tiny.FRAMES, tiny.LATENT, tiny.MELS, tiny.UNET.context_dim
 
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-X, C_NOISE, AUDIO = draw(1, 3, 4, 4, 4), draw(1, seed=1), draw(1, 3, 2, 6, seed=2)
-CONCAT = {"keyframe": draw(1, 4, 4, 4, seed=3), "interpolation": draw(1, 4, 4, 8, seed=3)}
+X, C_NOISE, AUDIO = draw(1, T, N, N, 4), draw(1, seed=1), draw(1, T, 2, D, seed=2)
+CONCAT = {"keyframe": draw(1, N, N, 4, seed=3), "interpolation": draw(1, N, N, 8, seed=3)}
 
 
 @functools.cache
@@ -50,7 +42,7 @@ def jitted(config):
 def test_untrained_network_is_silent_and_a_demo_network_is_not(config):
     concat = CONCAT[config.stage]
     tokens, f = jitted(config)(init_params(config, 0), AUDIO, concat)
-    assert tokens.shape == (1, 3, 24) and f.shape == (1, 3, 4, 4, 4) and f.dtype == jnp.float32
+    assert tokens.shape == (1, T, C) and f.shape == (1, T, N, N, 4) and f.dtype == jnp.float32
     head = init_params(config, 0)["model"]["diffusion_model"]["out_2"]
     assert not np.any(head["kernel"]) and not np.any(head["bias"]) and not np.any(f)
     params = init_params(config, 0, zero_init=False, gain=3**0.5)
@@ -64,7 +56,7 @@ def test_random_parameters_have_torch_ranges_and_are_keyed_by_path():
     first, second, other = (init_params(INTERPOLATION, seed) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, second)
     linear = first["conditioner"]["embedders_2"]["linear"]
-    bound = 1 / np.sqrt(6)
+    bound = 1 / np.sqrt(D)
     for leaf in linear.values():
         assert leaf.dtype == np.float32 and np.abs(leaf).max() <= bound and np.abs(leaf).max() > 0.8 * bound
     assert np.abs(linear["kernel"] - other["conditioner"]["embedders_2"]["linear"]["kernel"]).max() > 0
@@ -93,7 +85,7 @@ def test_fillers(filler, value):
     model = abstract_params(config)["model"]
     assert ("learned_mask" in model) == (filler in ("zeros", "ones", "random"))
     if "learned_mask" in model:
-        assert model["learned_mask"].shape == (4, 4, 4)
+        assert model["learned_mask"].shape == (N, N, 4)
         mask = init_params(config, 0)["model"]["learned_mask"]
         assert (mask == value).all() if value is not None else 0.5 < mask.std() < 1.5
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tiny
 
-from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.diffusion.loss import LossConfig
 from keysync_jax.models.stage import init_params, init_vae_params
 from keysync_jax.parallel import sharding
@@ -26,12 +26,10 @@ from keysync_jax.training.optimizer import make_optimizer
 from keysync_jax.training.step import make_train_step
 from keysync_jax.training.trainables import trainable_of
 
-UNET = UNetConfig(
-    model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,), num_head_channels=8, context_dim=32, audio_dim=32,
-    num_frames=2,
-)  # fmt: skip
-STAGE = StageConfig(unet=UNET, resolution=8, latent_size=4, num_frames=2, audio_feature_dim=16)
-VAE = VAEConfig(base_channels=32, channel_mult=(1, 1), num_res_blocks=1, decoder="image")
+# Heads of 8, so that two devices have two each and eight cut through them; small pictures, of which two cores decode thirty-two.
+UNET = dataclasses.replace(tiny.UNET, num_head_channels=8, num_frames=2)
+STAGE = dataclasses.replace(tiny.KEYFRAME, unet=UNET, resolution=8, latent_size=4, num_frames=2)
+VAE = dataclasses.replace(tiny.VAE, channel_mult=(1, 1))
 # The leaves of so small a network would all be replicated.
 sharding.MIN_SHARD_BYTES = 512
 # A large epsilon makes Adam's first update a smooth function of the gradient, so that it can be compared.

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bounds import close
 
 WORKER = Path(__file__).with_name("mesh_worker.py")
 # Compiling is what takes the time here, and nothing runs twice.
@@ -15,6 +16,7 @@ FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_lev
 
 def run_worker(*meshes):
     environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(WORKER.parents[1] / "helpers"), os.environ.get("PYTHONPATH"))))
     done = subprocess.run([sys.executable, str(WORKER), *meshes], env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
@@ -28,11 +30,13 @@ def fast():
 def check(out, mesh):
     one, found = out["1x1x1"], out[mesh]
     assert one["grad_norm"] > 0.01  # else everything below would be 0 = 0
-    assert found["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert found["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
-    assert found["params"]["absolute"] <= 1e-5
-    assert found["ema"]["absolute"] <= 1e-5
-    assert found["mu"]["relative"] <= 1e-5
+    # Devices sum their samples, then each other's sums. A device left out would change everything by an eighth.
+    close(found["loss"], one["loss"], 32, err_msg="loss")
+    close(found["grad_norm"], one["grad_norm"], 64, err_msg="norm of the gradient")
+    close(found["mu"]["relative"], 0, 64, scale=1, err_msg="first moment")
+    # Parameters, of size one, moved by a thousandth at most: by the gradient's rounding, and then they are rounded themselves.
+    for name in ("params", "ema"):
+        close(found[name]["absolute"], 0, 64, scale=1, err_msg=name)
     # What the program was compiled for is what the table says, to the byte.
     assert found["shardings_match"]
     assert found["argument_bytes"] == found["table_bytes"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_starts
 import tiny_talker_model
+from bounds import close
 
 from keysync_jax import KeySyncPipeline
 from keysync_jax.config import AUDIO_ENCODERS, SpeechEncoderConfig, StageConfig
@@ -138,8 +139,9 @@ def test_columns_are_what_the_encoders_say(model, dataset):
     for name, width in (("energy", WIDTH), ("log_mel", BANDS)):
         tokens = AudioFeatures(directory.audio(name), directory.params(f"audio/{name}"))(samples)
         assert tokens.shape == (FRAMES, 2, width) and tokens.std() > 0.1
-        # Equal but for float16, and for the sound's beginning within its frame.
-        np.testing.assert_allclose(np.stack(read[f"audio_{name}"]), tokens, atol=2e-2)
+        # Stored in half precision; small values are rounded less than the networks, in other blocks, round them before.
+        size = np.abs(tokens)
+        close(np.stack(read[f"audio_{name}"]), tokens, 1, scale=size + size.max() / 64, dtype=np.float16)
 
 
 def test_training_reads_the_columns_side_by_side(model, dataset):

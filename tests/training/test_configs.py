@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny
 from bounds import close
 
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig, to_dict
@@ -23,11 +24,10 @@ from keysync_jax.training.step import make_train_step
 from keysync_jax.training.trainables import trainable_of
 from keysync_jax.weights import table
 
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 RECIPES = sorted({name for base in recipes.names() for name in (base, *(f"{base}:{preset}" for preset in recipes.presets(base)))})
 # One recipe of each kind is computed; the others, which differ from them in a term or a number, are traced.
 COMPUTED = ("keyframe:paper", "interpolation:paper", "ablation_image_keyframes", "ablation_loss:l2_lpips")
-DECODER = VAEConfig(base_channels=32, channel_mult=(1, 1), num_res_blocks=1, decoder="image", quant_conv=False)
+DECODER = dataclasses.replace(tiny.VAE, channel_mult=(1, 1), quant_conv=False)
 
 
 def load(name: str) -> TrainConfig:
@@ -37,10 +37,8 @@ def load(name: str) -> TrainConfig:
 def miniature(config: TrainConfig) -> TrainConfig:
     """The recipe with small sizes, and without what does not change the program of a step."""
     old = config.stage
-    unet = dataclasses.replace(
-        old.unet, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_head_channels=16,
-        context_dim=16, audio_dim=16, num_frames=min(3, old.num_frames),
-    )  # fmt: skip
+    sizes = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_head_channels", "context_dim", "audio_dim")
+    unet = dataclasses.replace(old.unet, **{name: getattr(tiny.UNET, name) for name in sizes}, num_frames=min(3, old.num_frames))
     stage = StageConfig(
         stage=old.stage, unet=unet, resolution=32, latent_size=16, num_frames=min(3, old.num_frames), audio_feature_dim=8,
         audio_merge=old.audio_merge, audio_linear=old.audio_linear, filler=old.filler, add_indicator=old.add_indicator,
@@ -96,7 +94,7 @@ def update_of(text: str, compiled: bool) -> set[str]:
         after, metrics = jax.eval_shape(step, before, batch)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after.params) == jax.tree.map(lambda x: (x.shape, x.dtype), before.params)
         return set(metrics)
-    after, metrics = jax.jit(step, compiler_options=QUICK_COMPILE)(before, batch)
+    after, metrics = jax.jit(step, compiler_options=tiny.QUICK_COMPILE)(before, batch)
     assert metrics["finite"] == 1
     moved = [bool(np.any(a != b)) for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(before.params), strict=True)]
     assert np.mean(moved) > 0.9  # not all: a single audio token leaves nothing to attend to
@@ -186,13 +184,10 @@ def test_an_image_network_has_no_temporal_layers():
     from keysync_jax.diffusion.conditions import Conditions
     from keysync_jax.models.stage import StageModel
 
-    unet = dataclasses.replace(
-        load("ablation_image_keyframes").stage.unet, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(),
-        num_head_channels=16, context_dim=16, audio_dim=16, audio_cond_method="both_keyframes",
-    )  # fmt: skip
+    unet = dataclasses.replace(miniature(load("ablation_image_keyframes")).stage.unet, audio_cond_method="both_keyframes")
     stage = StageConfig(unet=unet, latent_size=8, num_frames=2, audio_feature_dim=8)
     params, rng = init_params(stage, 0, zero_init=False), np.random.default_rng(0)
-    x, tokens, identity = (rng.standard_normal(shape, np.float32) for shape in ((1, 2, 8, 8, 4), (1, 1, 16), (1, 8, 8, 4)))
+    x, tokens, identity = (rng.standard_normal(shape, np.float32) for shape in ((1, 2, 8, 8, 4), (1, 1, unet.context_dim), (1, 8, 8, 4)))
     tokens = np.repeat(tokens, 2, axis=1)
     call = jax.jit(lambda x: StageModel(stage).apply({"params": params}, x, np.zeros(1, np.float32), Conditions(identity, tokens)))
     first, second = call(x), call(np.stack([x[:, 0], x[:, 1] + 1], axis=1))

@@ -1,16 +1,17 @@
 """The trainer's objectives: the diffusion loss and every gradient against the reference's, conditioning dropout, the autoencoder's loss."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
+import tiny
+from bounds import close, spread
 
-from keysync_jax.config import StageConfig, UNetConfig
+from keysync_jax.config import StageConfig
 from keysync_jax.converters import sgm
 from keysync_jax.diffusion.loss import LossConfig
-from keysync_jax.models.stage import abstract_params, init_params
+from keysync_jax.models.stage import abstract_params
 from keysync_jax.training.config import DropoutConfig, TrainConfig
 from keysync_jax.training.objective import DiffusionObjective
 from keysync_jax.training.trainables import trainable_of
@@ -19,7 +20,6 @@ from keysync_jax.verify.case_tools import to_images
 from keysync_jax.verify.stage_cases import Engine, build_engine
 from keysync_jax.weights import table
 
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # The reference's loss settings and how many frames they decode.
 VARIANTS = {
     "plain": (LossConfig(), 0),
@@ -86,14 +86,15 @@ def test_loss_and_all_gradients_equal_the_reference(reference):
     """Through the objective that `keysync train` minimises, with the reference's random numbers in place of drawn ones."""
     variant, case, entries = "pixel_l2", reference.case, reference.engine.entries
     objective, *arguments = reference.setting(variant)
-    step = jax.jit(jax.value_and_grad(objective.loss, has_aux=True), compiler_options=QUICK_COMPILE)
+    step = jax.jit(jax.value_and_grad(objective.loss, has_aux=True), compiler_options=tiny.QUICK_COMPILE)
     (value, parts), gradients = step(*arguments, reference.drawn)
     reference.check(variant, value, parts)
     named, norms = dict(table.to_torch(entries, gradients)), case.json("grad_norms.json")[variant]
     assert named.keys() == norms.keys()
     for key, gradient in named.items():
         norm = np.linalg.norm(gradient.astype(np.float64))
-        assert abs(norm - norms[key]) <= max(2e-5 * norms[key], 1e-7), f"{key}: norm {norm} instead of {norms[key]}"
+        # Two packages' sums over all positions, thirty layers there and back. Where a norm is small, its values cancel.
+        close(norm, norms[key], 32, scale=max(norms[key], max(norms.values()) / 64), err_msg=key)
         stored = case.expected.get(f"out.grad.{variant}.{key}")
         if stored is not None:
             atol = case.meta["tolerances"]["per_tensor"][f"grad.{variant}.{key}"]["atol"]
@@ -122,64 +123,56 @@ def test_the_full_size_recipe_freezes_the_temporal_layers():
 
 # -- random numbers and dropout ------------------------------------------------------------------------------------------------------
 
-TINY = StageConfig(
-    unet=UNetConfig(
-        model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_head_channels=16, context_dim=16,
-        audio_dim=16, num_frames=3,
-    ),
-    latent_size=8, num_frames=3, audio_feature_dim=8,
-)  # fmt: skip
-
 
 @pytest.mark.parametrize(
     ("stage", "per_frame", "shape"),
     [("keyframe", True, (3000, 3)), ("keyframe", False, (3000,)), ("interpolation", True, (3000,)), ("interpolation", False, (3000,))],
 )
 def test_identity_is_dropped_by_frame_or_by_video(stage, per_frame, shape):
-    stage = dataclasses.replace(TINY, stage=stage, unet=dataclasses.replace(TINY.unet, in_channels=8 + (stage == "interpolation")))
+    stage = tiny.STAGES[stage]
     config = TrainConfig(stage=stage, dropout=DropoutConfig(identity_per_frame=per_frame))
     objective = DiffusionObjective(config, None)
     latents = np.zeros((3000, 3, 1, 1, 4), np.float32)
     drawn = objective.draw(jax.random.key(0), {"known": latents})
     assert drawn["keep_identity"].shape == shape and drawn["keep_audio"].shape == (3000,)
-    assert abs(np.mean(drawn["keep_identity"]) - 0.9) < 0.02 and abs(np.mean(drawn["keep_audio"]) - 0.8) < 0.03
+    assert abs(np.mean(drawn["keep_identity"]) - 0.9) < spread(0.3, drawn["keep_identity"].size)
+    assert abs(np.mean(drawn["keep_audio"]) - 0.8) < spread(0.4, 3000)
     if per_frame and stage.stage == "keyframe":
         assert (drawn["keep_identity"].any(1) & ~drawn["keep_identity"].all(1)).mean() > 0.2  # frames of one video differ
     assert np.corrcoef(drawn["keep_audio"], drawn["keep_identity"].reshape(3000, -1)[:, 0])[0, 1] < 0.1
     sigma = np.exp(config.noise.p_mean + config.noise.p_std * drawn["normals"])
-    assert abs(np.median(sigma) - np.e) < 0.2 and abs(drawn["noise"].std() - 1) < 0.02
+    # A median strays 1.25 times as far as a mean; here the logarithm's, by 1.25 x 1.2 times e.
+    assert abs(np.median(sigma) - np.e) < spread(1.25 * 1.2 * np.e, 3000)
+    assert abs(drawn["noise"].std() - 1) < spread(1, 2 * drawn["noise"].size)
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def small():
     """(function from a batch and random numbers to the loss and the gradient of the audio projection, a batch, its numbers)."""
-    config = TrainConfig(stage=TINY, freeze="none", dtype="float32", remat="none")
+    config = TrainConfig(stage=tiny.KEYFRAME, freeze="none", dtype="float32", remat="none")
     objective = DiffusionObjective(config)
-    params = init_params(TINY, 0, zero_init=False)
-    rng = np.random.default_rng(1)
-    batch = {
-        "known": rng.standard_normal((2, 3, 8, 8, 4), np.float32),
-        "audio": rng.standard_normal((2, 3, 2, 8), np.float32),
-        "mask": np.ones((2, 3, 8, 8, 1), np.float32),
-        "identity": rng.standard_normal((2, 8, 8, 4), np.float32),
-    }
+    batch = tiny.batch(size=2)
+    batch["mask"] = np.ones_like(batch["mask"])
     drawn = {
         "normals": np.zeros(2, np.float32),
-        "noise": rng.standard_normal((2, 3, 8, 8, 4), np.float32),
+        "noise": np.random.default_rng(2).standard_normal(batch["known"].shape, np.float32),
         "keep_audio": np.array([True, False]),
-        "keep_identity": np.array([[True, True, True], [False, True, False]]),
+        "keep_identity": np.array([[True, True, True, True], [False, True, False, False]]),
     }
 
-    def loss(conditioner, batch, drawn):
-        return objective.loss({"model": params["model"], "conditioner": conditioner}, {}, batch, drawn)[0]
+    def loss(conditioner, model, batch, drawn):
+        return objective.loss({"model": model, "conditioner": conditioner}, {}, batch, drawn)[0]
 
-    run = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK_COMPILE)
-    return lambda batch, drawn: run(params["conditioner"], batch, drawn), batch, drawn
+    run, params = jax.jit(jax.value_and_grad(loss), compiler_options=tiny.QUICK_COMPILE), tiny.params()
+    return lambda batch, drawn: run(params["conditioner"], params["model"], batch, drawn), batch, drawn
 
 
-def test_dropped_audio_is_zero_tokens(tiny):
+# Below, losses are compared to the bit: one program, and what is dropped is multiplied by zero before anything is added to it.
+
+
+def test_dropped_audio_is_zero_tokens(small):
     """Zero after the projection: neither the features nor the projection's bias reach the network."""
-    run, batch, drawn = tiny
+    run, batch, drawn = small
     none = drawn | {"keep_audio": np.array([False, False])}
     _, gradient = run(batch, none)
     assert all(not leaf.any() for leaf in jax.tree.leaves(gradient))
@@ -190,11 +183,11 @@ def test_dropped_audio_is_zero_tokens(tiny):
     assert run(batch | {"audio": np.stack([other[0], batch["audio"][1]])}, drawn)[0] != value
 
 
-def test_a_dropped_identity_is_zero_latents(tiny):
-    run, batch, drawn = tiny
+def test_a_dropped_identity_is_zero_latents(small):
+    run, batch, drawn = small
     value, _ = run(batch, drawn)
     changed = batch | {"identity": np.stack([batch["identity"][0], batch["identity"][1] + 1])}
     assert run(changed, drawn)[0] != value  # one frame of the second video keeps it
-    none = drawn | {"keep_identity": np.array([[True] * 3, [False] * 3])}
+    none = drawn | {"keep_identity": np.array([[True] * tiny.FRAMES, [False] * tiny.FRAMES])}
     dropped = run(batch, none)[0]
     assert run(changed, none)[0] == dropped != value

@@ -8,17 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import object_store
 import pytest
+import tiny
 import tiny_runs
 from bounds import approx
 from etils import epath
 from PIL import Image
 
-from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.converters import model_directory
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.synthetic import make_clip, write_clip
-from keysync_jax.models.stage import init_params, init_vae_params
-from keysync_jax.parallel.mesh import AXES
+from keysync_jax.models.stage import init_vae_params
 from keysync_jax.training.config import CheckpointConfig, DataConfig, InitConfig, LogConfig, OptimizerConfig, TrainConfig
 from keysync_jax.training.loop import train
 from keysync_jax.training.state import TrainState
@@ -35,29 +34,19 @@ def make_samples(config, mesh, workdir):
     return Samples(trainable, open_reader(trainable, print), mesh, MetricLog(workdir, tensorboard=False), workdir)
 
 
-FRAMES = 3
-STAGE = StageConfig(
-    stage="keyframe",
-    unet=UNetConfig(
-        in_channels=8, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,), num_head_channels=32,
-        context_dim=8, audio_dim=8, num_frames=FRAMES,
-    ),
-    resolution=tiny_runs.SIZE, latent_size=tiny_runs.LATENT, num_frames=FRAMES, audio_encoder="log_mel",
-    audio_feature_dim=tiny_runs.MELS,
-)  # fmt: skip
-VAE = VAEConfig(base_channels=32, channel_mult=(1, 1, 1, 1), num_res_blocks=1, decoder="image")  # 64 pixels to 8 x 8 latents
+FRAMES = tiny.FRAMES
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+    return tiny.one_device()
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     return TrainConfig(
-        stage=STAGE, dtype="float32", remat="none", freeze="none", num_steps=4,
+        stage=tiny.KEYFRAME, dtype="float32", remat="none", freeze="none", num_steps=4,
         data=DataConfig(
             datasets=(tiny_runs.write_dataset(root / "train", clips=3),), batch_size=2, threads=0, min_spacing=2,
             validation=tiny_runs.write_dataset(root / "held", clips=3, split="validation"),
@@ -119,7 +108,7 @@ def test_a_clip_is_repeated_until_it_can_be_watched(tmp_path):
 @pytest.fixture(scope="module")
 def vae_directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "vae"
-    model_directory.save_params(path, {"vae": VAE}, {"vae": init_vae_params(VAE, 0)})
+    model_directory.save_params(path, {"vae": tiny.VAE}, {"vae": init_vae_params(tiny.VAE, 0)})
     return str(path)
 
 
@@ -129,7 +118,7 @@ def drawn(config, mesh, vae_directory, tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
     config = dataclasses.replace(config, init=InitConfig(vae=vae_directory))
     samples = make_samples(config, mesh, folder)
-    good = init_params(STAGE, 0, zero_init=False)
+    good = tiny.params()
     broken = jax.tree.map(lambda x: x * np.nan, good)
     return samples, folder, samples(12, weights(broken, ema=good)), good, broken
 
@@ -152,7 +141,7 @@ def test_windows_are_generated_decoded_and_written(drawn):
     first = (folder / "samples" / "00000012.png").read_bytes()
     samples(12, weights(good))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(first)))[44:], np.asarray(Image.open(folder / "samples" / "00000012.png"))[44:])
-    other, _ = samples._make(init_params(STAGE, 1, zero_init=False), {})
+    other, _ = samples._make(tiny.params(seed=1), {})
     assert any((a.rows[2][1] != b.rows[2][1]).any() for a, b in zip(items, other, strict=True))
 
 
@@ -178,7 +167,7 @@ def test_the_latents_themselves_stay_the_source_outside_the_mask(config, mesh, t
     samples = make_samples(config, mesh, tmp_path)
     assert "config.init.vae" in capsys.readouterr().err  # without a VAE there are previews
     batch = {**samples._make._batch}
-    params = init_params(STAGE, 0, zero_init=False)
+    params = tiny.params()
     source, generated, finite = samples._make._generate(params, {}, {}, batch)
     mask = np.broadcast_to(batch["mask"], source.shape) == 1
     assert finite and mask.any() and not mask.all()
@@ -198,7 +187,7 @@ def test_a_model_directory_that_is_gone_costs_the_faces_alone(config, mesh, tmp_
 
 
 def test_a_vae_that_does_not_fit_is_refused(config, mesh, tmp_path):
-    wrong = dataclasses.replace(VAE, channel_mult=(1, 1, 1))
+    wrong = dataclasses.replace(tiny.VAE, channel_mult=(1, 1, 1))
     model_directory.save_params(tmp_path / "vae", {"vae": wrong}, {"vae": init_vae_params(wrong, 0)})
     config = dataclasses.replace(config, init=InitConfig(vae=str(tmp_path / "vae")))
     with pytest.raises(KeySyncError, match="resolution 64"):
@@ -212,7 +201,7 @@ def test_an_autoencoder_shows_the_beginnings_of_videos(arrays, mesh, tmp_path):
         write_clip(make_clip(i, frames=5 + 20 * i, size=64), tmp_path / f"{i}{suffix}")
         rows.append(f"{i}{suffix},validation")
     (tmp_path / "manifest.csv").write_text("\n".join(rows) + "\n")
-    vae = VAEConfig(base_channels=32, channel_mult=(1, 1), num_res_blocks=1, decoder="image")
+    vae = dataclasses.replace(tiny.VAE, channel_mult=(1, 1))
     config = TrainConfig(
         model="vae", vae=vae, resolution=32, dtype="float32", log=LogConfig(samples=2),
         data=DataConfig(datasets=(str(tmp_path / "manifest.csv"),), validation=str(tmp_path / "manifest.csv"), batch_size=2),

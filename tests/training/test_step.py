@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from bounds import close, trees_close
 
-from keysync_jax.config import StageConfig, UNetConfig
 from keysync_jax.diffusion.conditions import Conditions
 from keysync_jax.models.remat import Remat, rematerialised
 from keysync_jax.models.resblock import VideoResBlock
-from keysync_jax.models.stage import StageModel, abstract_params, init_params
+from keysync_jax.models.stage import StageModel, abstract_params
 from keysync_jax.models.transformer import SpatialVideoTransformer
 from keysync_jax.training import state as states
 from keysync_jax.training.config import OptimizerConfig, TrainConfig
@@ -22,15 +22,6 @@ from keysync_jax.training.objective import DiffusionObjective
 from keysync_jax.training.optimizer import learning_rate, make_optimizer
 from keysync_jax.training.step import make_train_step, step_key
 from keysync_jax.training.trainables import trainable_of
-
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-STAGE = StageConfig(
-    unet=UNetConfig(
-        model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_head_channels=16, context_dim=16,
-        audio_dim=16, num_frames=3,
-    ),
-    latent_size=8, num_frames=3, audio_feature_dim=8,
-)  # fmt: skip
 
 
 class Regression:
@@ -69,33 +60,27 @@ def test_accumulated_microbatches_are_one_batch():
 
 def test_accumulation_is_exact_for_the_network():
     """Through the diffusion objective, whose random numbers are drawn for the whole batch at once."""
-    rng = np.random.default_rng(1)
-    batch = {
-        "known": rng.standard_normal((4, 3, 8, 8, 4), np.float32),
-        "audio": rng.standard_normal((4, 3, 2, 8), np.float32),
-        "mask": (rng.random((4, 3, 8, 8, 1)) < 0.5).astype(np.float32),
-        "identity": rng.standard_normal((4, 8, 8, 4), np.float32),
-    }
+    batch, positions = tiny.batch(), 4 * tiny.FRAMES * tiny.LATENT**2
     found = []
     for accumulate in (1, 2):
         optimizer = OptimizerConfig(warmup_steps=0, accumulate=accumulate)
-        config = TrainConfig(stage=STAGE, dtype="float32", remat="none", optimizer=optimizer)
-        params, frozen = trainable_of(config).split(init_params(STAGE, 0, zero_init=False))
+        config = TrainConfig(stage=tiny.KEYFRAME, dtype="float32", remat="none", optimizer=optimizer)
+        params, frozen = trainable_of(config).split(tiny.params())
         tx = make_optimizer(optimizer)
         state = states.create(params, frozen, tx, ema=False)
-        update = jax.jit(make_train_step(DiffusionObjective(config), tx, optimizer, seed=7), compiler_options=QUICK_COMPILE)
+        update = jax.jit(make_train_step(DiffusionObjective(config), tx, optimizer, seed=7), compiler_options=tiny.QUICK_COMPILE)
         after, metrics = update(state, batch)
         moments = next(s for s in jax.tree.leaves(after.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
         assert jax.tree.structure(moments.mu) == jax.tree.structure(params), "moments of leaves that are not trained"
         jax.tree.map(np.testing.assert_array_equal, after.frozen, frozen)
         found.append((metrics, moments.mu))
     (metrics, mean), (metrics_parts, mean_parts) = found
-    # A gradient is a sum over 4 x 3 x 64 positions, and small where they cancel: the largest of all leaves is the size. Random numbers of
-    # another microbatch would change every value by its own size.
+    # A gradient is a sum over all positions, and small where they cancel: the largest of all leaves is the size. Random numbers of another
+    # microbatch would change every value by its own size.
     close(metrics_parts["loss"], metrics["loss"], 16)
-    close(metrics_parts["grad_norm"], metrics["grad_norm"], 2, terms=4 * 3 * 64)
+    close(metrics_parts["grad_norm"], metrics["grad_norm"], 2, terms=positions)
     scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(mean))
-    trees_close(mean_parts, mean, 1, scale=scale, terms=4 * 3 * 64)
+    trees_close(mean_parts, mean, 1, scale=scale, terms=positions)
 
 
 def test_the_rate_that_is_told_is_the_one_that_was_applied():
@@ -190,7 +175,7 @@ def gradient_of_blocks(remat: str):
     rng = np.random.default_rng(2)
     x, emb, context = (rng.standard_normal(shape, np.float32) for shape in ((1, 2, 6, 6, 32), (1, 2, 24), (1, 3, 8)))
 
-    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @functools.partial(jax.jit, compiler_options=tiny.QUICK_COMPILE)
     def run(params):
         def loss(params):
             h = block.apply({"params": params[0]}, x, emb)
@@ -219,11 +204,13 @@ def test_policies_give_the_same_gradients():
 
 @pytest.fixture(scope="module")
 def traced():
-    """For each policy: (bytes kept for the backward pass, convolutions in the gradient program) of a small network."""
-    unet = dataclasses.replace(STAGE.unet, attention_resolutions=(1,), num_frames=4)
-    stage = dataclasses.replace(STAGE, unet=unet, latent_size=32, num_frames=4)
-    params = abstract_params(stage)
-    x, c_noise, *given = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 4, 32, 32, 4), (1,), (1, 32, 32, 4), (1, 4, 16)))
+    """For each policy: (bytes kept for the backward pass, convolutions in the gradient program) of a small network.
+
+    With attention on the level and 32 x 32 positions, so that activations outweigh what is kept whatever the policy.
+    """
+    stage = dataclasses.replace(tiny.KEYFRAME, unet=dataclasses.replace(tiny.UNET, attention_resolutions=(1,)), latent_size=32)
+    params, tokens = abstract_params(stage), (1, 4, tiny.UNET.context_dim)
+    x, c_noise, *given = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 4, 32, 32, 4), (1,), (1, 32, 32, 4), tokens))
     inputs = (x, c_noise, Conditions(*given))
     found = {}
     for remat in Remat:

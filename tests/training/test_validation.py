@@ -4,15 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import tiny_runs
 from bounds import close
 from scipy import stats
 
-from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.synthetic import make_clip, write_clip
-from keysync_jax.models.stage import init_params, init_vae_params
-from keysync_jax.parallel.mesh import AXES
+from keysync_jax.models.stage import init_vae_params
 from keysync_jax.training import data
 from keysync_jax.training.config import DataConfig, DropoutConfig, InitConfig, LogConfig, TrainConfig
 from keysync_jax.training.objective import DiffusionObjective, VaeObjective
@@ -20,15 +19,6 @@ from keysync_jax.training.state import TrainState
 from keysync_jax.training.trainables import trainable_of
 from keysync_jax.training.watch import validation
 from keysync_jax.training.watch.validation import SEED, Validation, bucket_normals, open_reader
-
-UNET = UNetConfig(
-    in_channels=9, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,), num_head_channels=32,
-    context_dim=8, audio_dim=8, num_frames=3,
-)  # fmt: skip
-STAGE = StageConfig(
-    stage="interpolation", unet=UNET, resolution=tiny_runs.SIZE, latent_size=tiny_runs.LATENT, num_frames=3, audio_encoder="log_mel",
-    audio_feature_dim=tiny_runs.MELS,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +32,7 @@ def datasets(tmp_path_factory):
 def config(datasets):
     train, held = datasets
     return TrainConfig(
-        stage=STAGE, dtype="float32", remat="none", freeze="none", init=InitConfig(),
+        stage=tiny.INTERPOLATION, dtype="float32", remat="none", freeze="none", init=InitConfig(),
         data=DataConfig(datasets=(train,), validation=held, batch_size=2, threads=0),
         log=LogConfig(validate_every=2, validation_batches=3, samples_every=0), dropout=DropoutConfig(audio=1.0, identity=1.0),
     )  # fmt: skip
@@ -50,12 +40,12 @@ def config(datasets):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+    return tiny.one_device()
 
 
 @pytest.fixture(scope="module")
 def state(config):
-    params, other = (init_params(config.stage, seed, zero_init=False) for seed in (0, 1))
+    params, other = (tiny.params("interpolation", seed) for seed in (0, 1))
     return TrainState(step=jnp.int32(0), params=params, frozen={}, ema=other, opt_state=(), skipped=jnp.int32(0))
 
 
@@ -146,7 +136,7 @@ def videos(tmp_path_factory):
 
 
 def test_an_autoencoder_is_validated_on_whole_frames(videos, mesh):
-    vae = VAEConfig(base_channels=32, channel_mult=(1,), num_res_blocks=1, decoder="image")
+    vae = dataclasses.replace(tiny.VAE, channel_mult=(1,))
     config = TrainConfig(
         model="vae", vae=vae, resolution=32, dtype="float32",
         data=DataConfig(datasets=(str(videos / "manifest.csv"),), batch_size=2, frames_per_clip=2, crop=16, threads=0),
@@ -175,7 +165,7 @@ def test_an_autoencoder_is_validated_on_whole_frames(videos, mesh):
 
 def test_a_folder_of_videos_is_warned_about(videos, mesh):
     config = TrainConfig(
-        model="vae", vae=VAEConfig(base_channels=32, channel_mult=(1, 1), decoder="image"), resolution=32,
+        model="vae", vae=tiny.VAE, resolution=32,
         data=DataConfig(datasets=(str(videos),), batch_size=2),
     )  # fmt: skip
     said = []

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from bounds import close
 from tiny_speech import encoder
 
 from keysync_jax.encoders.audio_features import AudioFeatures
@@ -37,4 +38,4 @@ def test_wavlm_may_give_a_frame_more():
     run, wav = features("wavlm"), noise(1.0)
     reference = reference_audio.wavlm_frames(run, wav)
     assert len(reference) == 26
-    np.testing.assert_allclose(reference[:25], run(wav), atol=1e-5)
+    close(reference[:25], run(wav), 4, terms=400)  # some twenty layers, sums of up to 400 terms
