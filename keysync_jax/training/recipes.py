@@ -136,14 +136,15 @@ def _apply(config: ConfigDict, override: str) -> None:
             known = f"; there are {', '.join(parent)}" if isinstance(parent, ConfigDict) else ""
             raise UsageError(f"config has no key {key!r}{known}")
         parent, owner = parent[name], parent
-    value = _parse(text, owner[leaf])
-    if isinstance(owner[leaf], ConfigDict) and (owner[leaf] or not isinstance(value, dict)):
-        keys = ", ".join(f"{key}.{name}" for name in owner[leaf]) or "a mapping such as {'quality': 0.5}"
+    current: Any = owner[leaf]
+    value = _parse(text, current)
+    if isinstance(current, ConfigDict) and (current or not isinstance(value, dict)):
+        keys = ", ".join(f"{key}.{name}" for name in current) or "a mapping such as {'quality': 0.5}"
         raise UsageError(f"config key {key!r} is a section; set one of {keys}")
     try:
         owner[leaf] = ConfigDict(value) if isinstance(value, dict) else value
     except (TypeError, ValueError):
-        raise UsageError(f"config key {key!r} is {owner[leaf]!r}; {text!r} is no {type(owner[leaf]).__name__}") from None
+        raise UsageError(f"config key {key!r} is {current!r}; {text!r} is no {type(current).__name__}") from None
 
 
 def _parse(text: str, current: Any) -> Any:
