@@ -191,4 +191,4 @@ def _hashed_split(speaker: tuple[str, str], fractions: Mapping[str, float], seed
         if point < fraction:
             return split
         point -= fraction
-    return max(fractions, key=fractions.get)  # rounding of the last boundary
+    return max(fractions, key=lambda split: fractions[split])  # rounding of the last boundary

@@ -27,7 +27,8 @@ def tfds_files(group_file: GroupFile) -> dict[str, str]:
         {CLIP_KEY: tfds.features.Text(), FRAME_KEY: tfds.features.Scalar(np.int64), **{c.name: feature(c) for c in group.columns}}
     )
     with tempfile.TemporaryDirectory() as folder:
-        identity = tfds.core.DatasetIdentity(name=group.dataset_name, version=tfds.core.Version(VERSION), data_dir=folder, module_name="")
+        version = tfds.core.Version(VERSION)
+        identity = tfds.core.DatasetIdentity(name=group.dataset_name, version=version, data_dir=Path(folder), module_name="")
         info = tfds.core.DatasetInfo(builder=identity, features=features, description="One record per video frame at 25 fps.")
         info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
         splits = []

@@ -191,7 +191,7 @@ def _clip(
     placed = repr((content, first, tuple(crop), curation.crop_size)).encode()
     fingerprint = hashlib.sha256(placed + sources.tobytes() + points.tobytes()).hexdigest()
     rounded = {name: round(value, 6) for name, value in sorted(measures.items())}
-    result.candidates.append(Candidate(clip, first, span.num_frames, tuple(crop), rounded, fingerprint))
+    result.candidates.append(Candidate(clip, first, span.num_frames, (crop.x0, crop.y0, crop.side), rounded, fingerprint))
 
 
 def _check(curation: Curation, m: dict[str, float]) -> tuple[str, str, str] | None:

@@ -79,8 +79,10 @@ def read_celebv(path: Path, files: _Files) -> Iterator[Item]:
         try:
             video = str(clip["ytb_id"])
             start, stop = finite_number(clip["duration"]["start_sec"]), finite_number(clip["duration"]["end_sec"])
-            edges = clip.get("bbox")
-            box = None if not edges else tuple(finite_number(edges[side]) for side in ("left", "top", "right", "bottom"))
+            box = None
+            if edges := clip.get("bbox"):
+                left, top, right, bottom = (finite_number(edges[side]) for side in ("left", "top", "right", "bottom"))
+                box = left, top, right, bottom
         except (KeyError, TypeError, ValueError) as error:
             raise KeySyncError(f"{path}: clip {name!r} lacks ytb_id, duration or bbox ({error!r})") from None
         common = {"speaker": video, "source": source, "extra": {"annotation": name}}

@@ -152,13 +152,13 @@ class _Collector:
         self._sharpness = np.full(len(run.sources), np.nan, np.float32)
         self._brightness = self._sharpness.copy()
         self._grey = np.zeros((len(run.sources) if want_grey else 0, GREY_SIZE, GREY_SIZE), np.uint8)
-        self._picture: np.ndarray | None = None
+        self._picture = np.zeros((0, 0, 3), np.uint8)
 
     def add(self, position: int, frame: video.Frame, backend: FaceBackend | None) -> None:
         measure = position % _SAMPLE_EVERY == 0
         middle = position == len(self._run.sources) // 2
         rgb = frame.rgb() if backend is not None or measure or middle or self._want_grey else None
-        if middle:
+        if middle and rgb is not None:
             self._picture = rgb
         faces = self._faces(frame.index, rgb, backend)
         if len(faces) > 1:
@@ -176,6 +176,7 @@ class _Collector:
     def _faces(self, source: int, rgb: np.ndarray | None, backend: FaceBackend | None) -> list[Face]:
         if self._sidecar is not None:
             return _listed(self._sidecar, source)
+        assert rgb is not None and backend is not None, "an item without a sidecar comes with a detector"
         return _detected(self._item, rgb, backend, self._size)
 
     def finish(self, max_gap: int) -> ShotTrack:

@@ -141,8 +141,8 @@ def _clip(item: Item, entry: ClipWork, plan: FeaturePlan, encoders: Encoders, sa
         values |= sidecars.emotion(item, entry.sources)
     if "occluder" in names:
         start = time.perf_counter()
-        cells = next(c.shape for g in entry.groups for c in g.columns if c.name == "occluder")
-        values["occluder"] = sidecars.occluder(item, entry, cells, plan.crop_size, encoders.occluder())
+        rows, cols = next(c.shape for g in entry.groups for c in g.columns if c.name == "occluder")
+        values["occluder"] = sidecars.occluder(item, entry, (rows, cols), plan.crop_size, encoders.occluder())
         seconds["occluder"] = seconds.get("occluder", 0.0) + time.perf_counter() - start
     for name, array in values.items():
         if name not in ("jpeg", "jpeg_ends") and len(array) != clip.num_frames:
@@ -200,7 +200,7 @@ class _Crops:
 
     def at(self, source: int, crop: Crop) -> np.ndarray:
         """uint8 `[size, size, 3]`; asking for a frame before the last one starts again."""
-        if self._reader is None or (self._frame is not None and not self._near(source)):
+        if self._reader is None or (self._frame is not None and not self._near(self._frame.index, source)):
             self.close()
             self._reader, self._frame = video.read(self._path, start=source, keyframes=self._keyframes), None
         while self._frame is None or self._frame.index < source:
@@ -209,9 +209,9 @@ class _Crops:
                 raise KeySyncError(f"{self._path} ends before frame {source}, which was there before; was the file changed?")
         return extract(self._frame.rgb(), crop, self._size)
 
-    def _near(self, source: int) -> bool:
-        """Whether going on is the way to a frame: it is not behind, nor does a keyframe far ahead lead to it."""
-        return self._frame.index <= source and all(k.index <= self._frame.index + _FAR for k in self._keyframes if k.index <= source)
+    def _near(self, here: int, source: int) -> bool:
+        """Whether going on from a frame is the way to another: it is not behind, nor does a keyframe far ahead lead to it."""
+        return here <= source and all(k.index <= here + _FAR for k in self._keyframes if k.index <= source)
 
     def close(self) -> None:
         if self._reader is not None:

@@ -5,6 +5,7 @@ A table is kept in the work folder under the file's content hash, and shared by 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +76,7 @@ class FrameTables:
         return table
 
 
-def damage_in(notes: list[str]) -> str:
+def damage_in(notes: Iterable[str]) -> str:
     """The first of a reader's notes that speaks of damage, "" without one."""
     return next((note for note in notes if any(word in note for word in _DAMAGE)), "")
 

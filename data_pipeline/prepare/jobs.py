@@ -267,7 +267,7 @@ class WriteShard(beam.DoFn):
         item_id = piece.clip.rpartition("-")[0]
         analysis = self._folders.analyses.load(item_id)
         clip = next((c for c in state.candidates(analysis) if c.id == piece.clip), None) if analysis else None
-        if clip is None:
+        if analysis is None or clip is None:
             raise KeySyncError(f"clip {piece.clip!r} must be written again, but its input is not known any more; list it in the manifest")
         item = Item.from_json(analysis.values["item"])
         sidecars = sidecar_digests(item, [group])

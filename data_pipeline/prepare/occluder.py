@@ -67,14 +67,14 @@ class Sam2Masker:
             raise KeySyncError(f"{os.path.basename(item.occluder)} holds no click points ({error!r})") from error
         first, last = int(sources[0]), int(sources[-1])
         with tempfile.TemporaryDirectory() as folder, video.read(item.path, start=first, keyframes=keyframes) as reader:
-            size = None
+            height = width = 0
             for frame in reader:
                 if frame.index > last:
                     break
                 rgb = frame.rgb()
-                size = rgb.shape[:2]
+                height, width = rgb.shape[:2]
                 Image.fromarray(rgb).save(Path(folder) / f"{frame.index - first:05d}.jpg", quality=95)
-            masks = np.zeros((last - first + 1, *size), bool)
+            masks = np.zeros((last - first + 1, height, width), bool)
             clicks = [c for c in clicks if first <= c[0] <= last]
             if clicks:
                 self._follow(folder, [(f - first, x, y, inside) for f, x, y, inside in clicks], masks)

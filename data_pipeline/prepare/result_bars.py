@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from rich.progress import TaskID
+
 from keysync_jax.core import progress
 
 log = logging.getLogger(__name__)
@@ -15,23 +17,22 @@ log = logging.getLogger(__name__)
 _SECONDS = 1.0  # between two looks; a look may list a folder
 
 
-class Watch:
-    """`with Watch() as watch: watch.follow("features", 36, count)`: bars with time left, or a line now and then in a log file."""
+class ResultBars:
+    """`with ResultBars() as bars: bars.follow("features", 36, count)`: bars with time left, or a line now and then in a log file."""
 
     def __init__(self, quiet: bool = False):
         self._quiet = quiet
         self._bars = progress.Bars(quiet)
-        self._followed: list[tuple[str, int, Callable[[], int], int]] = []
+        self._followed: list[tuple[str, int, Callable[[], int], TaskID]] = []
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._look, daemon=True)
 
     def follow(self, name: str, total: int, count: Callable[[], int]) -> None:
         """Show `count()` of `total`."""
         self._followed.append((name, total, count, self._bars.add_task(name, total=total)))
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ResultBars:
         self._bars.start()
-        self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
         return self
 

@@ -21,7 +21,8 @@ from keysync_jax.data_pipeline.dataset_layout import BASE, Group
 from keysync_jax.data_pipeline.prepare import work_state as state
 from keysync_jax.data_pipeline.prepare.groups import FeaturePlan, plan_features
 from keysync_jax.data_pipeline.prepare.item import Drop, Item
-from keysync_jax.data_pipeline.prepare.result_bars import Watch
+from keysync_jax.data_pipeline.prepare.prepare_report import build_report
+from keysync_jax.data_pipeline.prepare.result_bars import ResultBars
 from keysync_jax.data_pipeline.prepare.settings import Curation, Output
 from keysync_jax.data_pipeline.prepare.work import Entry, write_text
 from keysync_jax.data_pipeline.prepare.work_state import Folders
@@ -74,10 +75,7 @@ def prepare(
     Raises:
       KeySyncError: no clip is left, the dataset was made with other settings, or shards cannot be written.
     """
-    try:
-        jobs = _jobs()
-    except ImportError as error:
-        raise KeySyncError(f"keysync prepare needs Apache Beam ({error}); install the extra: pip install 'keysync-jax[data]'") from error
+    jobs = _jobs()
     began = time.monotonic()
     folders = Folders(os.fspath(output), os.fspath(work) if work is not None else state.default_work(output))
     plan = plan_features(model, target, curation.crop_size)
@@ -89,28 +87,18 @@ def prepare(
     jobs.worker_environment()
     with only_process(folders.work, f"another keysync prepare is at work in {folders.work}; wait for it or give another --work"):
         folders.remove_leftovers()
-        written = state.written_clips(output, plan.groups)
-        ids = {item.id for item in items}
-        with Watch(quiet) as watch:
-            watch.follow("look at videos", len(items), lambda: _count(folders.analyses, ids))
-            watch.follow("features", len(items), lambda: _count(folders.encoded, ids))
-            jobs.run_items(items, curation, plan, folders, written, flags)
+        _look_and_encode(jobs, items, curation, plan, folders, flags, quiet)
         analyses = {item.id: folders.analyses.load(item.id) for item in items}
         clips, dropped = gather(items, analyses, folders)
         write_dead_letter(output, dropped)
-        existing = layout.read_clips(output) if (epath.Path(output) / layout.INDEX_FILE).exists() else []
+
+        def shard_flags(tasks: int) -> list[str]:
+            return jobs.beam_flags(min(workers, 1 + tasks // _SHARDS_PER_WORKER), beam)
+
         try:
-            if not clips and not existing:
-                raise KeySyncError(f"no clip is left of {len(items)} inputs; {epath.Path(output) / DEAD_LETTER} says why")
-            clips = assign_splits(clips, target.split_fractions, target.seed, existing)
-
-            def shard_flags(tasks: int) -> list[str]:
-                return jobs.beam_flags(min(workers, 1 + tasks // _SHARDS_PER_WORKER), beam)
-
+            clips = _with_splits(clips, output, target, len(items))
             _write(jobs, output, plan, clips, folders, shard_flags, quiet)
-        finally:
-            from keysync_jax.data_pipeline.prepare.prepare_report import build_report
-
+        finally:  # what was dropped, and why, is wanted most when nothing could be written
             report = build_report(items, analyses, dropped, folders, plan, curation, target, time.monotonic() - began)
             report.write(output)
         if target.discard_work:
@@ -120,6 +108,26 @@ def prepare(
     frames = sum(clip.num_frames for clip in index)
     where = os.fspath(epath.Path(output) / "report.html")
     return Summary(len(index), frames / FRAME_RATE / 3600, len(dropped), where, time.monotonic() - began)
+
+
+def _look_and_encode(
+    jobs: Any, items: Sequence[Item], curation: Curation, plan: FeaturePlan, folders: Folders, flags: Sequence[str], quiet: bool
+) -> None:
+    """Curate the items and compute the features of their clips, as far as that is not done yet."""
+    written = state.written_clips(folders.output, plan.groups)
+    ids = {item.id for item in items}
+    with ResultBars(quiet) as bars:
+        bars.follow("look at videos", len(items), lambda: _count(folders.analyses, ids))
+        bars.follow("features", len(items), lambda: _count(folders.encoded, ids))
+        jobs.run_items(items, curation, plan, folders, written, flags)
+
+
+def _with_splits(clips: Sequence[Clip], output: str | os.PathLike, target: Output, inputs: int) -> list[Clip]:
+    """The clips with their splits; those of speakers who are in the dataset already stay with them."""
+    existing = layout.read_clips(output) if (epath.Path(output) / layout.INDEX_FILE).exists() else []
+    if not clips and not existing:
+        raise KeySyncError(f"no clip is left of {inputs} inputs; {epath.Path(output) / DEAD_LETTER} says why")
+    return assign_splits(clips, target.split_fractions, target.seed, existing)
 
 
 def gather(items: Sequence[Item], analyses: dict[str, Entry | None], folders: Folders) -> tuple[list[Clip], list[Drop]]:
@@ -143,10 +151,12 @@ def write_dead_letter(output: str | os.PathLike, dropped: Sequence[Drop]) -> Non
 
 
 def _jobs() -> Any:
-    """The Beam jobs. Importing Beam warns about Google Cloud packages that nobody asked for."""
+    """The Beam jobs; Beam is an optional package, and importing it warns about Google Cloud packages that nobody asked for."""
     logging.disable(logging.WARNING)
     try:
         from keysync_jax.data_pipeline.prepare import jobs
+    except ImportError as error:
+        raise KeySyncError(f"keysync prepare needs Apache Beam ({error}); install the extra: pip install 'keysync-jax[data]'") from error
     finally:
         logging.disable(logging.NOTSET)
     return jobs
@@ -164,8 +174,8 @@ def _write(
             continue
         title = "write frames" if groups[0] is base else "write further columns"
         paths = [group.directory(output) / layout.CHECKSUM_DIR / f"{group.shard_name(s.split, s.index)}.json" for group, s in tasks]
-        with Watch(quiet) as watch:
-            watch.follow(title, len(tasks), lambda paths=paths: sum(path.exists() for path in paths))
+        with ResultBars(quiet) as bars:
+            bars.follow(title, len(tasks), lambda paths=paths: sum(path.exists() for path in paths))
             jobs.run_shards(tasks, plan, folders, flags(len(tasks)))
         for group_plan in plans:
             shards.finish_group(output, group_plan)

@@ -40,6 +40,7 @@ class QualityScorer(Protocol):
 
     def __call__(self, views: np.ndarray) -> np.ndarray:
         """uint8 `[N, 224, 224, 3]` -> float `[N]`, 0 (bad) to 1."""
+        ...
 
 
 class ClipScorer(Protocol):
@@ -50,6 +51,7 @@ class ClipScorer(Protocol):
 
         "active_speaker" scorers give `active_speaker`; "sync" scorers `sync_offset` (frames) and may add `sync_confidence`.
         """
+        ...
 
 
 def parse(text: str) -> tuple[str, str, str]:

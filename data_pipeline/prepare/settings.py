@@ -105,8 +105,8 @@ class Output:
                 check_split(split, "split shares")
             except KeySyncError as error:
                 raise UsageError(str(error)) from None
-        shares = (self.split_fractions or {"": 1.0}).values()
-        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise UsageError(f"split shares {dict(self.split_fractions)} must not be negative and must sum to 1")
+        shares = self.split_fractions or {"": 1.0}
+        if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
+            raise UsageError(f"split shares {dict(shares)} must not be negative and must sum to 1")
         if self.shard_megabytes <= 0:
             raise UsageError(f"shard size is {self.shard_megabytes} MB; it must be positive")

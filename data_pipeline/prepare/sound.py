@@ -16,7 +16,7 @@ def load_sound(item: Item) -> audio.AudioClip:
       KeySyncError: see there.
     """
     key = identity(item.path) if item.is_part else None
-    held = _last.get(key)
+    held = None if key is None else _last.get(key)
     if held is None:
         _last.clear()  # before loading: never two in memory
         held = audio.load_audio(item.path)

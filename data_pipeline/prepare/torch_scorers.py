@@ -107,7 +107,7 @@ def mfcc(samples: np.ndarray, frames: int) -> np.ndarray:
     rising = (frequency - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - frequency) / (edges[2:] - edges[1:-1])
     filtered = np.maximum(power @ np.maximum(0, np.minimum(rising, falling)), 1e-12)
-    cepstra = dct(np.log(filtered), type=2, axis=1, norm="ortho")[:, :13]
+    cepstra = np.asarray(dct(np.log(filtered), type=2, axis=1, norm="ortho"))[:, :13]
     cepstra *= 1 + 11 * np.sin(np.pi * np.arange(13) / 22)  # liftering
     cepstra[:, 0] = np.log(np.maximum(power.sum(axis=1), 1e-12))
     return cepstra.astype(np.float32)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -233,25 +233,30 @@ class AudioFeatures(Generic[C]):
             return np.asarray(_encode(self._module, self._variables, padded[None], np.array([n], np.int32))[0, :n], np.float32)
 
 
+def _apply(module: nn.Module, variables: dict, *args: Any, method: str | None = None) -> jax.Array:
+    """`module.apply`, which without mutable collections gives the output alone."""
+    return cast(jax.Array, module.apply(variables, *args, method=method))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _single_pass(module: nn.Module, variables: dict, waveform: jax.Array) -> jax.Array:
-    return module.apply(variables, waveform)
+    return _apply(module, variables, waveform)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _features(module: nn.Module, variables: dict, waveform: jax.Array, moments: Moments | None) -> jax.Array:
-    return module.apply(variables, waveform, moments, method="features")
+    return _apply(module, variables, waveform, moments, method="features")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(module: nn.Module, variables: dict, features: jax.Array, count: jax.Array) -> jax.Array:
-    return module.apply(variables, features, count, method="encode")
+    return _apply(module, variables, features, count, method="encode")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _first_moments(module: nn.Module, variables: dict, waveform: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and variance `[C]` over the first `count` positions of the first convolution's output."""
-    x = module.apply(variables, waveform, method="first_convolution")[0].astype(jnp.float32)
+    x = _apply(module, variables, waveform, method="first_convolution")[0].astype(jnp.float32)
     valid = (jnp.arange(len(x)) < count)[:, None]
     mean = jnp.sum(x, axis=0, where=valid) / count
     return mean, jnp.sum(jnp.square(x - mean), axis=0, where=valid) / count

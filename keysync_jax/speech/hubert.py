@@ -85,7 +85,7 @@ class EncoderLayer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, bias: None) -> tuple[Array, None]:
+    def __call__(self, x: Array, mask: Array, bias: Array | None) -> tuple[Array, Array | None]:
         attention = layers.SelfAttention(self.config, dtype=self.dtype, name="attention")
         return layers.transformer_layer(
             self.config,

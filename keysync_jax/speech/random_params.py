@@ -35,7 +35,7 @@ def init_params(config: SpeechEncoderConfig, rng: np.random.Generator) -> dict[s
 
 def _tie_weight_norm(tree: dict[str, Any]) -> dict[str, Any]:
     """A fresh `weight_g` is the norm of its `weight_v`: the weight starts as `v` itself."""
-    out = {key: _tie_weight_norm(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    out: dict[str, Any] = {key: _tie_weight_norm(value) if isinstance(value, dict) else value for key, value in tree.items()}
     if "weight_v" in out:
         out["weight_g"] = np.linalg.norm(out["weight_v"], axis=(1, 2), keepdims=True)
     return out

@@ -89,9 +89,9 @@ def config_from_hf(
     Raises:
       KeySyncError: another model type, or a feature that the encoders here do not have, by name.
     """
-    known = {encoder.name: encoder for encoder in ENCODERS.values() if encoder.from_hf}
+    known = {name: (encoder.title, encoder.from_hf) for name, encoder in ENCODERS.items() if encoder.from_hf}
     kind = values.get("model_type", "hubert")
     if kind not in known:
-        titles = " or ".join(encoder.title for encoder in known.values())
+        titles = " or ".join(title for title, _ in known.values())
         raise KeySyncError(f"{source}: model_type is {kind!r}; a {titles} encoder is needed")
-    return known[kind].from_hf(values, preprocessor, source)
+    return known[kind][1](values, preprocessor, source)

@@ -8,7 +8,7 @@ are in `hubert` and `wavlm`. Activations are `[B, N, C]`, channels last; N count
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -39,7 +39,7 @@ def gelu(x: Array) -> Array:
     return nn.gelu(x, approximate=False)  # the checkpoints were trained with the erf form
 
 
-def layer_norm(name: str, epsilon: float, dtype: jnp.dtype) -> nn.LayerNorm:
+def layer_norm(name: str | None, epsilon: float, dtype: jnp.dtype) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
@@ -192,8 +192,17 @@ def transformer_layer(
     return final_norm(x + feed_forward(x)), bias
 
 
+# Tokens, mask of those that exist and the last layer's bias -> tokens and the bias for the next layer.
+Layer = Callable[[Array, Array, Array | None], tuple[Array, Array | None]]
+
+
 def transformer(
-    config: AudioEncoderConfig, x: Array, mask: Array, position: Callable[[Array], Array], norm: nn.Module, layers: list[nn.Module]
+    config: AudioEncoderConfig,
+    x: Array,
+    mask: Array,
+    position: Callable[[Array], Array],
+    norm: nn.Module,
+    layers: Sequence[Layer],
 ) -> Array:
     """Position embedding, layers and the norm before or after them; `[B, N, D]` -> `[B, N, D]`.
 
