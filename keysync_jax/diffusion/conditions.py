@@ -73,9 +73,19 @@ def paste(x: jax.Array, conditions: Conditions) -> jax.Array:
     Raises:
       KeySyncError: a known region without a mask, or a mask without one.
     """
-    gt, masks = conditions.gt, conditions.masks
-    if gt is None and masks is None:
+    if conditions.gt is None and conditions.masks is None:
         return x
-    if gt is None or masks is None:
-        raise KeySyncError(f"conditions have a {'mask' if gt is None else 'known region'} only; give both, or none to generate all of it")
+    gt, masks = known(conditions)
     return x * masks + gt * (1.0 - masks)
+
+
+def known(conditions: Conditions) -> tuple[jax.Array, jax.Array]:
+    """The known region and its mask.
+
+    Raises:
+      KeySyncError: one is missing.
+    """
+    gt, masks = conditions.gt, conditions.masks
+    if gt is None or masks is None:
+        raise KeySyncError(f"conditions have no {'known region' if gt is None else 'mask'}; give both, or neither to generate all of it")
+    return gt, masks

@@ -83,9 +83,8 @@ def of_stage(stage: StageConfig) -> Guidance:
     return jax.tree.map(np.float32, RULES[stage.guidance.kind](**stage.guidance_numbers))
 
 
-def _static(default: Any) -> Any:
-    """A field that is structure, not a leaf."""
-    return dataclasses.field(default=default, kw_only=True, metadata={"static": True})
+# Metadata of a field that is structure, not a leaf.
+_STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +96,7 @@ class Chain:
     one, and the branch is not needed.
     """
 
-    branches: tuple[Branch, ...] = _static((FULL,))
+    branches: tuple[Branch, ...] = dataclasses.field(default=(FULL,), kw_only=True, metadata=_STATIC)
 
     def scale_to(self, branch: Branch) -> Scale:
         """Factor of the step that ends at a branch."""
@@ -134,7 +133,7 @@ class ClassifierFreeGuidance(Chain):
     """`D_u + scale * (D_c - D_u)`; branches: without, with. The baseline of the paper's guidance ablation."""
 
     scale: Scale = 2.0
-    branches: tuple[Branch, ...] = _static((NEITHER, FULL))
+    branches: tuple[Branch, ...] = dataclasses.field(default=(NEITHER, FULL), kw_only=True, metadata=_STATIC)
 
     def scale_to(self, branch: Branch) -> Scale:
         return self.scale
@@ -150,7 +149,7 @@ class AudioIdentityGuidance(Chain):
 
     audio: Scale = 5.0
     identity: Scale = 2.0
-    branches: tuple[Branch, ...] = _static((NEITHER, IDENTITY, FULL))
+    branches: tuple[Branch, ...] = dataclasses.field(default=(NEITHER, IDENTITY, FULL), kw_only=True, metadata=_STATIC)
 
     def scale_to(self, branch: Branch) -> Scale:
         return self.identity if branch == IDENTITY else self.audio
@@ -165,7 +164,7 @@ class AutoGuidance(Chain):
     """
 
     scale: Scale = 2.0
-    branches: tuple[Branch, ...] = _static((Branch(network=WEAK), FULL))
+    branches: tuple[Branch, ...] = dataclasses.field(default=(Branch(network=WEAK), FULL), kw_only=True, metadata=_STATIC)
 
     def scale_to(self, branch: Branch) -> Scale:
         return self.scale
@@ -184,10 +183,10 @@ class AdaptiveProjectedGuidance:
 
     audio: Scale = 5.0
     identity: Scale = 2.0
-    momentum: float = _static(-0.75)
-    eta: float = _static(0.0)
-    norm_threshold: float = _static(2.5)
-    branches: tuple[Branch, ...] = _static((NEITHER, IDENTITY, FULL))
+    momentum: float = dataclasses.field(default=-0.75, kw_only=True, metadata=_STATIC)
+    eta: float = dataclasses.field(default=0.0, kw_only=True, metadata=_STATIC)
+    norm_threshold: float = dataclasses.field(default=2.5, kw_only=True, metadata=_STATIC)
+    branches: tuple[Branch, ...] = dataclasses.field(default=(NEITHER, IDENTITY, FULL), kw_only=True, metadata=_STATIC)
 
     def needed(self) -> Self:
         kept = tuple(b for b in self.branches[1:] if np.any(np.asarray(self._scale_of(b), np.float32) != 1))
@@ -226,9 +225,10 @@ RULES: dict[str, Callable[..., Guidance]] = {
 }
 
 
-def _rows(scale: Scale, like: jax.Array) -> Scale:
+def _rows(scale: Scale, like: jax.Array) -> jax.Array:
     """A scale of each video `[B]` shaped to broadcast over `[B, ...]`; one scale of all as it is."""
-    return jnp.reshape(scale, (-1, *[1] * (like.ndim - 1))) if jnp.ndim(scale) else scale
+    scale = jnp.asarray(scale)
+    return scale.reshape(-1, *[1] * (like.ndim - 1)) if scale.ndim else scale
 
 
 def _frame_norm(x: jax.Array) -> jax.Array:

@@ -127,8 +127,6 @@ def prediction_loss(
     if config.pixel_weight > 0:
         if decode is None or pixels is None:
             raise KeySyncError("the pixel loss needs a VAE decoder and the source frames; set pixel_weight to 0 to train without it")
-        if config.uses_lpips and lpips is None:
-            raise KeySyncError("the pixel loss 'lpips' needs weights; name their folder in config.lpips or drop it from loss.pixel_losses")
         terms = _pixel_terms(denoised, weight, masks, config, decode, pixels, lpips)
     return Losses(latent, terms, latent + sum(terms.values()), denoised)
 
@@ -157,6 +155,8 @@ def _pixel_terms(
         if name in _ERRORS
     }
     if config.uses_lpips:
+        if lpips is None:
+            raise KeySyncError("the pixel loss 'lpips' needs weights; name their folder in config.lpips or drop it from loss.pixel_losses")
         shape = (-1, *pixels.frames.shape[2:])
         # Recomputed like the decoder: VGG's first layers are as large as its last.
         distance = jax.checkpoint(lpips)((pixels.frames + difference).reshape(shape), pixels.frames.reshape(shape))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -188,7 +189,7 @@ def _splash_local(q: Array, k: Array, v: Array) -> Array:
     kernel = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
     scaled = q * (head_dim**-0.5)  # a power of two for the U-Net's 64, so bfloat16 loses nothing
     out = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (scaled.astype(q.dtype), k, v)))
-    return out.swapaxes(1, 2).astype(q.dtype)
+    return cast(jax.Array, out).swapaxes(1, 2).astype(q.dtype)
 
 
 _KERNELS = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}

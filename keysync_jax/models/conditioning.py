@@ -23,12 +23,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from keysync_jax.config import StageConfig
 from keysync_jax.diffusion.conditions import Conditions
 from keysync_jax.models.stage import StageModel
 
-Array = jax.Array
+Array = jax.Array | np.ndarray
 
 
 def batch_shapes(config: StageConfig) -> dict[str, tuple[int, ...]]:
@@ -54,15 +55,16 @@ def conditions(model: StageModel, variables: Mapping[str, Any], batch: Mapping[s
     Args:
       model: the stage.
       variables: its variables, `{"params": ...}`.
-      batch: arrays `[B, ...]` by the names of `batch_shapes`.
+      batch: arrays `[B, ...]` by the names of `batch_shapes`, traced or not.
     """
     latents = batch["identity"] if model.config.stage == "keyframe" else join_frames(batch["endpoints"])
+    given = {name: jnp.asarray(batch[name]) for name in ("known", "mask", "vector") if name in batch}
     return Conditions(
-        raw_latents(latents, model.config.latent_scale),
+        jnp.asarray(raw_latents(latents, model.config.latent_scale)),
         model.apply(variables, batch["audio"], method="embed_audio"),
-        batch.get("known") if "mask" in batch else None,
-        batch.get("mask"),
-        batch.get("vector"),
+        given.get("known") if "mask" in given else None,
+        given.get("mask"),
+        given.get("vector"),
     )
 
 
@@ -71,7 +73,7 @@ def raw_latents(scaled: Array, latent_scale: float) -> Array:
     return scaled / latent_scale
 
 
-def join_frames(latents: Array) -> Array:
+def join_frames(latents: Array) -> jax.Array:
     """Condition frames `[B, F, h, w, C]` side by side in the channels, `[B, h, w, F*C]` (start first)."""
     b, frames, h, w, c = latents.shape
     return jnp.moveaxis(latents, 1, 3).reshape(b, h, w, frames * c)

@@ -7,11 +7,14 @@ the expensive things to compute again: `dots_with_no_batch_dims_saveable` alone 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
 
 from keysync_jax.config import Remat
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def policy(remat: Remat) -> Callable | None:
@@ -26,7 +29,7 @@ def policy(remat: Remat) -> Callable | None:
     }[remat]
 
 
-def rematerialised(module: type[nn.Module], remat: str) -> type[nn.Module]:
+def rematerialised(module: type[M], remat: str) -> type[M]:
     """`module` with the policy of that name around its call; parameter names do not change."""
     choice = Remat(remat)
     return module if choice is Remat.NONE else nn.remat(module, policy=policy(choice))

@@ -103,7 +103,7 @@ class StageModel(nn.Module):
         def apply(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> Any: ...
 
     def setup(self):
-        shape = self.latent_shape or (self.config.latent_size,) * 2
+        shape = self.latent_shape or (self.config.latent_size, self.config.latent_size)
         self.model = Wrapper(self.config, shape, self.dtype, self.attention, self.remat)
         self.conditioner = Conditioner(self.config, self.dtype)
 
@@ -143,10 +143,10 @@ def _traced_params(config: StageConfig, latent_shape: tuple[int, int] | None) ->
     h, w = latent_shape or (config.latent_size,) * 2
     channels, frames = config.unet.out_channels, min(2, config.num_frames)  # an image network embeds one frame's audio
     concat = (1, h, w, channels) if config.stage == "keyframe" else (1, h, w, 2 * channels)
-    shapes = [(1, frames, h, w, channels), (1,), concat, (1, frames, 2, config.audio_feature_dim)]
+    shapes: list[tuple[int, ...]] = [(1, frames, h, w, channels), (1,), concat, (1, frames, 2, config.audio_feature_dim)]
+    if config.unet.adm_in_channels:
+        shapes.append((1, config.unet.adm_in_channels))
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    width = config.unet.adm_in_channels
-    inputs.append(jax.ShapeDtypeStruct((1, width), jnp.float32) if width else None)
     return jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x, method="everything"), *inputs)["params"]
 
 

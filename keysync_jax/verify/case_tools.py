@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.weights.table import Table, to_flax
@@ -19,9 +20,10 @@ def to_video(x: np.ndarray, frames: int) -> np.ndarray:
     return np.moveaxis(x, 1, -1).reshape(-1, frames, *x.shape[2:], x.shape[1])
 
 
-def from_video(x: jax.Array) -> np.ndarray:
+def from_video(x: ArrayLike) -> np.ndarray:
     """`[B, T, H, W, C]` to (B*T, C, H, W)."""
-    return from_images(np.asarray(x).reshape(-1, *x.shape[2:]))
+    x = np.asarray(x)
+    return from_images(x.reshape(-1, *x.shape[2:]))
 
 
 def to_images(x: np.ndarray) -> np.ndarray:
@@ -29,7 +31,7 @@ def to_images(x: np.ndarray) -> np.ndarray:
     return np.moveaxis(x, 1, -1)
 
 
-def from_images(x: jax.Array) -> np.ndarray:
+def from_images(x: ArrayLike) -> np.ndarray:
     return np.moveaxis(np.asarray(x), -1, 1)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import guidance, inpainting, preconditioning, schedules, sigma_sampling
-from keysync_jax.diffusion.conditions import Conditions, paste, without
+from keysync_jax.diffusion.conditions import Conditions, known, paste, without
 from keysync_jax.verify import reference_sampling, reference_scalings
 from keysync_jax.verify.case_tools import from_images, from_video, to_images, to_video
 from keysync_jax.verify.harness import Case, runner
@@ -79,7 +79,7 @@ def run_schedules(case: Case) -> dict[str, np.ndarray]:
     for name, weighting in WEIGHTINGS.items():
         out[f"out.weight.{name.removesuffix('Weighting')}"] = weighting(sigma)
     for i, params in enumerate(case.meta["edm_sampling"]):
-        out[f"out.edm_sampling.{i}"] = sigma_sampling.sigmas_from_normals(case.inputs["normals"], **params)
+        out[f"out.edm_sampling.{i}"] = sigma_sampling.sigmas_from_normals(jnp.asarray(case.inputs["normals"]), **params)
     return out
 
 
@@ -95,9 +95,9 @@ def _refuses(function, *args) -> bool:
 def run_denoiser_dub(case: Case) -> dict[str, np.ndarray]:
     inputs, num_frames = case.inputs, case.meta["num_frames"]
     conditions = _conditions(inputs, "")
-    whole = to_video(inputs["x4d"], num_frames), inputs["sigma_bt"].reshape(-1, num_frames), conditions
+    whole = _video(inputs["x4d"], num_frames), jnp.asarray(inputs["sigma_bt"].reshape(-1, num_frames)), conditions
     results = {
-        "train": inpainting.denoise(toy_network, to_images(inputs["x5d"]), inputs["sigma_b"], conditions),
+        "train": inpainting.denoise(toy_network, _images(inputs["x5d"]), jnp.asarray(inputs["sigma_b"]), conditions),
         "sample": inpainting.denoise(toy_network, *whole),
         # The known region pasted into the output alone.
         "sample_nomaskinput": paste(inpainting.denoise(toy_network, *whole[:2], conditions._replace(gt=None, masks=None)), conditions),
@@ -111,10 +111,10 @@ def run_guiders(case: Case) -> dict[str, np.ndarray]:
     inputs, config = case.inputs, case.config
     num_frames = inputs["c.gt"].shape[2]
     conditions, nothing = (_conditions(inputs, prefix) for prefix in ("c.", "uc."))
-    if not all(np.array_equal(*values) for values in zip(nothing, without(conditions, "audio", "identity"), strict=True)):
+    if not all(jax.tree.leaves(jax.tree.map(np.array_equal, nothing, without(conditions, "audio", "identity")))):
         raise KeySyncError(f"{case.folder}: the unconditional branch (uc.*) is not the conditional one with zero audio and identity")
-    x = to_video(inputs["x"], num_frames)
-    sigma = inputs["sigma"].reshape(-1, num_frames)
+    x = _video(inputs["x"], num_frames)
+    sigma = jnp.asarray(inputs["sigma"].reshape(-1, num_frames))
     scales = {"audio": config["audio_ratio"], "identity": config["ref_ratio"]}
     cfg = guidance.ClassifierFreeGuidance(config["cfg_scale"])
     audio_identity = guidance.AudioIdentityGuidance(**scales)
@@ -129,16 +129,18 @@ def run_guiders(case: Case) -> dict[str, np.ndarray]:
             f"out.{name}.prep.sigma": np.ravel(stacked_sigma),
             f"out.{name}.prep.c.crossattn": stacked.crossattn,
             f"out.{name}.prep.c.concat": from_images(stacked.concat),
-            f"out.{name}.prep.c.gt": from_images(stacked.gt),
-            f"out.{name}.prep.c.masks": from_images(stacked.masks),
+            f"out.{name}.prep.c.gt": from_images(known(stacked)[0]),
+            f"out.{name}.prep.c.masks": from_images(known(stacked)[1]),
         }
     rescaled = re.search(r"set_scale\(\[([\d.]+), *([\d.]+)\]\)", case.meta["call"])
-    predictions = {name: to_video(inputs[name], num_frames) for name in ("pred2", "pred3", "pred3_b")}
+    if rescaled is None:
+        raise KeySyncError(f"{case.folder}: case.json does not say which scales audioref_scaled has")
+    predictions = {name: _video(inputs[name], num_frames) for name in ("pred2", "pred3", "pred3_b")}
     first, state = projected.combine(predictions["pred3"], projected.initial_state(x))
     results = {
         "cfg.y": cfg.combine(predictions["pred2"], ())[0],
         "audioref.y": audio_identity.combine(predictions["pred3"], ())[0],
-        "audioref_scaled.y": guidance.AudioIdentityGuidance(*map(float, rescaled.groups())).combine(predictions["pred3"], ())[0],
+        "audioref_scaled.y": guidance.AudioIdentityGuidance(float(rescaled[1]), float(rescaled[2])).combine(predictions["pred3"], ())[0],
         "apg.y": first,
         "apg.y2": projected.combine(predictions["pred3_b"], state)[0],
     }
@@ -148,7 +150,7 @@ def run_guiders(case: Case) -> dict[str, np.ndarray]:
 @runner("sampler_toy")
 def run_sampler_toy(case: Case) -> dict[str, np.ndarray]:
     conditions = _conditions(case.inputs, "c.")
-    noise = to_video(case.inputs["noise"], conditions.gt.shape[1])
+    noise = _video(case.inputs["noise"], conditions.crossattn.shape[1])
     out: dict[str, Any] = {}
     for name, run in case.meta["runs"].items():
         sigmas = schedules.ays_sigmas(run["num_steps"], run["strength"])
@@ -167,7 +169,15 @@ def trajectory_tensors(trajectory: reference_sampling.Trajectory, sigmas: np.nda
     }
 
 
+def _images(x: np.ndarray) -> jax.Array:
+    return jnp.asarray(to_images(x))
+
+
+def _video(x: np.ndarray, frames: int) -> jax.Array:
+    return jnp.asarray(to_video(x, frames))
+
+
 def _conditions(inputs: dict[str, np.ndarray], prefix: str) -> Conditions:
     """Conditions from stored tensors; gt and masks may be stored without the prefix."""
-    gt, masks = (inputs.get(f"{prefix}{name}", inputs.get(name)) for name in ("gt", "masks"))
-    return Conditions(to_images(inputs[f"{prefix}concat"]), inputs[f"{prefix}crossattn"], to_images(gt), to_images(masks))
+    gt, masks = (_images(inputs[name if f"{prefix}{name}" not in inputs else f"{prefix}{name}"]) for name in ("gt", "masks"))
+    return Conditions(_images(inputs[f"{prefix}concat"]), jnp.asarray(inputs[f"{prefix}crossattn"]), gt, masks)

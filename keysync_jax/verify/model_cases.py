@@ -153,7 +153,7 @@ def wrapper_interpolation(case: Case) -> Tensors:
     config = model.config
     filler = params["model"].get("learned_mask")
     if config.filler.startswith("fixed_"):
-        filler = np.full((*model.latent_shape, 4), float(config.filler == "fixed_ones"), np.float32)
+        filler = jnp.full((*inputs["x"].shape[2:4], 4), float(config.filler == "fixed_ones"), jnp.float32)
     unet_in = interpolation_input(jnp.asarray(inputs["x"]), jnp.asarray(concat), filler, config.add_indicator)
     return {
         "out.sample": from_video(apply(model, params, conditions=_given(case, concat), **inputs)),
@@ -256,9 +256,9 @@ def block_alpha_blender(case: Case) -> Tensors:
 
 def _moments(model: VAE, params: Mapping[str, Any], image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Moments (N, 2C, h, w) and mode (N, C, h, w) of images (N, 3, H, W)."""
-    image = to_images(image)
-    moments = apply(model, params, image, method="raw_moments")
-    mean, _ = apply(model, params, image, method="encode_moments")
+    images = to_images(image)
+    moments = apply(model, params, images, method="raw_moments")
+    mean, _ = apply(model, params, images, method="encode_moments")
     return from_images(moments), from_images(mean)
 
 
@@ -348,8 +348,7 @@ def _latent_condition(
         params = params_of(sgm.vae_table(config, f"{key}.encoder"), weights, key, f"{key}.encoder.")
         mean, _ = apply(VAE(config), params, frames.reshape(-1, *frames.shape[2:]), method="encode_moments")
         latents = np.asarray(mean).reshape(*frames.shape[:2], *mean.shape[1:]) * arguments.get("scale_factor", 1.0)
-    joined = join_frames(jnp.asarray(latents))
-    copies = repeat_frames(joined, arguments["n_copies"])
+    copies = repeat_frames(join_frames(latents), arguments["n_copies"])
     if keep is not None:  # one draw per copy
         copies = zero_where_dropped(copies, jnp.asarray(keep.reshape(copies.shape[:2])))
     return from_video(copies)
@@ -378,7 +377,7 @@ def _condition(
         elif kind == "WhisperAudioEmbedder":
             target, embedding = arguments.get("cond_type") or "audio_emb", _embed_audio(arguments, weights, key, value)
             if draw is not None:
-                embedding = np.asarray(zero_where_dropped(embedding, draw))
+                embedding = np.asarray(zero_where_dropped(jnp.asarray(embedding), jnp.asarray(draw)))
         elif kind == "IdentityEncoder":
             target, embedding = arguments["cond_type"], value
         else:

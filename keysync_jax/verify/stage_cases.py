@@ -88,18 +88,18 @@ def run_sampler_keyframes(case: Case) -> dict[str, np.ndarray]:
     out: dict[str, Any] = {}
     latents = []
     for i, audio in enumerate(inputs["audio_list"]):
-        gt, masks, noise = (np.moveaxis(inputs[name][i], 1, -1)[None] for name in ("gt_list", "masks_list", "noise"))
+        gt, masks, noise = (to_images(inputs[name][i])[None] for name in ("gt_list", "masks_list", "noise"))
         batch = {"identity": identity, "audio": audio[None], "known": gt, "mask": masks}
         conditions = engine.conditions(engine.params, batch)
         result, tensors = sample(engine.params, noise, conditions)
         latents.append(np.asarray(result[0]))
         out |= {f"mid.w{i}.{name}": value for name, value in tensors.items()}
     out["out.samples_z"] = from_video(np.stack(latents))
-    decode = jax.jit(engine.decode)
+    decode_jitted = jax.jit(engine.decode)
     raw = [window / np.float32(engine.scale) for window in latents]
-    images = [_decode(decode, window, case.meta["decoding_t"]) for window in raw]
+    images = [_decode(decode_jitted, window, case.meta["decoding_t"]) for window in raw]
     out["out.samples_x"] = from_images(np.concatenate(images))
-    out["out.samples_x_all"] = from_images(_decode(decode, raw[-1], None))
+    out["out.samples_x_all"] = from_images(_decode(decode_jitted, raw[-1], None))
     return out
 
 
@@ -109,7 +109,7 @@ def run_sampler_interpolation(case: Case) -> dict[str, np.ndarray]:
     if case.meta["overlap"] != 1:
         raise KeySyncError(f"segments overlap by one frame, not by {case.meta['overlap']}")
     engine = build_engine(case, num_frames)
-    keyframes = to_images(inputs["samples_z"])[~np.array(case.meta["to_remove"])]
+    keyframes = np.asarray(to_images(inputs["samples_z"]))[~np.array(case.meta["to_remove"])]
     endpoints = np.stack([keyframes[:-1], keyframes[1:]], axis=1)  # [W, 2, h, w, 4]
     audio = inputs["audio_interpolation"]
     if case.meta["cut_audio"]:
@@ -144,7 +144,7 @@ def _compiled_sampler(case: Case, engine: Engine, videos_per_call: int | None = 
     settings = engine.sampling
     sigmas = schedules.ays_sigmas(settings["num_steps"], case.meta["strength"])
     rule = guidance_from(settings["guider_config"])
-    dropped = sorted(_CONDITIONS.get(name, name) for name in case.meta["force_uc_zero_embeddings"])
+    dropped = sorted(str(_CONDITIONS.get(name, name)) for name in case.meta["force_uc_zero_embeddings"])
     if dropped != sorted(_CONDITIONS.values()):
         raise KeySyncError(f"{case.folder}: the unconditional branch leaves out audio and identity here, not {', '.join(dropped)}")
 
@@ -168,22 +168,24 @@ def _compiled_sampler(case: Case, engine: Engine, videos_per_call: int | None = 
 def _decode(decode: Decoder, raw: np.ndarray, at_a_time: int | None) -> np.ndarray:
     """Raw latents `[N, h, w, 4]` to images `[N, H, W, 3]`, `at_a_time` consecutive frames together (None: all)."""
     size = at_a_time or len(raw)
-    return np.concatenate([decode(raw[i : i + size][None])[0] for i in range(0, len(raw), size)])
+    return np.concatenate([decode(jnp.asarray(raw[i : i + size][None]))[0] for i in range(0, len(raw), size)])
 
 
 @runner("loss")
 def run_loss(case: Case) -> dict[str, np.ndarray]:
     inputs, num_frames = case.inputs, case.meta["num_video_frames"]
     engine = build_engine(case, num_frames)
-    latents, noise, masks, frames = (to_images(inputs[name]) for name in ("latents", "noise", "masks", "original_frames"))
+    latents, noise, masks, frames = (jnp.asarray(to_images(inputs[name])) for name in ("latents", "noise", "masks", "original_frames"))
     batch, keep = _training_batch(case, num_frames)
+    # NumPy divides by the latent scale; a compiled program may multiply by its inverse, which is another last digit.
+    identity = drop(engine.conditions(engine.params, batch), keep).concat
 
     @jax.jit
     def pull(params, sigma, cotangent):
         """The prediction, and the gradient of `sum(prediction * cotangent)`: compiled once for all variants."""
 
         def prediction(params):
-            conditions = drop(engine.conditions(params, batch), keep)
+            conditions = drop(engine.conditions(params, batch), keep)._replace(concat=identity)
             return denoise(engine.network(params), noised(latents, noise, sigma), sigma, conditions)
 
         denoised, vjp = jax.vjp(prediction, params)
@@ -194,7 +196,9 @@ def run_loss(case: Case) -> dict[str, np.ndarray]:
     stored_norms = case.json("grad_norms.json")
     out: dict[str, Any] = {}
     for variant, settings in case.config["loss"].items():
-        sigma = sigma_sampling.sigmas_from_normals(inputs["sigma_normals"], **settings["sigma_sampler_config"].get("params", {}))
+        sigma = sigma_sampling.sigmas_from_normals(
+            jnp.asarray(inputs["sigma_normals"]), **settings["sigma_sampler_config"].get("params", {})
+        )
         require(settings["loss_weighting_config"], "VWeighting")
         chosen = inputs["randperm"][: settings.get("n_frames_pixel", 1)]
         of_prediction = functools.partial(

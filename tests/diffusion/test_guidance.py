@@ -168,7 +168,7 @@ def test_without_a_mask_everything_is_generated():
     free = run(guidance.AudioIdentityGuidance(), nothing)
     close(free, run(guidance.AudioIdentityGuidance(), whole), 100, wrong=run(guidance.AudioIdentityGuidance()))
     for half in (CONDITIONS._replace(gt=None), CONDITIONS._replace(masks=None)):
-        with pytest.raises(KeySyncError, match="conditions have a .* only"):
+        with pytest.raises(KeySyncError, match="conditions have no .*; give both"):
             run(guidance.NoGuidance(), half)
 
 
