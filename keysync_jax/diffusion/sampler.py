@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -56,11 +56,7 @@ def euler_step(
 ) -> Callable[[Carry, tuple[jax.Array, jax.Array]], tuple[Carry, jax.Array]]:
     """The body of the scan: `((x, state), (sigma, next sigma / sigma))` to the next carry and the guided prediction."""
     networks = network if isinstance(network, Mapping) else {MAIN: network}
-    if missing := {branch.network for branch in guidance.branches} - networks.keys():
-        raise KeySyncError(
-            f"{type(guidance).__name__} asks a second network, {', '.join(sorted(missing))!r}, which is not there; "
-            "hand over its parameters, or choose another guidance"
-        )
+    require_networks(guidance, networks)
 
     def step(carry: Carry, level: tuple[jax.Array, jax.Array]) -> tuple[Carry, jax.Array]:
         x, state = carry
@@ -74,6 +70,19 @@ def euler_step(
         return (denoised + ratio * (x - denoised), state), denoised
 
     return step
+
+
+def require_networks(guidance: Guidance, names: Collection[str]) -> None:
+    """Refuses a guidance that asks a network beside those named.
+
+    Raises:
+      KeySyncError: naming what is missing.
+    """
+    if missing := sorted({branch.network for branch in guidance.branches} - set(names)):
+        raise KeySyncError(
+            f"{type(guidance).__name__} asks a second network, {', '.join(missing)!r}, which is not there; "
+            "hand over its parameters, or choose another guidance"
+        )
 
 
 def require_finite(values: jax.Array | np.ndarray, what: str) -> None:

@@ -26,6 +26,7 @@ from keysync_jax.core.clock import SAMPLE_RATE
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import schedules
 from keysync_jax.diffusion.guidance import of_stage
+from keysync_jax.diffusion.sampler import require_networks
 from keysync_jax.encoders.audio_features import Hearing, encoders_of, hear
 from keysync_jax.encoders.latents import LatentCoder
 from keysync_jax.inference import dub_report, two_stage
@@ -113,14 +114,17 @@ class DubJob:
       progress: told how far each phase is.
 
     Raises:
-      KeySyncError: what can be refused before any work: an impossible number of steps, stages of different masks, an output that cannot
-        be written.
+      KeySyncError: what can be refused before any work: an impossible number of steps, stages of different masks, a guidance that asks
+        a network the model has not, an output that cannot be written.
     """
 
     def __init__(self, model: Model, source: VideoSource, voice: Voice, output: str | None, options: DubOptions, progress: PhaseProgress):
         self._model, self._source, self._voice, self._output = model, source, voice, output
         self._options, self._progress = options, progress
         self._stages = {name: options.guided(sampler.config) for name, sampler in model.samplers.items()}
+        for name, sampler in model.samplers.items():
+            if isinstance(sampler, StageSampler):  # what a person put in its place says itself what it cannot do
+                require_networks(of_stage(self._stages[name]).needed(), sampler.networks)
         keyframe = self._stages["keyframe"]
         self._steps = keyframe.num_steps if options.steps is None else options.steps
         schedules.ays_sigmas(self._steps)  # refuses an impossible number

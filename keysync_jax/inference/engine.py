@@ -62,6 +62,9 @@ class StageSampler(Microbatcher):
       dtype: compute type of the network; the sampler state is float32.
       microbatch: windows a device computes at once.
       others: parameters of further networks of the same config, by the names under which a guidance asks them (`guidance.WEAK`).
+
+    Attributes:
+      networks: the names of the networks that a guidance can ask.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class StageSampler(Microbatcher):
         others: Mapping[str, Params | Callable[[], Params]] | None = None,
     ):
         self.config = config
+        self.networks = (MAIN, *(others or {}))
         self._model = StageModel(config, dtype=dtype)
 
         def networks() -> dict[str, Params]:

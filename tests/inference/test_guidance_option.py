@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from keysync_jax.config import GUIDANCES, GuidanceConfig, StageConfig, from_dict, to_dict
 from keysync_jax.converters.parts import describe, described
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.inference.options import DubOptions, GuidanceOption
+from keysync_jax.inference.pipeline import KeySyncPipeline
 
 OWN = StageConfig(audio_scale=2.5, identity_scale=1.5)
 
@@ -78,3 +80,10 @@ def test_configs_from_before_mean_what_they_meant():
     with pytest.raises(KeySyncError, match=f"GuidanceConfig.kind is 'loud'; choose one of {', '.join(GUIDANCES)}"):
         from_dict(StageConfig, old | {"guidance": {"kind": "loud"}})
     assert GuidanceOption(None, {}).applied(other) == other
+
+
+def test_autoguidance_of_a_model_with_one_network_is_refused_before_any_work(tiny_model):
+    pipe = KeySyncPipeline.from_pretrained(tiny_model)
+    frames, voice = np.zeros((2, 64, 64, 3), np.uint8), np.zeros(1280, np.float32)  # no face is looked for
+    with pytest.raises(KeySyncError, match="AutoGuidance asks a second network, 'weak', which is not there"):
+        pipe(frames, voice, fps=25, rate=16000, options=DubOptions(guidance="auto:scale=2"))

@@ -23,7 +23,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image, ImageOps
 
-from keysync_jax.config import GuidanceConfig, VAEConfig
+from keysync_jax.config import GuidanceConfig, StageConfig, VAEConfig
 from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.data_pipeline.source.frames import FrameReader
 from keysync_jax.data_pipeline.source.loader import Reader
@@ -159,9 +159,10 @@ class StageSamples(SampleMaker):
         spacing = reader.config.windows.spacing
         self.rate, self.times = Fraction(FRAME_RATE, spacing), [spacing * i / FRAME_RATE for i in range(stage.num_frames)]
         self.what = f"generating {count} windows of {stage.num_frames} frames"
-        scales = " ".join(f"{name} {number:g}" for name, number in stage.guidance_numbers.items())
-        kind = "" if stage.guidance.kind == GuidanceConfig.kind else f"{stage.guidance.kind} "
-        self.caption = f"guidance {kind}{scales}, {config.log.sample_steps} steps"
+        kind = [] if stage.guidance.kind == GuidanceConfig.kind else [stage.guidance.kind]
+        words = [*kind, *(f"{name} {number:g}" for name, number in stage.guidance_numbers.items())]
+        words = ["none"] if isinstance(_rule(stage), guidance.NoGuidance) else words
+        self.caption = f"guidance {' '.join(words)}, {config.log.sample_steps} steps"
         # Whose decoder draws: the one that the pixel loss decodes with, else the one of the model directory.
         self._decoder: Tree | None = None
         self._vae, self._frozen_decoder = vae, vae is not None
@@ -198,13 +199,19 @@ class StageSamples(SampleMaker):
         return items, _masked_error(source, generated, masks)
 
 
+def _rule(stage: StageConfig) -> guidance.Guidance:
+    """The stage's guidance; none where it asks a second network, which is not there while one is trained."""
+    rule = guidance.of_stage(stage).needed()
+    return rule if all(branch.network == guidance.MAIN for branch in rule.branches) else guidance.NoGuidance()
+
+
 def _window_generator(config: TrainConfig, vae: VAEConfig | None, count: int) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """`(params, frozen, decoder, batch) -> (source, generated, finite)` of the first `count` windows: pictures `[n, T, H, W, 3]` uint8, or
     scaled latents without a VAE."""
     stage = config.stage
     model = StageModel(stage, dtype=jnp.dtype(config.dtype), attention=config.attention)
     sigmas = schedules.ays_sigmas(config.log.sample_steps)
-    rule = guidance.of_stage(stage).needed()
+    rule = _rule(stage)
 
     def generate(params: Tree, frozen: Tree, decoder: Tree, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         variables = {"params": merge(params, frozen)}
