@@ -1,6 +1,8 @@
-"""Fixtures shared by the tests: where the reference cases lie, a tiny model, a drawn clip."""
+"""Fixtures shared by the tests: where the reference cases lie, a tiny model, a drawn clip; how their programs are compiled."""
 
+import importlib.metadata
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -8,13 +10,43 @@ import pytest
 
 from keysync_jax.core import cpu
 
-# Programs compiled by one test, or by a subprocess of one, are not compiled again by the next.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="keysync_xla_"))
+# Programs compiled by one test, or by a subprocess of one, are not compiled again by the next. A machine that runs the tests often may keep
+# the folder: name it in the variable.
+_CACHE = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="keysync_xla_")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # As every command does: processes started by a test compute what the test computes, and both are faster.
 cpu.prepare()
+# Compiling is what the tests spend their time with. For a training step of tests/helpers/tiny.py it takes 45 s of a core as users have it,
+# 19 s without LLVM's optimisations, and 12 s if XLA's older emitters make the loops too; that step then takes as long as before. The tests
+# in these rooms leave the optimisations out. `KEYSYNC_TESTS_COMPILE=full` compiles everything as users do.
+_HURRY = os.environ.get("KEYSYNC_TESTS_COMPILE") != "full"
+_OPTIMISED_ROOMS = ("inference", "verify", "demo")  # what a dub and the reference cases promise is tested as it is compiled for users
+_EMITTERS = "xla_cpu_use_fusion_emitters"
+if _HURRY and _EMITTERS not in os.environ.get("XLA_FLAGS", "") and importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_EMITTERS}=false"  # XLA ends the process over a flag it does not know
 # Tests never reach for the network, whatever the machine has.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_unconfigure(config):
+    if _CACHE and not hasattr(config, "workerinput"):  # in the process that made it, when those of pytest-xdist have ended
+        shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_in_a_hurry(request):
+    """Programs of a module and of processes that it starts are compiled without LLVM's optimisations, but in `_OPTIMISED_ROOMS`."""
+    import jax  # reads the variables above when it is imported
+
+    hurry = _HURRY and request.path.parent.name not in _OPTIMISED_ROOMS
+    before = jax.config.values["jax_disable_most_optimizations"]
+    with pytest.MonkeyPatch.context() as patch:
+        if hurry:
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", hurry)
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ YNN = "--xla_cpu_experimental_ynn_fusion_type"
 BASE = {"NPROC": "2"}
 CHANGES = {
     "as-it-runs": {},
+    "optimised": {"KEYSYNC_TESTS_COMPILE": "full"},  # every program compiled as users have it
     "ynn-default": {"XLA_FLAGS": f"{YNN}=+LIBRARY_FUSION_TYPE_REDUCE"},  # what XLA hands to YNN by itself, where sums are among it
     "ynn-off": {"XLA_FLAGS": f"{YNN}="},
     "sse4": {"XLA_FLAGS": f"{YNN}= --xla_cpu_max_isa=SSE4_2"},
