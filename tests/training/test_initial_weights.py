@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_starts as tiny
 from bounds import close
+from tiny import KEYFRAME, UNET
 from tiny_runs import write_dataset
 
 from keysync_jax import assets
@@ -111,7 +112,7 @@ def test_model_start_is_the_model(model):
 def test_named_tensors_are_drawn_anew(model):
     init = dataclasses.replace(tiny.start_from("model", model), redraw=("^conditioner", r"label_emb\.0\.2"))
     found = trainable_of(tiny.recipe(init=init)).initial_weights()
-    ours, theirs = whole(found, tiny.KEYFRAME), model_directory.load(model, complete=False).tensors("keyframe")
+    ours, theirs = whole(found, KEYFRAME), model_directory.load(model, complete=False).tensors("keyframe")
     wanted = AUDIO | {LABEL.replace("0.0.weight", "0.2.weight"), LABEL.replace("0.0.weight", "0.2.bias")}
     assert {key for key, value in ours.items() if not np.array_equal(theirs[key], value)} == wanted
     assert any("drawn at random" in note and all(key in note for key in wanted) for note in found.notes)
@@ -123,7 +124,7 @@ def test_named_tensors_are_drawn_anew(model):
 
 
 def test_model_start_refuses_another_network(model):
-    narrow = dataclasses.replace(tiny.KEYFRAME, unet=dataclasses.replace(tiny.UNET, num_head_channels=32, context_dim=8))
+    narrow = dataclasses.replace(KEYFRAME, unet=dataclasses.replace(UNET, num_head_channels=32, context_dim=8))
     with pytest.raises(KeySyncError) as error:
         trainable_of(dataclasses.replace(tiny.recipe(init=tiny.start_from("model", model)), stage=narrow)).initial_weights()
     assert "--config.stage.unet.num_head_channels=16 (is 32), --config.stage.unet.context_dim=16 (is 8)" in str(error.value)
@@ -181,7 +182,7 @@ def test_the_vae_decides_scale_and_size(model, tmp_path):
     config = trainable.config
     assert config.stage.latent_scale == tiny.SCALE and len(notes) == 1
     assert check.resolve(config) == (trainable, [])  # nothing left to take
-    large = dataclasses.replace(tiny.KEYFRAME, resolution=128)
+    large = dataclasses.replace(KEYFRAME, resolution=128)
     with pytest.raises(KeySyncError, match=r"resolution is 128, but latents of config.stage.latent_size=8 are 64 pixels"):
         check.resolve(dataclasses.replace(config, stage=large))
     with pytest.raises(KeySyncError, match="does not exist"):

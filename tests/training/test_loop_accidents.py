@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_runs as tiny
 import train_entry
+from tiny import CONFIG
 
 from keysync_jax.cli import main as cli
 from keysync_jax.data_pipeline.source.mixture import DatasetChoice
@@ -108,7 +109,7 @@ def test_stopped_in_every_way_a_run_goes_on(tmp_path, dataset, keysync, monkeypa
 
 
 def test_nan_in_a_record_stops_the_run_and_names_the_record(tmp_path, dataset, keysync):
-    config = tiny.CONFIG
+    config = CONFIG
     reader = WindowReader(
         SourceConfig(
             (DatasetChoice(dataset),), KeyframeWindows(num_frames=config.stage.num_frames, min_spacing=config.data.min_spacing),

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny_starts as tiny
+from tiny import MELS
 from tiny_runs import write_dataset
 
 from keysync_jax.cli.main import main
@@ -206,7 +207,7 @@ def test_nan_in_a_record(keysync, recipe_file, tmp_path, monkeypatch):
 
     def reader(self, group, split):
         found = original(self, group, split)
-        monkeypatch.setattr("keysync_jax.data_pipeline.source.clips._finite", lambda value: not (np.asarray(value).shape == (2, tiny.MELS)))
+        monkeypatch.setattr("keysync_jax.data_pipeline.source.clips._finite", lambda value: not (np.asarray(value).shape == (2, MELS)))
         return found
 
     monkeypatch.setattr(FrameStore, "_reader", reader)

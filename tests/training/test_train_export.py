@@ -11,6 +11,7 @@ import pytest
 import tiny_starts as tiny
 from bounds import close
 from rich.console import Console
+from tiny import KEYFRAME, MELS
 
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.converters import model_directory, safetensors_file, sgm, torch_file
@@ -74,7 +75,7 @@ def vae_run(model, talkers, tmp_path_factory):
 def test_pytorch_file_has_every_tensor_and_no_other(run, model, tmp_path):
     export([run], tmp_path / "pt", ExportOptions(format="keysync"))
     state = Tensors(torch_file.load(tmp_path / "pt" / "keyframe_dub.pt")["module"], "exported")
-    table = [*part_table(tiny.KEYFRAME), *part_table(tiny.VAE, ("decoder",))]
+    table = [*part_table(KEYFRAME), *part_table(tiny.VAE, ("decoder",))]
     missing, unexpected = {e.torch_key for e in table} - set(state), set(state) - {e.torch_key for e in table}
     assert not missing and not unexpected
     assert all(state[e.torch_key].shape == e.torch_shape for e in table)
@@ -103,7 +104,7 @@ def test_model_directory_of_a_run(run, exported, model):
     origin = model_directory.load(model, complete=False)
     assert set(exported.parts) == {"keyframe", "vae", "audio/log_mel"}
     assert exported.stage("keyframe").latent_scale == exported.vae.latent_scale == tiny.SCALE
-    assert exported.audio("log_mel").hidden_size == exported.audio("log_mel").num_mels == tiny.MELS
+    assert exported.audio("log_mel").hidden_size == exported.audio("log_mel").num_mels == MELS
     vae, ours = origin.tensors("vae"), exported.tensors("vae")
     assert all(np.array_equal(vae[key], ours[key]) for key in vae)
     assert exported.index["sources"] == [{"part": "keyframe", "run": "keyframe", "step": 2, "weights": "last"}]
@@ -267,13 +268,13 @@ def test_an_encoder_of_other_tokens_is_not_dragged_along(tmp_path):
     config = AudioEncoderConfig(kind="log_mel", hidden_size=24, num_mels=24)
     other = model_directory.save(tmp_path / "other", [tiny.vae_part(), Part("audio/log_mel", config, Tensors({}, "log_mel"))])
     run = tiny.save_run(tmp_path / "run", tiny.recipe(init=tiny.InitConfig(vae=str(other.path))))
-    for options in (ExportOptions(), ExportOptions(log_mel=tiny.MELS, force=True)):
+    for options in (ExportOptions(), ExportOptions(log_mel=MELS, force=True)):
         export([run], tmp_path / "out", options)
         made = model_directory.load(tmp_path / "out", complete=False)
-        assert made.audio("log_mel").hidden_size == tiny.MELS and "vae" in made.parts
+        assert made.audio("log_mel").hidden_size == MELS and "vae" in made.parts
     with pytest.raises(KeySyncError) as error:  # what is asked for and cannot be names the run, not the output
         export([run], tmp_path / "none", ExportOptions(log_mel=16))
-    assert str(error.value) == f"{run}: audio/log_mel gives 16 features per token, but the keyframe stage reads {tiny.MELS}"
+    assert str(error.value) == f"{run}: audio/log_mel gives 16 features per token, but the keyframe stage reads {MELS}"
 
 
 def test_options_that_no_source_heeds_are_refused(run, vae_run, model, tmp_path):
