@@ -105,7 +105,7 @@ def test_a_failure_costs_one_measurement_and_the_file_has_all(tmp_path, monkeypa
     case = bench.Case("attention", "full", repeats=1, warmup=0)
     report = bench.run_all([case, dataclasses.replace(case, size="tiny")], path)
     assert [result.get("error") for result in report["results"]] == [
-        "ValueError: the kernel", None, None, "not finite", "AssertionError: ", None,
+        "ValueError: the kernel", None, None, "not finite", "AssertionError", None,
     ]  # fmt: skip
     assert [len(results) for results in seen] == [0, 1, 2, 3, 4, 5] and len(json.loads(path.read_text())["results"]) == 6
     assert "spatial 64x64: failed: ValueError: the kernel\n" in capsys.readouterr().out
