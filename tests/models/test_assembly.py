@@ -6,16 +6,12 @@ import jax
 import numpy as np
 import pytest
 from bounds import close
+from tiny import CONFIG, INTERPOLATION, KEYFRAME
 
 from keysync_jax.models.conditioning import batch_shapes, conditions
 from keysync_jax.models.stage import StageModel, abstract_params, init_params
-from keysync_jax.planning.recipe_plan import batch_shapes as recipe_shapes
-from keysync_jax.training import recipes
-from keysync_jax.training.config import train_config
+from keysync_jax.training.trainables import trainable_of
 
-CONFIG = train_config(recipes.load("tiny_test"))
-KEYFRAME = CONFIG.stage
-INTERPOLATION = dataclasses.replace(KEYFRAME, stage="interpolation", unet=dataclasses.replace(KEYFRAME.unet, in_channels=9))
 VECTOR = dataclasses.replace(KEYFRAME, unet=dataclasses.replace(KEYFRAME.unet, adm_in_channels=6))
 
 
@@ -42,7 +38,7 @@ def test_a_batch_becomes_conditions(stage):
 
 
 def test_shapes_of_a_batch_stand_once():
-    planned = recipe_shapes(CONFIG, 3)
+    planned = trainable_of(CONFIG).batch_shapes(3)
     assert {name: planned[name].shape[1:] for name in batch_shapes(KEYFRAME)} == batch_shapes(KEYFRAME)
     assert batch_shapes(INTERPOLATION)["endpoints"] == (2, *batch_shapes(KEYFRAME)["identity"])
 
