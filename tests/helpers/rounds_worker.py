@@ -1,9 +1,9 @@
 """What clips become beside each other on fake devices: `python rounds_worker.py OUT.npz NETWORK`, in a process that has eight of them.
 
-NETWORK is "unet", a small U-Net through the whole sampler, or "small", a few layers with the operations that mix numbers of one row (noise
-from a key, convolution, matrix product, normalisation), which compile in no time. For every microbatch and number of devices, five short
-clips are made alone, together, in another order, and with one of them spoilt. All arrays are stored, as `DEVICES/MICROBATCH/CASE/CLIP`,
-beside the number of device calls that the clips took together.
+NETWORK is "unet", a small U-Net through the whole sampler, or "small", a few layers with the operations that mix numbers of one row
+(convolution, matrix product, normalisation), which compile in no time. For every microbatch and number of devices, five short clips are
+made alone, together, in another order, and with one of them spoilt. All arrays are stored, as `DEVICES/MICROBATCH/CASE/CLIP`, beside the
+number of device calls that the clips took together.
 """
 
 import sys
@@ -18,7 +18,6 @@ import numpy as np  # noqa: E402
 
 from keysync_jax.config import StageConfig, UNetConfig  # noqa: E402
 from keysync_jax.diffusion.guidance import AudioIdentityGuidance  # noqa: E402
-from keysync_jax.diffusion.noise import keyed_noise  # noqa: E402
 from keysync_jax.inference import two_stage  # noqa: E402
 from keysync_jax.inference.engine import StageSampler  # noqa: E402
 from keysync_jax.inference.phases import PhaseProgress  # noqa: E402
@@ -40,12 +39,13 @@ def stage() -> StageConfig:
 
 
 class SmallStage(StageSampler):
-    """Three layers in the place of the network and its sampler; the guidance scales what the audio adds."""
+    """Three layers in the place of noise, network and sampler; the guidance scales what the audio adds."""
 
     def _sample(self, params, _, windows):
         own = params["main"]
-        noise = keyed_noise(windows.seed, self.config.stage, windows.index, (T, SIDE, SIDE, 4))
-        x = jnp.concatenate([noise, windows.known * (1 - windows.mask), jnp.broadcast_to(windows.latents[:, None], noise.shape)], -1)
+        seeds = jnp.broadcast_to(windows.seed[:, None, None, None, None] / 10, windows.known.shape)
+        identity = jnp.broadcast_to(windows.latents[:, None], windows.known.shape)
+        x = jnp.concatenate([seeds, windows.known * (1 - windows.mask), identity], -1)
         x = jax.lax.conv_general_dilated(
             x.reshape(-1, *x.shape[2:]), own["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         ).reshape(*x.shape[:4], -1)
