@@ -253,9 +253,19 @@ class DubJob:
 
     def _result(self, analysis: Analysis, work: _Work, blended: list[int], sink: VideoSink) -> DubResult:
         done = dub_report.Done(
-            self._model.describe(), analysis, [piece.run for piece in work.pieces], blended, self._voice.sound,
-            work.num_audio_frames, sink.audio_note, tuple(sink.notes), self._options, self._steps, self._stages, self._progress.seconds,
-        )  # fmt: skip
+            model=self._model.describe(),
+            analysis=analysis,
+            runs=[piece.run for piece in work.pieces],
+            blended=blended,
+            voice=self._voice.sound,
+            num_audio_frames=work.num_audio_frames,
+            audio_note=sink.audio_note,
+            output_notes=sink.notes,
+            options=self._options,
+            steps=self._steps,
+            stages=self._stages,
+            seconds=self._progress.seconds,
+        )
         report = dub_report.build(done)
         frames = np.stack(sink.frames) if isinstance(sink, FrameCollector) else None
         where = None if self._output is None else Path(self._output)
