@@ -13,7 +13,7 @@ from keysync_jax.converters.containers import Source
 from keysync_jax.converters.fresh import fresh, stage_constants
 from keysync_jax.converters.lazy import BFLOAT16, Tensors
 from keysync_jax.converters.parts import DECODER, ENCODER, KL_PREFIX, Part, first_stage_encoder_table, kl_table, part_table
-from keysync_jax.core.differences import compare, some
+from keysync_jax.core.differences import Differences, compare, some
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.weights.table import Table
 
@@ -22,14 +22,14 @@ _SVD_EMBEDDERS = "conditioner.embedders."
 
 
 def has_unet(source: Source) -> bool:
-    return any(key.startswith(diffusers.UNET_PREFIX) for key in source.tensors)
+    return any(key.startswith(sgm.UNET_PREFIX) for key in source.tensors)
 
 
 def filler_size(source: Source | None) -> int | None:
     """Side of the latent that an interpolation checkpoint's learned filler was made for."""
     if source is None:
         return None
-    if source.own is not None:
+    if isinstance(source.own, StageConfig):
         return source.own.latent_size
     return source.tensors.info(shapes.FILLER).shape[-1] if shapes.FILLER in source.tensors else None
 
@@ -42,16 +42,18 @@ def optional_copies(tensors: Tensors, vae: VAEConfig | None) -> set[str]:
 
 
 def from_checkpoint(
-    source: Source, name: str, vae: Part | None, settings: Mapping[str, Any], options: Any, notes: list[str], used: set[str]
-) -> Part:
+    source: Source, name: str, vae: Part[VAEConfig] | None, settings: Mapping[str, Any], options: Any, notes: list[str], used: set[str]
+) -> Part[StageConfig]:
     """The part of a KeySync checkpoint: its U-Net, audio projection, learned filler and decoder, and nothing else.
 
     Raises:
       KeySyncError: tensors that are missing, unexpected or mis-shaped and not allowed, all of them named.
     """
     tensors = source.tensors
-    config = source.own or shapes.stage_config(tensors, name, options.head_channels, **settings)
-    if source.own is None:
+    if isinstance(source.own, StageConfig):
+        config = source.own
+    else:
+        config = shapes.stage_config(tensors, name, options.head_channels, **settings)
         notes.append(
             f"{source.path} does not say what it was trained with; assumed: {config.audio_encoder} features, {config.mask.kind} mask, "
             f"attention heads of {config.unet.num_head_channels}, {config.resolution} pixels"
@@ -61,7 +63,7 @@ def from_checkpoint(
     own_decoder = any(key.startswith(DECODER) for key in tensors)
     vae_config = vae.config if vae else None
     if own_decoder:
-        vae_config = vae_config or shapes.vae_config(tensors, diffusers.VAE_PREFIX, quant_conv=False)
+        vae_config = vae_config or shapes.vae_config(tensors, sgm.VAE_PREFIX, quant_conv=False)
         expected |= {e.torch_key: e.torch_shape for e in part_table(vae_config, ("decoder",))}
     elif vae:
         notes.append(f"{source.path} has no VAE decoder; its part gets the one of {vae.tensors.source}")
@@ -85,7 +87,7 @@ def from_checkpoint(
     return Part(name, config, merged.select(e.torch_key for e in complete), source.random, tuple(drawn))
 
 
-def refuse(path: str, differences: Any) -> None:
+def refuse(path: str, differences: Differences) -> None:
     """Stops at tensors that do not fit.
 
     Raises:
@@ -97,7 +99,7 @@ def refuse(path: str, differences: Any) -> None:
         raise KeySyncError(f"{path}: {differences} (allow them one by one, e.g. {option} {first})")
 
 
-def _filled(tensors: Tensors, table: list, keys: list[str], config: StageConfig, seed: int) -> Tensors:
+def _filled(tensors: Tensors, table: Table, keys: list[str], config: StageConfig, seed: int) -> Tensors:
     drawn = fresh(table, seed, keys=keys, constants=stage_constants(config))
     return tensors.updated(dict(drawn.lazy_items()))
 
@@ -116,8 +118,8 @@ def _diffusers_config(source: Source) -> Any:
 
 
 def from_svd(
-    source: Source, name: str, vae: Part | None, settings: Mapping[str, Any], options: Any, notes: list[str], used: set[str]
-) -> Part:
+    source: Source, name: str, vae: Part[VAEConfig] | None, settings: Mapping[str, Any], options: Any, notes: list[str], used: set[str]
+) -> Part[StageConfig]:
     """A stage to train: SVD's U-Net with a new audio path, and the new channels of interpolation.
 
     Raises:
@@ -147,16 +149,16 @@ def new_since_svd(table: Table, name: str) -> set[str]:
 
     SVD has no audio path; its `label_emb` reads another vector, and its first convolution other channels than interpolation's.
     """
-    first = {f"{diffusers.UNET_PREFIX}input_blocks.0.0.weight"} if name == "interpolation" else set()
-    own = {e.torch_key for e in table if not e.torch_key.startswith(diffusers.UNET_PREFIX)}
-    return own | {f"{diffusers.UNET_PREFIX}label_emb.0.0.weight"} | first
+    first = {f"{sgm.UNET_PREFIX}input_blocks.0.0.weight"} if name == "interpolation" else set()
+    own = {e.torch_key for e in table if not e.torch_key.startswith(sgm.UNET_PREFIX)}
+    return own | {f"{sgm.UNET_PREFIX}label_emb.0.0.weight"} | first
 
 
 def _is_svd_extra(key: str) -> bool:
-    return key.startswith((_SVD_EMBEDDERS, ENCODER, DECODER, diffusers.VAE_PREFIX))
+    return key.startswith((_SVD_EMBEDDERS, ENCODER, DECODER, sgm.VAE_PREFIX))
 
 
-def compare_frozen(part: Part, svd: Source) -> str:
+def compare_frozen(part: Part[StageConfig], svd: Source) -> str:
     """Whether a stage's temporal layers are SVD's, as they are if it was trained with the reference's freeze rule."""
     reference = svd_unet(svd, None)
     keys = [key for key in part.tensors if sgm.is_frozen(key)]

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from keysync_jax.config import VAEConfig
-from keysync_jax.converters import diffusers, shapes
+from keysync_jax.converters import diffusers, sgm, shapes
 from keysync_jax.converters.assemble_stage import refuse
 from keysync_jax.converters.containers import Source
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import DECODER, ENCODER, Part, part_table
-from keysync_jax.core.differences import compare
+from keysync_jax.core.differences import Differences, compare
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.weights.table import Table
 
@@ -25,7 +25,7 @@ def has_vae(source: Source) -> bool:
     return any(key.startswith((ENCODER, DECODER)) or _KL_ENCODER.fullmatch(key) for key in source.tensors)
 
 
-def assemble(svd: Source | None, checkpoints: Sequence[Source], options: Any, notes: list[str], used: set[str]) -> Part | None:
+def assemble(svd: Source | None, checkpoints: Sequence[Source], options: Any, notes: list[str], used: set[str]) -> Part[VAEConfig] | None:
     """The VAE part, or None if nothing gives an encoder.
 
     Args:
@@ -38,9 +38,10 @@ def assemble(svd: Source | None, checkpoints: Sequence[Source], options: Any, no
     Raises:
       KeySyncError: tensors of the VAE that are missing, unexpected or mis-shaped.
     """
-    config, tensors = _encoder_and_decoder(svd, checkpoints, notes)
-    if config is None:
+    halves = _encoder_and_decoder(svd, checkpoints, notes)
+    if halves is None:
         return None
+    config, tensors = halves
     table = part_table(config)
     found = compare(tensors.shapes, {e.torch_key: e.torch_shape for e in table})
     where = tensors.source
@@ -57,13 +58,13 @@ def assemble(svd: Source | None, checkpoints: Sequence[Source], options: Any, no
     return Part("vae", config, tensors.select(e.torch_key for e in table), random)
 
 
-def refuse_vae(where: str, found: Any) -> None:
+def refuse_vae(where: str, found: Differences) -> None:
     if found.missing or found.wrong:
         raise KeySyncError(f"{where}: the VAE does not fit: {found}")
     refuse(where, found)
 
 
-def _encoder_and_decoder(svd: Source | None, checkpoints: Sequence[Source], notes: list[str]) -> tuple[VAEConfig | None, Tensors | None]:
+def _encoder_and_decoder(svd: Source | None, checkpoints: Sequence[Source], notes: list[str]) -> tuple[VAEConfig, Tensors] | None:
     if svd is not None and svd.kind == "diffusers_vae":
         if svd.config is None:
             raise KeySyncError(f"{svd.path} needs the config.json that belongs beside it; keep the diffusers folder together")
@@ -76,9 +77,9 @@ def _encoder_and_decoder(svd: Source | None, checkpoints: Sequence[Source], note
     for source in checkpoints:
         if f"{ENCODER}conv_in.weight" in source.tensors:
             notes.append(f"{source.path}: its own first-stage encoder is used, which has no quant_conv")
-            config = shapes.vae_config(source.tensors, diffusers.VAE_PREFIX, quant_conv=False)
+            config = shapes.vae_config(source.tensors, sgm.VAE_PREFIX, quant_conv=False)
             return config, source.tensors.select(key for key in source.tensors if key.startswith((ENCODER, DECODER)))
-    return None, None
+    return None
 
 
 def same_encoder(first: Source, second: Source) -> bool:
@@ -91,7 +92,7 @@ def same_encoder(first: Source, second: Source) -> bool:
     return first.kind == second.kind and a.keys() == b.keys() and not _different(a, b)
 
 
-def _from_sgm(svd: Source, notes: list[str]) -> tuple[VAEConfig | None, Tensors | None]:
+def _from_sgm(svd: Source, notes: list[str]) -> tuple[VAEConfig, Tensors] | None:
     """SVD's single file has two encoders: the image conditioner's, with its quant_conv, and the first stage's, without one.
 
     The former is what diffusers ships and what latents are made with; the latter serves only if it is alone.
@@ -104,15 +105,15 @@ def _from_sgm(svd: Source, notes: list[str]) -> tuple[VAEConfig | None, Tensors 
         kl = {key.removeprefix(prefix): tensor for key, tensor in tensors.lazy_items() if key.startswith(prefix)}
         has_quant = "quant_conv.weight" in kl
         merged = {key: tensor for key, tensor in first.items() if key.startswith(DECODER)}
-        merged |= {diffusers.VAE_PREFIX + key: tensor for key, tensor in kl.items() if key.startswith(("encoder.", "quant_conv."))}
+        merged |= {sgm.VAE_PREFIX + key: tensor for key, tensor in kl.items() if key.startswith(("encoder.", "quant_conv."))}
         notes.append(f"{svd.path}: VAE encoder{' and quant_conv' * has_quant} taken from {prefixes[0]}")
         out = Tensors(merged, svd.path)
-        return shapes.vae_config(out, diffusers.VAE_PREFIX, quant_conv=has_quant), out
+        return shapes.vae_config(out, sgm.VAE_PREFIX, quant_conv=has_quant), out
     if f"{ENCODER}conv_in.weight" not in tensors:
-        return None, None
+        return None
     notes.append(f"{svd.path}: VAE encoder taken from first_stage_model, which has no quant_conv")
     out = Tensors(first, svd.path)
-    return shapes.vae_config(out, diffusers.VAE_PREFIX, quant_conv=False), out
+    return shapes.vae_config(out, sgm.VAE_PREFIX, quant_conv=False), out
 
 
 def _with_decoder(tensors: Tensors, own: Sequence[Source], config: VAEConfig, notes: list[str]) -> Tensors:

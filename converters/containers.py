@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from keysync_jax.config import StageConfig
-from keysync_jax.converters import diffusers, hub, safetensors_file, torch_file
+from keysync_jax.converters import diffusers, hub, safetensors_file, sgm, torch_file
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import DECODER, SELF_DESCRIPTION, PartConfig, described
 from keysync_jax.core.errors import KeySyncError
@@ -268,10 +268,10 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 
 def recognise(tensors: Tensors, config: Mapping[str, Any] | None = None) -> str:
     """The kind of a set of tensors, from its names and shapes (and the `model_type` beside it, for speech encoders)."""
-    unet = diffusers.UNET_PREFIX
+    unet = sgm.UNET_PREFIX
     if any(key.startswith(unet) for key in tensors):
         return _stage_kind(tensors)
-    if any(key.startswith(diffusers.VAE_PREFIX) for key in tensors):
+    if any(key.startswith(sgm.VAE_PREFIX) for key in tensors):
         return "svd"
     if any(key.startswith(("down_blocks.", "up_blocks.")) for key in tensors):
         return "diffusers_unet"
@@ -287,7 +287,7 @@ def _stage_kind(tensors: Tensors) -> str:
         info = tensors.info(key) if key in tensors else None
         return info.shape[axis] if info and len(info.shape) > axis else None
 
-    unet = diffusers.UNET_PREFIX
+    unet = sgm.UNET_PREFIX
     inputs, outputs = width(f"{unet}input_blocks.0.0.weight", 1), width(f"{unet}out.2.weight", 0)
     if "model.learned_mask" in tensors or (inputs and outputs and inputs == 2 * outputs + 1):
         return "interpolation"

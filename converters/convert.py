@@ -19,7 +19,7 @@ from keysync_jax.converters import assemble_audio, assemble_stage, assemble_vae,
 from keysync_jax.converters.byte_progress import byte_progress
 from keysync_jax.converters.containers import Source, open_sources, title
 from keysync_jax.converters.lazy import FLOAT_TYPES
-from keysync_jax.converters.parts import STAGES, Part, audio_part_name
+from keysync_jax.converters.parts import STAGES, Part, PartConfig, audio_part_name
 from keysync_jax.converters.shapes import RELEASED_ENCODERS
 from keysync_jax.converters.staging import check_free
 from keysync_jax.core.differences import some
@@ -130,7 +130,7 @@ def _refuse_contradictions(by_role: Mapping[str, Source], given: Mapping[str, An
     """What a file of ours says of itself holds; an option that says otherwise is refused rather than ignored."""
     for stage in STAGES:
         own = by_role[stage].own if stage in by_role else None
-        if own is None:
+        if not isinstance(own, StageConfig):
             continue
         for option, asked, says in (
             (f"encoder {stage}=", given.get("encoders", {}).get(stage), own.audio_encoder),
@@ -176,7 +176,7 @@ def _by_role(opened: Sequence[Source]) -> dict[str, Source]:
     return by_role
 
 
-def _assemble(by_role: Mapping[str, Source], options: Options) -> tuple[list[Part], list[str], set[str]]:
+def _assemble(by_role: Mapping[str, Source], options: Options) -> tuple[list[Part[PartConfig]], list[str], set[str]]:
     """(parts, notes, keys whose allowance was used)."""
     notes: list[str] = []
     used: set[str] = set()
@@ -185,7 +185,7 @@ def _assemble(by_role: Mapping[str, Source], options: Options) -> tuple[list[Par
     vae = assemble_vae.assemble(by_role.get("svd_vae"), checkpoints, options, notes, used)
     config = vae.config if vae else None
     settings = _stage_settings(by_role, config, options)
-    stages = []
+    stages: list[Part[StageConfig]] = []
     for name in STAGES:
         stage_settings = {**settings, "audio_encoder": options.encoders[name]}
         if name in by_role:
@@ -221,13 +221,13 @@ def _for_training(by_role: Mapping[str, Source]) -> bool:
     return "svd_unet" in by_role and not any(stage in by_role for stage in STAGES)
 
 
-def _refuse_incomplete(parts: Sequence[Part], training: bool, options: Options, notes: list[str]) -> set[str]:
+def _refuse_incomplete(parts: Sequence[Part[PartConfig]], training: bool, options: Options, notes: list[str]) -> set[str]:
     """A dub needs both stages, the VAE and each stage's encoder; whatever is left out must be allowed by name (those are returned)."""
     names = {part.name for part in parts}
     needed = {stage: "a KeySync checkpoint of that stage" for stage in STAGES}
     needed["vae"] = "Stable Video Diffusion's VAE, as a diffusers folder or a single file"
     for part in parts:
-        if part.name in STAGES:
+        if isinstance(part.config, StageConfig):
             for encoder in part.config.audio_encoders:
                 needed[audio_part_name(encoder)] = f"the {encoder} encoder that the {part.name} stage was trained with"
     lacking = [name for name in needed if name not in names]

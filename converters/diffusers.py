@@ -17,11 +17,10 @@ from typing import Any
 from keysync_jax.config import SVD_LATENT_SCALE, UNetConfig, VAEConfig
 from keysync_jax.converters import sgm
 from keysync_jax.converters.lazy import LazyTensor, Tensors
+from keysync_jax.converters.sgm import UNET_PREFIX, VAE_PREFIX
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.weights.table import Table
 
-UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
 UNET_CLASS = "UNetSpatioTemporalConditionModel"
 VAE_CLASS = "AutoencoderKLTemporalDecoder"
 NORM_GROUPS = 32  # of every group norm, in both classes and in the reference's own code

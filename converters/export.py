@@ -12,7 +12,7 @@ from etils import epath
 from rich.console import Console
 
 from keysync_jax.config import CONTAINERS, TORCH_FORMATS, StageConfig, VAEConfig
-from keysync_jax.converters import diffusers, model_directory, safetensors_file, torch_write
+from keysync_jax.converters import diffusers, model_directory, safetensors_file, sgm, torch_write
 from keysync_jax.converters.byte_progress import byte_progress
 from keysync_jax.converters.containers import SIDECAR
 from keysync_jax.converters.lazy import FLOAT_TYPES, LazyTensor, Tensors, from_params
@@ -247,7 +247,7 @@ def _write_diffusers(folder: epath.Path, directory: ModelDirectory, name: str, t
     own = vae.updated({k: t for k, t in tensors.lazy_items() if k.startswith(DECODER)})
     own = diffusers.vae_to_diffusers(own, vae_config)
     _write_model(root / "vae", diffusers.vae_config_to_diffusers(vae_config, config.resolution), own, None)
-    rest = tensors.select(k for k in tensors if not k.startswith((diffusers.UNET_PREFIX, DECODER)))
+    rest = tensors.select(k for k in tensors if not k.startswith((sgm.UNET_PREFIX, DECODER)))
     safetensors_file.write(root / SIDECAR, rest, {SELF_DESCRIPTION: json.dumps(_describe(directory, name))})
     return name
 

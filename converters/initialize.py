@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -14,7 +15,7 @@ from keysync_jax.converters.byte_progress import byte_progress
 from keysync_jax.converters.fresh import NON_DEGENERATE, VAE_CONSTANTS, fresh, stage_constants
 from keysync_jax.converters.lazy import Tensors, from_params
 from keysync_jax.converters.model_directory import ModelDirectory
-from keysync_jax.converters.parts import Part, audio_part_name, part_table
+from keysync_jax.converters.parts import Part, PartConfig, audio_part_name, part_table
 from keysync_jax.core.errors import UsageError
 from keysync_jax.speech import registry
 from keysync_jax.speech.random_params import init_params
@@ -37,7 +38,7 @@ def configurations(size: str) -> tuple[dict[str, StageConfig], VAEConfig, list[A
         return stages, VAEConfig(), [AudioEncoderConfig(), AudioEncoderConfig(kind="wavlm", normalize_waveform=False)]
     if size != "tiny":
         raise UsageError(f"size {size!r}: choose one of {', '.join(MODEL_SIZES)}")
-    sizes = {
+    sizes: dict[str, Any] = {
         "model_channels": 32,
         "channel_mult": (1, 2),
         "num_res_blocks": 1,
@@ -46,12 +47,12 @@ def configurations(size: str) -> tuple[dict[str, StageConfig], VAEConfig, list[A
         "context_dim": 32,
         "audio_dim": 32,
     }
-    shared = {"resolution": 128, "latent_size": 16, "audio_feature_dim": 32}
+    shared: dict[str, Any] = {"resolution": 128, "latent_size": 16, "audio_feature_dim": 32}
     stages = {
         "keyframe": StageConfig(unet=UNetConfig(**sizes), **shared),
         "interpolation": StageConfig(stage="interpolation", unet=UNetConfig(in_channels=9, **sizes), audio_encoder="wavlm", **shared),
     }
-    encoder = {
+    encoder: dict[str, Any] = {
         "hidden_size": 32,
         "num_layers": 2,
         "num_heads": 4,
@@ -86,7 +87,7 @@ def initialize(
     stages, vae_config, encoders = configurations(size)
     vae = _random(part_table(vae_config), seed, VAE_CONSTANTS)
     decoder = {e.torch_key: vae.info(e.torch_key) for e in part_table(vae_config, ("decoder",))}
-    parts = []
+    parts: list[Part[PartConfig]] = []
     for name, config in stages.items():
         # The stages must not be twins: their shared layers would agree by accident.
         own = _random(part_table(config), seed + (name == "interpolation") * 1_000_003, stage_constants(config))

@@ -14,8 +14,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from keysync_jax import config as configs
-from keysync_jax.config import StageConfig
-from keysync_jax.converters import assemble_audio, assemble_stage, diffusers, hub, model_directory, shapes
+from keysync_jax.config import StageConfig, UNetConfig
+from keysync_jax.converters import assemble_audio, assemble_stage, diffusers, hub, model_directory, sgm, shapes
 from keysync_jax.converters.containers import Source, open_sources, title
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.converters.parts import DECODER, STAGES, PartConfig, part_table
@@ -108,7 +108,7 @@ def _shown_by_shapes(config: dict[str, Any]) -> dict[str, Any]:
     return {"stage": config["stage"], "audio_feature_dim": config["audio_feature_dim"], "unet": unet}
 
 
-def _account(source: Source) -> tuple[PartConfig | None, Differences | None, int]:
+def _account(source: Source) -> tuple[PartConfig | UNetConfig | None, Differences | None, int]:
     """(config, differences from its table, number of optional VAE copies) of a source; None where there is nothing to compare with."""
     if source.kind in STAGES:
         return _account_stage(source)
@@ -130,11 +130,12 @@ def _account(source: Source) -> tuple[PartConfig | None, Differences | None, int
 def _account_stage(source: Source) -> tuple[StageConfig, Differences, int]:
     tensors = source.tensors
     # The head width is not in the shapes, nor do names and shapes depend on it: any that divides the width will do.
-    config = source.own or shapes.stage_config(tensors, source.kind, shapes.model_channels(tensors))
+    own = source.own if isinstance(source.own, StageConfig) else None
+    config = own or shapes.stage_config(tensors, source.kind, shapes.model_channels(tensors))
     expected = {e.torch_key: e.torch_shape for e in part_table(config)}
     vae = None
     if any(key.startswith(DECODER) for key in tensors):
-        vae = shapes.vae_config(tensors, diffusers.VAE_PREFIX, quant_conv=False)
+        vae = shapes.vae_config(tensors, sgm.VAE_PREFIX, quant_conv=False)
         expected |= {e.torch_key: e.torch_shape for e in part_table(vae, ("decoder",))}
     copies = assemble_stage.optional_copies(tensors, vae) & set(tensors)
     return config, compare(tensors.select(key for key in tensors if key not in copies).shapes, expected), len(copies)
@@ -144,7 +145,7 @@ def _numbers(tensors: Tensors) -> dict[str, Any]:
     groups: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for key, tensor in tensors.lazy_items():
-        group = _GROUP.match(key)[0] if _GROUP.match(key) else key
+        group = found[0] if (found := _GROUP.match(key)) else key
         groups[group] += 1
         sizes[group] += tensor.size
     return {

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -50,8 +50,42 @@ from keysync_jax.weights.table import Table, to_flax
 
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "model.safetensors"
 FORMAT, VERSION = "keysync-jax", 1
-_INDEX_KEYS = {"format", "format_version", "converter", "parts", "sources", "random", "notes"}
-_PART_KEYS = {"part", "config", "weights", "random", "fresh"}
+C = TypeVar("C", bound=PartConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """What model_index.json holds."""
+
+    format: str
+    format_version: int
+    parts: tuple[str, ...]
+    converter: str = ""
+    sources: tuple[dict[str, Any], ...] = ()
+    random: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """The numbers of a weights file."""
+
+    sha256: str
+    tensors: int
+    parameters: int
+    bytes: int
+    file: str = WEIGHTS
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What a part's config.json holds."""
+
+    part: str
+    config: dict[str, Any]
+    weights: _Weights | None = None
+    random: bool = False
+    fresh: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +113,15 @@ class ModelDirectory:
     index: Mapping[str, Any]
 
     def stage(self, name: str) -> StageConfig:
-        return self._part(name).config
+        return self._config(name, StageConfig)
 
     @property
     def vae(self) -> VAEConfig:
-        return self._part("vae").config
+        return self._config("vae", VAEConfig)
 
     def audio(self, encoder: str) -> SpeechEncoderConfig:
         """The config of a speech encoder, by its name, one of `config.AUDIO_ENCODERS`."""
-        return self._part(audio_part_name(encoder)).config
+        return self._config(audio_part_name(encoder), SpeechEncoderConfig)
 
     @property
     def random(self) -> bool:
@@ -161,6 +195,12 @@ class ModelDirectory:
             raise KeySyncError(f"model directory {self.path} has no part {name}; it has {', '.join(self.parts) or 'none'}")
         return self.parts[name]
 
+    def _config(self, name: str, kind: type[C]) -> C:
+        config = self._part(name).config
+        if not isinstance(config, kind):
+            raise KeySyncError(f"part {name} of {self.path} holds a {type(config).__name__}, not a {kind.__name__}")
+        return config
+
     def _file(self, part: str) -> str:
         return str(epath.Path(self.path) / part / WEIGHTS)
 
@@ -198,13 +238,10 @@ def load(path: str | os.PathLike, *, complete: bool = True, verify: bool = False
         raise KeySyncError(f"{root / INDEX} is not ours (a diffusers folder?); keysync convert makes a model directory of it")
     if index.get("format_version") != VERSION:
         raise KeySyncError(f"{root} has format version {index.get('format_version')}, this program reads {VERSION}; update keysync-jax")
-    _refuse_unknown(index, _INDEX_KEYS, root / INDEX)
-    if not isinstance(index.get("parts"), list) or not all(isinstance(name, str) and is_part_name(name) for name in index["parts"]):
+    names = configs.from_dict(_Index, index, str(root / INDEX)).parts
+    if not all(map(is_part_name, names)):
         raise KeySyncError(f"{root / INDEX}: parts must be a list of keyframe, interpolation, vae and audio/<encoder>")
-    for name, kind, what in (("sources", dict, "objects"), ("notes", str, "texts")):
-        if not isinstance(index.get(name, []), list) or not all(isinstance(item, kind) for item in index.get(name, [])):
-            raise KeySyncError(f"{root / INDEX}: {name} must be a list of {what}, not {index[name]!r}")
-    directory = ModelDirectory(str(root), {name: _load_part(root, name) for name in index["parts"]}, index)
+    directory = ModelDirectory(str(root), {name: _load_part(root, name) for name in names}, index)
     check(directory.path, {name: part.config for name, part in directory.parts.items()}, complete)
     if verify:
         directory.verify()
@@ -215,30 +252,22 @@ def _load_part(root: epath.Path, name: str) -> StoredPart:
     path = root / name / CONFIG
     if not path.exists():
         raise KeySyncError(f"model directory {root} lacks its part {name} ({path} is missing); copy it there or convert again")
-    values = _read_json(path)
-    _refuse_unknown(values, _PART_KEYS, path)
-    if values.get("part") != name or not isinstance(values.get("config"), dict):
-        raise KeySyncError(f"{path} describes {values.get('part')!r}, not {name}")
-    config = configs.from_dict(config_class(name), values["config"], str(path))
-    if name in STAGES and config.stage != name:
+    record = configs.from_dict(_Part, _read_json(path), str(path))
+    if record.part != name:
+        raise KeySyncError(f"{path} describes {record.part!r}, not {name}")
+    config = configs.from_dict(config_class(name), record.config, str(path))
+    if isinstance(config, StageConfig) and config.stage != name:
         raise KeySyncError(f"{path} is for the {config.stage} stage, not for {name}")
-    if name.startswith("audio/") and audio_part_name(config.kind) != name:
+    if isinstance(config, SpeechEncoderConfig) and audio_part_name(config.kind) != name:
         raise KeySyncError(f"{path} is a {config.kind} encoder; it belongs in {audio_part_name(config.kind)}")
     weights = None
     if part_table(config):
-        try:
-            numbers = values["weights"]
-            weights = Written(str(numbers["sha256"]), int(numbers["tensors"]), int(numbers["parameters"]), int(numbers["bytes"]))
-        except (KeyError, TypeError, ValueError):
-            raise KeySyncError(f"{path} lacks weights.sha256, tensors, parameters or bytes") from None
+        if record.weights is None:
+            raise KeySyncError(f"{path} lacks weights.sha256, tensors, parameters or bytes")
+        weights = Written(record.weights.sha256, record.weights.tensors, record.weights.parameters, record.weights.bytes)
         if not (root / name / WEIGHTS).exists():
             raise KeySyncError(f"model directory {root} lacks the weights of its part {name} ({root / name / WEIGHTS}); convert again")
-    random, fresh = values.get("random", False), values.get("fresh", [])
-    if not isinstance(random, bool):
-        raise KeySyncError(f"{path}: random must be true or false, not {random!r}")
-    if not isinstance(fresh, list) or not all(isinstance(key, str) for key in fresh):
-        raise KeySyncError(f"{path}: fresh must be a list of tensor names, not {fresh!r}")
-    return StoredPart(config, weights, random, tuple(fresh))
+    return StoredPart(config, weights, record.random, record.fresh)
 
 
 def check(where: str, parts: Mapping[str, PartConfig], complete: bool = True) -> None:
@@ -252,10 +281,9 @@ def check(where: str, parts: Mapping[str, PartConfig], complete: bool = True) ->
         if complete and name not in parts:
             raise KeySyncError(f"model directory {where} has no part {name}; convert again with a source for it")
     vae = parts.get("vae")
-    for name in STAGES:
-        if name not in parts:
-            continue
-        stage = parts[name]
+    stages = {name: config for name in STAGES if isinstance(config := parts.get(name), StageConfig)}
+    speech = {name: config for name, config in parts.items() if isinstance(config, SpeechEncoderConfig)}
+    for name, stage in stages.items():
         columns = [encoder for encoder in stage.audio_encoders if encoder not in AUDIO_ENCODERS]
         if complete and columns:
             raise KeySyncError(
@@ -263,14 +291,13 @@ def check(where: str, parts: Mapping[str, PartConfig], complete: bool = True) ->
                 f"computes; it cannot dub. Dubbing runs {', '.join(AUDIO_ENCODERS)}"
             )
         encoders = audio_part_names(stage)
-        check_encoders(stage, {encoder: parts[encoder] for encoder in encoders if encoder in parts}, where)
-        if complete and (lacking := [encoder for encoder in encoders if encoder not in parts]):
-            others = [part for part in parts if part.startswith("audio/")]
-            has = f" (it has {', '.join(others)})" if others else ""
+        check_encoders(stage, {encoder: speech[encoder] for encoder in encoders if encoder in speech}, where)
+        if complete and (lacking := [encoder for encoder in encoders if encoder not in speech]):
+            has = f" (it has {', '.join(speech)})" if speech else ""
             raise KeySyncError(
                 f"model directory {where} has no part {lacking[0]}, which the {name} stage was trained with{has}; convert again with it"
             )
-        if vae is None:
+        if not isinstance(vae, VAEConfig):
             continue
         for what, ours, theirs in (
             ("latent channels", stage.unet.out_channels, vae.latent_channels),
@@ -279,8 +306,8 @@ def check(where: str, parts: Mapping[str, PartConfig], complete: bool = True) ->
         ):
             if ours != theirs:
                 raise KeySyncError(f"{where}: the {name} stage has {what} {ours}, its latent size and the VAE make it {theirs}")
-    if all(name in parts for name in STAGES):
-        first, second = (parts[name] for name in STAGES)
+    if len(stages) == len(STAGES):
+        first, second = stages.values()
         # Keyframes from an image network come one by one, whatever the segments between them hold.
         for field in ("resolution", "latent_size", *(("num_frames",) if first.num_frames > 1 else ())):
             values = getattr(first, field), getattr(second, field)
@@ -388,12 +415,6 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise KeySyncError(f"{path} is not a JSON object")
     return values
-
-
-def _refuse_unknown(values: Mapping[str, Any], known: set[str], path: epath.Path) -> None:
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise KeySyncError(f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}")
 
 
 def _write_json(path: epath.Path, values: Mapping[str, Any]) -> None:

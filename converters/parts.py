@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from keysync_jax import config as configs
 from keysync_jax.config import AUDIO_ENCODERS, STAGES, GuidanceConfig, SpeechEncoderConfig, StageConfig, VAEConfig
@@ -13,18 +13,18 @@ from keysync_jax.converters.lazy import Tensors
 from keysync_jax.speech import registry
 from keysync_jax.weights.table import Table
 
-DECODER = "first_stage_model.decoder."
-ENCODER = "first_stage_model.encoder."
+DECODER, ENCODER = f"{sgm.VAE_PREFIX}decoder.", f"{sgm.VAE_PREFIX}encoder."
 # The whole KL autoencoder that interpolation's conditioner may carry and never uses.
 KL_PREFIX = "conditioner.embedders.0.encoder"
 # Under this name our files say which part they are and with which config: header text of safetensors, entry of a torch file.
 SELF_DESCRIPTION = "keysync"
 
 PartConfig = StageConfig | VAEConfig | SpeechEncoderConfig
+C = TypeVar("C", bound=PartConfig, covariant=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Part(Generic[C]):
     """One part to be written.
 
     Attributes:
@@ -36,7 +36,7 @@ class Part:
     """
 
     name: str
-    config: PartConfig
+    config: C
     tensors: Tensors
     random: bool = False
     fresh: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -110,7 +111,7 @@ def _reader(path: epath.Path, offset: int, shape: tuple[int, ...], dtype: np.dty
 
 
 def write(
-    path: str | epath.Path,
+    path: str | os.PathLike,
     tensors: Tensors,
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -165,4 +166,4 @@ def contiguous(name: str, tensor: LazyTensor, source: str) -> memoryview:
         raise KeySyncError(f"{source}: {name} was announced as {tensor.dtype} {tensor.shape} and is {value.dtype} {value.shape}")
     if (value.dtype.kind == "f" or value.dtype == BFLOAT16) and not np.isfinite(value).all():
         raise KeySyncError(f"{source}: {name} holds values that are not finite; the file is damaged or the training diverged")
-    return memoryview(value.reshape(-1).view(np.uint8))
+    return value.reshape(-1).view(np.uint8).data

@@ -26,14 +26,14 @@ __all__ = [
     "vae_table",
 ]
 
-UNET_PREFIX = "model.diffusion_model"
-VAE_PREFIX = "first_stage_model"
-AUDIO_LINEAR = "conditioner.embedders.2.linear"
+# Modules of the reference's engine, and how the keys of their tensors begin.
+UNET, VAE, AUDIO_LINEAR = "model.diffusion_model", "first_stage_model", "conditioner.embedders.2.linear"
+UNET_PREFIX, VAE_PREFIX = f"{UNET}.", f"{VAE}."
 
 
 def is_frozen(torch_key: str) -> bool:
     """Whether the reference's training leaves a checkpoint tensor as it is: its "time_" rule, applied to U-Net tensors only."""
-    return torch_key.startswith(f"{UNET_PREFIX}.") and freezing.is_frozen(torch_key.removeprefix(f"{UNET_PREFIX}."))
+    return torch_key.startswith(UNET_PREFIX) and freezing.is_frozen(torch_key.removeprefix(UNET_PREFIX))
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def stage_table(config: StageConfig, latent_shape: tuple[int, int] | None = None
 
     `latent_shape` is the filler's (height, width) where latents are not square; None takes `config.latent_size`.
     """
-    table = prefixed(UNET_PREFIX, unet_table(config.unet))
+    table = prefixed(UNET, unet_table(config.unet))
     if config.has_learned_filler:
         table += raw("model.learned_mask", (config.unet.out_channels, *(latent_shape or (config.latent_size,) * 2)), "chw")
     if config.audio_linear:
@@ -59,7 +59,7 @@ def stage_table(config: StageConfig, latent_shape: tuple[int, int] | None = None
     return table
 
 
-def vae_table(config: VAEConfig, prefix: str = VAE_PREFIX, parts: Sequence[str] = ("encoder", "decoder")) -> Table:
+def vae_table(config: VAEConfig, prefix: str = VAE, parts: Sequence[str] = ("encoder", "decoder")) -> Table:
     """Tensors of the autoencoder.
 
     Args:
@@ -78,7 +78,7 @@ def vae_table(config: VAEConfig, prefix: str = VAE_PREFIX, parts: Sequence[str] 
         if config.post_quant_conv:
             table += conv("post_quant_conv", "conv2d", config.latent_channels, config.latent_channels, (1, 1))
     dot = f"{prefix}." if prefix else ""
-    return [Entry(dot + e.torch_key, (VAE_PREFIX, *e.flax_path), e.torch_shape, e.layout) for e in table]
+    return [Entry(dot + e.torch_key, (VAE, *e.flax_path), e.torch_shape, e.layout) for e in table]
 
 
 def resblock_table(key: str, in_channels: int, out_channels: int, emb_channels: int, temporal_kernel: int) -> Iterator[Entry]:

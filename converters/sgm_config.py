@@ -166,7 +166,7 @@ def autoencoder_config(arguments: Arguments, *, decoder: str, quant_conv: bool, 
     missing = [name for name in _VAE_COPIED if name not in arguments]
     if missing:
         raise KeySyncError(f"{where}: argument {', '.join(missing)} is missing")
-    kernel = {}
+    kernel: dict[str, Any] = {}
     if decoder == "temporal":
         kernel = {"video_kernel_size": temporal_kernel("VideoDecoder", arguments.get("video_kernel_size", 3))}
     return VAEConfig(
@@ -196,6 +196,7 @@ def stage_config_from_sgm(engine: Arguments, num_frames: int = 14) -> tuple[Stag
     if embedder["features"] not in (None, unet.context_dim):
         raise KeySyncError(f"WhisperAudioEmbedder: linear_dim {embedder['features']} is not the U-Net's context_dim {unet.context_dim}")
     wrapper, latent_shape = wrapper_from_sgm(engine["network_wrapper"]["target"], engine["network_wrapper"].get("params", {}))
+    size: dict[str, Any] = {"latent_size": latent_shape[0], "resolution": 8 * latent_shape[0]} if latent_shape else {}
     config = StageConfig(
         unet=unet,
         num_frames=num_frames,
@@ -204,7 +205,7 @@ def stage_config_from_sgm(engine: Arguments, num_frames: int = 14) -> tuple[Stag
         audio_linear=embedder["features"] is not None,
         latent_scale=float(engine.get("scale_factor", StageConfig.latent_scale)),
         **wrapper,
-        **({"latent_size": latent_shape[0], "resolution": 8 * latent_shape[0]} if latent_shape else {}),
+        **size,
     )
     return config, latent_shape
 

@@ -11,10 +11,9 @@ from typing import Any
 
 from keysync_jax.config import SpeechEncoderConfig, StageConfig, UNetConfig, VAEConfig
 from keysync_jax.converters.lazy import Tensors
+from keysync_jax.converters.sgm import AUDIO_LINEAR, UNET_PREFIX
 from keysync_jax.core.errors import KeySyncError
 
-UNET = "model.diffusion_model."
-AUDIO_LINEAR = "conditioner.embedders.2.linear.weight"
 FILLER = "model.learned_mask"
 # Which encoder's features the released stages read, as their authors say.
 RELEASED_ENCODERS = {"keyframe": "hubert", "interpolation": "wavlm"}
@@ -38,7 +37,7 @@ def _count(tensors: Tensors, pattern: str) -> int:
 
 def model_channels(tensors: Tensors) -> int:
     """Width of the U-Net's first level."""
-    return _shape(tensors, f"{UNET}time_embed.0.weight", 2)[1]
+    return _shape(tensors, f"{UNET_PREFIX}time_embed.0.weight", 2)[1]
 
 
 def unet_config(tensors: Tensors, head_channels: int | None = None) -> UNetConfig:
@@ -58,23 +57,23 @@ def unet_config(tensors: Tensors, head_channels: int | None = None) -> UNetConfi
                 f"{tensors.source}: shapes do not show how wide the heads of a {channels}-channel U-Net are; give head_channels"
             )
         head_channels = _SVD_HEAD
-    blocks = _count(tensors, re.escape(UNET) + r"input_blocks\.(\d+)\.") - 1
-    downs = sum(bool(re.fullmatch(re.escape(UNET) + r"input_blocks\.\d+\.0\.op\.weight", key)) for key in tensors)
+    blocks = _count(tensors, re.escape(UNET_PREFIX) + r"input_blocks\.(\d+)\.") - 1
+    downs = sum(bool(re.fullmatch(re.escape(UNET_PREFIX) + r"input_blocks\.\d+\.0\.op\.weight", key)) for key in tensors)
     levels = downs + 1
     if blocks < levels or (blocks - downs) % levels:
         raise KeySyncError(f"{tensors.source}: {blocks} input blocks with {downs} downsamplings do not form levels of equal depth")
     per_level = (blocks - downs) // levels
     first = [1 + level * (per_level + 1) for level in range(levels)]
-    widths = [_shape(tensors, f"{UNET}input_blocks.{i}.0.out_layers.3.weight", 4)[0] for i in first]
+    widths = [_shape(tensors, f"{UNET_PREFIX}input_blocks.{i}.0.out_layers.3.weight", 4)[0] for i in first]
     if any(width % channels for width in widths):
         raise KeySyncError(f"{tensors.source}: level widths {widths} are not multiples of {channels}")
-    attends = [f"{UNET}input_blocks.{i}.1.norm.weight" in tensors for i in first]
-    middle = f"{UNET}middle_block.1."
+    attends = [f"{UNET_PREFIX}input_blocks.{i}.1.norm.weight" in tensors for i in first]
+    middle = f"{UNET_PREFIX}middle_block.1."
     context = _shape(tensors, f"{middle}transformer_blocks.0.attn2.to_k.weight", 2)[1]
-    label = f"{UNET}label_emb.0.0.weight"
+    label = f"{UNET_PREFIX}label_emb.0.0.weight"
     return UNetConfig(
-        in_channels=_shape(tensors, f"{UNET}input_blocks.0.0.weight", 4)[1],
-        out_channels=_shape(tensors, f"{UNET}out.2.weight", 4)[0],
+        in_channels=_shape(tensors, f"{UNET_PREFIX}input_blocks.0.0.weight", 4)[1],
+        out_channels=_shape(tensors, f"{UNET_PREFIX}out.2.weight", 4)[0],
         model_channels=channels,
         channel_mult=tuple(width // channels for width in widths),
         num_res_blocks=per_level,
@@ -85,7 +84,7 @@ def unet_config(tensors: Tensors, head_channels: int | None = None) -> UNetConfi
         audio_cond_method="none",
         adm_in_channels=_shape(tensors, label, 2)[1] if label in tensors else 0,
         use_spatial_context=_shape(tensors, f"{middle}time_stack.0.attn2.to_k.weight", 2)[1] == context,
-        video_kernel_size=(_shape(tensors, f"{UNET}middle_block.0.time_stack.in_layers.2.weight", 5)[2], 1, 1),
+        video_kernel_size=(_shape(tensors, f"{UNET_PREFIX}middle_block.0.time_stack.in_layers.2.weight", 5)[2], 1, 1),
     )
 
 
@@ -113,8 +112,8 @@ def stage_config(tensors: Tensors, kind: str, head_channels: int | None = None, 
     plain = unet_config(tensors, head_channels)
     unet = with_audio(plain, kind)
     values: dict[str, Any] = {"audio_encoder": RELEASED_ENCODERS[kind], "num_frames": unet.num_frames}
-    if AUDIO_LINEAR in tensors:
-        values["audio_feature_dim"] = _shape(tensors, AUDIO_LINEAR, 2)[1]
+    if (linear := f"{AUDIO_LINEAR}.weight") in tensors:
+        values["audio_feature_dim"] = _shape(tensors, linear, 2)[1]
     if kind == "interpolation":
         values["add_indicator"] = plain.in_channels > 2 * plain.out_channels
         unet = with_audio(plain, kind, values["add_indicator"])
@@ -151,7 +150,7 @@ def vae_config(tensors: Tensors, prefix: str, quant_conv: bool, post_quant_conv:
         latent = _shape(tensors, f"{encoder}conv_out.weight", 4)[0] // 2
         depth = _count(tensors, re.escape(encoder) + r"down\.0\.block\.(\d+)\.")
     temporal = f"{decoder}conv_out.time_mix_conv.weight"
-    kernel = {"video_kernel_size": (_shape(tensors, temporal, 5)[2], 1, 1)} if temporal in tensors else {}
+    kernel: dict[str, Any] = {"video_kernel_size": (_shape(tensors, temporal, 5)[2], 1, 1)} if temporal in tensors else {}
     return VAEConfig(
         in_channels=image,
         out_channels=image,

@@ -100,7 +100,7 @@ def unpickle(data: bytes, storages: Storages) -> Any:
             if opcode.name not in _OPCODES:
                 raise KeySyncError(f"{path}: its pickle uses {opcode.name} at byte {position}, which no weight file needs; refused")
             # The C unpickler allocates memory for the memo index that a file asks for.
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > len(data):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
                 raise KeySyncError(f"{path}: its pickle is damaged (memo {argument} in {len(data)} bytes)")
         return _Unpickler(io.BytesIO(data), storages).load()
     except KeySyncError:

@@ -21,6 +21,7 @@ from typing import Any
 
 from etils import epath
 
+from keysync_jax.config import from_dict
 from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.core.files import is_local
@@ -105,15 +106,26 @@ class GroupFile:
 
     def dumps(self) -> str:
         g = self.group
-        values = {
-            "format": FORMAT, "group": g.name, "columns": [c.to_json() for c in g.columns], "crop_size": list(g.crop_size),
-            "frame_rate": FRAME_RATE, "frames_per_shard": g.frames_per_shard, "writer_options": g.writer_options, "info": dict(g.info),
-            "shards": [dataclasses.asdict(s) for s in self.shards],
-        }  # fmt: skip
-        return json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        held = _Description(FORMAT, g.name, g.columns, g.crop_size, g.frames_per_shard, g.writer_options, dict(g.info), self.shards)
+        return json.dumps(dataclasses.asdict(held), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     def num_records(self, split: str) -> int:
         return sum(s.num_records for s in self.shards if s.split == split)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Description:
+    """keysync.json as it stands on disk."""
+
+    format: int
+    group: str
+    columns: tuple[Column, ...]
+    crop_size: tuple[int, int]
+    frames_per_shard: int
+    writer_options: str
+    info: dict[str, Any]
+    shards: tuple[ShardFile, ...]
+    frame_rate: int = FRAME_RATE
 
 
 def make_group(
@@ -147,15 +159,16 @@ def read_group(directory: epath.PathLike, finished: bool = True) -> GroupFile:
         values = json.loads(path.read_text())
         if values["format"] != FORMAT:
             raise KeySyncError(f"{path} has format {values['format']}, this version reads {FORMAT}; prepare the data anew")
-        group = Group(
-            tuple(Column(c["name"], c["dtype"], tuple(c["shape"])) for c in values["columns"]), tuple(values["crop_size"]),
-            values["frames_per_shard"], values["group"], values["info"], values["writer_options"],
-        )  # fmt: skip
-        return GroupFile(group, tuple(ShardFile(**s) for s in values["shards"]))
     except FileNotFoundError:
         raise KeySyncError(f"{path} is missing; restore it or prepare the data anew") from None
     except (ValueError, KeyError, TypeError) as error:
         raise KeySyncError(f"{path} is not a dataset description ({error!r}); restore it or prepare the data anew") from None
+    try:
+        held = from_dict(_Description, values, str(path))
+    except KeySyncError as error:
+        raise KeySyncError(f"{error}; restore it or prepare the data anew") from None
+    group = Group(held.columns, held.crop_size, held.frames_per_shard, held.group, held.info, held.writer_options)
+    return GroupFile(group, held.shards)
 
 
 def read_clips(root: epath.PathLike) -> list[Clip]:

@@ -12,11 +12,14 @@ import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from keysync_jax.core.errors import KeySyncError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance  # exists for type checkers alone
+
+T = TypeVar("T", bound="DataclassInstance")
 
 # Speech encoders by name. Each is the file `speech/NAME.py`, whose record says everything else about it (`speech.registry`).
 AUDIO_ENCODERS = ["hubert", "wavlm", "log_mel"]
@@ -379,6 +382,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)) or count not in (None, len(value)):
             raise KeySyncError(f"{where} must be a list{'' if count is None else f' of {count}'}, not {value!r}")
         kind = arguments[0]
+        if typing.get_origin(kind) or dataclasses.is_dataclass(kind):
+            return tuple(_typed(kind, item, f"{where}[{number}]") for number, item in enumerate(value))
         if wrong := [v for v in value if not _is(kind, v)]:
             raise KeySyncError(f"{where} must hold {kind.__name__} values, not {wrong[0]!r}")
         return tuple(kind(v) for v in value)

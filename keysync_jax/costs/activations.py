@@ -60,7 +60,7 @@ def _peak(program: Jaxpr, free: set[Any]) -> int:
 
 def _programs(params: dict[str, Any]) -> list[Jaxpr]:
     items = [item for value in params.values() for item in (value if isinstance(value, (tuple, list)) else (value,))]
-    return [getattr(item, "jaxpr", item) for item in items if isinstance(item, (Jaxpr, ClosedJaxpr))]
+    return [item.jaxpr if isinstance(item, ClosedJaxpr) else item for item in items if isinstance(item, (Jaxpr, ClosedJaxpr))]
 
 
 def _variables(atoms: Any) -> list[Any]:

@@ -93,7 +93,7 @@ def _given(coordinator: str | None, num_processes: int | None, process_id: int |
         flags = {COORDINATOR: "--coordinator", NUM_PROCESSES: "--num-processes", PROCESS_ID: "--process-id"}
         raise UsageError(f"several processes need all of coordinator, number and id: {flags[missing[0]]} or {missing[0]} is missing")
     try:
-        count, number = int(values[NUM_PROCESSES]), int(values[PROCESS_ID])
+        count, number = int(values[NUM_PROCESSES] or ""), int(values[PROCESS_ID] or "")
     except ValueError:
         raise UsageError(f"{NUM_PROCESSES}={values[NUM_PROCESSES]} and {PROCESS_ID}={values[PROCESS_ID]} must be whole numbers") from None
     if not 0 <= number < count:

@@ -35,7 +35,7 @@ class MeshConfig:
             raise KeySyncError(f"mesh.slices is {self.slices}; it must be at least 1")
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """One-axis mesh `data` over the given devices (all local ones by default).
 
     `Mesh` gives Auto axes on every supported JAX; `jax.make_mesh` would default to Explicit ones, under which linen
@@ -70,7 +70,7 @@ def check_slices(sizes: Sequence[int], slices: int) -> None:
         raise KeySyncError(f"mesh {named}: data {sizes[0]} is not a multiple of mesh.slices {slices}, over which it is laid")
 
 
-def train_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def train_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh `data x fsdp x tensor` of a training run, with Auto axes (see `data_mesh`).
 
     On TPUs the devices are laid out so that neighbours on an axis are neighbours in the torus. With `config.slices` > 1 the outer part

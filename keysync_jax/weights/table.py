@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -109,7 +109,7 @@ def set_leaf(tree: dict, path: Path, value) -> None:
     tree[path[-1]] = value
 
 
-def get_leaf(tree: Mapping, path: Path):
+def get_leaf(tree: Mapping[str, Any], path: Path) -> Any:
     for name in path:
         tree = tree[name]
     return tree

@@ -70,7 +70,7 @@ def test_small_unet_names():
 )
 def test_any_depth_is_a_bijection_and_survives_both_ways(changes):
     config = UNetConfig(**{f: getattr(SVD, f) for f in SVD.__dataclass_fields__} | changes)
-    tensors = draw(prefixed(sgm.UNET_PREFIX, sgm.unet_table(config)))
+    tensors = draw(prefixed(sgm.UNET, sgm.unet_table(config)))
     renamed = diffusers.unet_to_diffusers(tensors, config)
     assert len(renamed) == len(tensors)
     assert not any("input_blocks" in key or "time_stack" in key for key in renamed)

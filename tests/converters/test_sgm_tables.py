@@ -57,7 +57,7 @@ def test_interpolation_manifest(manifest):
 def test_svd_manifest(manifest):
     config = UNetConfig(audio_cond_method="none", adm_in_channels=768)
     expected = shapes_of(manifest("svd_sgm_unet"))
-    prefix = f"{sgm.UNET_PREFIX}." if next(iter(expected)).startswith("model.") else ""
+    prefix = sgm.UNET_PREFIX if next(iter(expected)).startswith("model.") else ""
     assert {prefix + key: shape for key, shape in shapes(sgm.unet_table(config)).items()} == expected
 
 
@@ -85,7 +85,7 @@ def test_full_size_network_and_freezing(config, total, trained, name, manifest):
 
 
 def _full(key):
-    return key if key.startswith("model.") else f"model.{key}" if key.startswith("diffusion_model.") else f"{sgm.UNET_PREFIX}.{key}"
+    return key if key.startswith("model.") else f"model.{key}" if key.startswith("diffusion_model.") else f"{sgm.UNET_PREFIX}{key}"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def merged(*sets: Tensors) -> Tensors:
 
 def svd_tensors(seed=7) -> Tensors:
     """U-Net and VAE of SVD in sgm names."""
-    return merged(draw(prefixed(sgm.UNET_PREFIX, sgm.unet_table(SVD)), seed), draw(part_table(VAE), seed))
+    return merged(draw(prefixed(sgm.UNET, sgm.unet_table(SVD)), seed), draw(part_table(VAE), seed))
 
 
 def stage_tensors(name, seed=1, decoder_seed=7, frozen_from_svd=True) -> Tensors:

@@ -16,7 +16,7 @@ from keysync_jax.converters import diffusers, sgm
 from keysync_jax.models.stage import init_params
 from keysync_jax.weights import table
 
-PREFIX = f"{sgm.UNET_PREFIX}."
+PREFIX = sgm.UNET_PREFIX
 
 
 def build(params) -> torch.nn.ModuleDict:
