@@ -74,5 +74,5 @@ def test_files_of_ours_are_read_by_what_they_may_hold():
     ):
         with pytest.raises(KeySyncError, match=words):
             from_dict(_File, values | change, "x.json")
-    with pytest.raises(KeySyncError, match="x.json lacks name, inner"):
+    with pytest.raises(KeySyncError, match="x.json lacks inner, name"):
         from_dict(_File, {}, "x.json")
