@@ -153,13 +153,13 @@ def test_damage_is_placed(tmp_path):
 
 def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
     reads = []
-    honest = work._hashed
+    honest = work.sha256
 
     def hashed(path):
         reads.append(path)
         return honest(path)
 
-    monkeypatch.setattr(work, "_hashed", hashed)
+    monkeypatch.setattr(work, "sha256", hashed)
     path = tmp_path / "a.bin"
     path.write_bytes(b"one")
     settled = time.time_ns() - 10_000_000_000
