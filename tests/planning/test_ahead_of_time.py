@@ -215,7 +215,7 @@ def test_the_compiler_ends_when_its_starter_is_killed(tmp_path):
     folder, ready = tmp_path / "compile", tmp_path / "ready"
     folder.mkdir()
     child = (
-        "import os, pathlib, time; from keysync_jax.training import ahead_of_time as a; a._LOOK_SECONDS = 0.05; "
+        "import os, pathlib, time; from keysync_jax.planning import ahead_of_time as a; a._LOOK_SECONDS = 0.05; "
         f"a.end_with(os.getppid(), pathlib.Path({str(folder)!r})); pathlib.Path({str(ready)!r}).touch(); time.sleep(600)"
     )
     starter = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); p.wait()"
