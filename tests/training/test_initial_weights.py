@@ -127,7 +127,7 @@ def test_model_start_refuses_another_network(model):
     narrow = dataclasses.replace(KEYFRAME, unet=dataclasses.replace(UNET, num_head_channels=32, context_dim=8))
     with pytest.raises(KeySyncError) as error:
         trainable_of(dataclasses.replace(tiny.recipe(init=tiny.start_from("model", model)), stage=narrow)).initial_weights()
-    assert "--config.stage.unet.num_head_channels=16 (is 32), --config.stage.unet.context_dim=16 (is 8)" in str(error.value)
+    assert "--config.stage.unet.num_head_channels=16 (is 32), --config.stage.unet.context_dim=32 (is 8)" in str(error.value)
     assert "\n" not in str(error.value)
 
 
