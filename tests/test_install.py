@@ -125,8 +125,11 @@ def test_editable(checkout, elsewhere, tmp_path):
     venv.create(home)
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     (site,) = home.glob("**/site-packages")
-    # What the library needs, and setuptools, come from this environment; the library itself must not.
-    (site / "dependencies.pth").write_text("\n".join(dict.fromkeys(sysconfig.get_path(key) for key in ("purelib", "platlib"))))
+    # What the library needs, and setuptools, come from this environment; the library itself, installed there or not, must not.
+    for folder in {Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")}:
+        for entry in folder.iterdir():
+            if "keysync" not in entry.name and not (site / entry.name).exists():
+                (site / entry.name).symlink_to(entry)
     _pip("--python", python, "install", "--no-deps", "--no-build-isolation", "--ignore-installed", "-e", checkout)
     found = json.loads(_run("-c", PROBE, cwd=elsewhere, python=python))
     _whole(found, checkout / "keysync_jax", checkout)

@@ -91,7 +91,7 @@ KILLED = """
     import os, sys
     from pathlib import Path
     import tiny_shards as tiny
-    from data_pipeline.shards import prepare_group, write_shard
+    from keysync_jax.data_pipeline.shards import prepare_group, write_shard
     import test_shards
     root = Path(sys.argv[1])
     pieces = 0

@@ -174,7 +174,7 @@ def test_a_worker_that_is_killed_is_one_clear_line(tmp_path, monkeypatch):
 
 def test_processes_of_a_killed_run_end(tmp_path):
     script = (
-        "from data_pipeline.synthetic import SynthSettings, synth_dataset\n"
+        "from keysync_jax.data_pipeline.synthetic import SynthSettings, synth_dataset\n"
         f"if __name__ == '__main__': synth_dataset(400, {str(tmp_path / 'set')!r}, SynthSettings(size=64), workers=2, quiet=True)\n"
     )
     (tmp_path / "draw.py").write_text(script)
