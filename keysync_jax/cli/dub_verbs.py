@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import sys
+from typing import TYPE_CHECKING
 
 from keysync_jax import assets
 from keysync_jax.cli.verbs import add_verb, stop_on_sigterm
 from keysync_jax.config import COMPUTE_DTYPES, FACE_BACKENDS, GUIDANCES, MASK_KINDS
 from keysync_jax.core.errors import UsageError
+
+if TYPE_CHECKING:  # --help answers without it
+    from keysync_jax.inference.options import DubOptions
 
 _MODEL_HELP = "model directory, local, gs:// or hub:owner/name (made by keysync convert or keysync init)"
 
@@ -22,8 +28,20 @@ def add_dub(verbs) -> None:
     p.add_argument("video", metavar="VIDEO", help="any container, size, rate, rotation; constant or variable frame rate")
     p.add_argument("audio", metavar="AUDIO", help="the new voice: an audio file, or a video whose track is used")
     p.add_argument("-o", "--output", required=True, metavar="OUT", help="output file: .mp4, .mkv or .mov")
-    p.add_argument("--model", metavar="DIR", help=f"{_MODEL_HELP}, or demo: the bundled model, which draws cartoon mouths")
     p.add_argument("--report", metavar="JSON", help="write what was done to each shot, timings and settings")
+    add_model(p)
+    add_options(p)
+
+
+def add_model(p: argparse.ArgumentParser) -> None:
+    """The options that say which model is loaded and how it computes: those of a process, not of a clip."""
+    p.add_argument("--model", metavar="DIR", help=f"{_MODEL_HELP}, or demo: the bundled model, which draws cartoon mouths")
+    p.add_argument("--dtype", choices=COMPUTE_DTYPES, help="network compute type (default: float32 on CPU, else bfloat16)")
+    p.add_argument("--microbatch", type=int, default=1, metavar="N", help="windows per device and call (default 1)")
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """The options of one clip, a field of `DubOptions` each; a list of jobs has them as columns."""
     model = p.add_argument_group("generation")
     model.add_argument("--seed", type=int, default=23, help="noise seed; the same seed gives the same bytes (default 23)")
     model.add_argument("--steps", type=int, metavar="N", help="sampler steps, at least 10 (default: the model's own, 10)")
@@ -35,8 +53,6 @@ def add_dub(verbs) -> None:
     model.add_argument("--identity-scale", type=float, metavar="X", help="identity guidance (default: the model's own, 2.0)")
     model.add_argument("--mask", choices=MASK_KINDS, help="region to regenerate (default: the model's own)")
     model.add_argument("--reference-windows", action="store_true", help="the PyTorch reference's window plan, which drops the tail")
-    model.add_argument("--dtype", choices=COMPUTE_DTYPES, help="network compute type (default: float32 on CPU, else bfloat16)")
-    model.add_argument("--microbatch", type=int, default=1, metavar="N", help="windows per device and call (default 1)")
     face = p.add_argument_group("faces")
     face.add_argument("--faces", choices=FACE_BACKENDS, default=FACE_BACKENDS[0], help="landmark detector (fan: needs the torch extra)")
     face.add_argument("--face-weights", metavar="DIR", help="folder with FAN's weight files")
@@ -46,22 +62,28 @@ def add_dub(verbs) -> None:
     video.add_argument("--lossless", action="store_true", help="encode losslessly: pixels outside the mouth region stay bit-equal")
 
 
+def options_of(args: argparse.Namespace) -> DubOptions:
+    """What `add_options` parsed.
+
+    Raises:
+      UsageError: a value out of range, or two that contradict each other.
+    """
+    from keysync_jax.inference.options import DubOptions
+
+    return DubOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(DubOptions)})
+
+
 def _dub(args) -> int:
     if args.model is None:
         raise UsageError(assets.NO_MODEL)
     from keysync_jax.core.compile_cache import use_compile_cache
-    from keysync_jax.inference.options import DubOptions
     from keysync_jax.inference.pipeline import KeySyncPipeline
 
     if args.model == assets.NAME:
         print(f"keysync: {assets.WARNING}", file=sys.stderr)
     stop_on_sigterm()
     use_compile_cache()
-    options = DubOptions(
-        seed=args.seed, steps=args.steps, audio_scale=args.audio_scale, identity_scale=args.identity_scale,
-        guidance=args.guidance, mask=args.mask, reference_windows=args.reference_windows, faces=args.faces,
-        face_weights=args.face_weights, face=args.face, crf=args.crf, lossless=args.lossless,
-    )  # fmt: skip
+    options = options_of(args)
     pipeline = KeySyncPipeline.from_pretrained(args.model, dtype=args.dtype, microbatch=args.microbatch)
     result = pipeline(args.video, args.audio, args.output, options=options, report=args.report, progress=True)
     print(result.summary)

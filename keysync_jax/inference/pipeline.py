@@ -159,8 +159,7 @@ class KeySyncPipeline:
             check_target(report, "--report")
             _keep(inputs, report, "report")
         shown = PhaseProgress(progress, on_progress, cancel)
-        source, voice = open_video(video, fps), open_voice(audio, rate)
-        with DubJob(self, source, voice, output, options or DubOptions(), shown) as job:
+        with self.open_job(video, audio, output, fps=fps, rate=rate, options=options, progress=shown) as job:
             job.look()
             job.listen()
             job.encode()
@@ -169,6 +168,29 @@ class KeySyncPipeline:
         if report is not None:
             write_text(report, json.dumps(result.report, indent=1) + "\n")
         return result
+
+    def open_job(
+        self,
+        video: str | os.PathLike | np.ndarray,
+        audio: str | os.PathLike | np.ndarray,
+        output: str | None = None,
+        *,
+        fps: float | Fraction | None = None,
+        rate: int | None = None,
+        options: DubOptions | None = None,
+        progress: PhaseProgress | None = None,
+    ) -> DubJob:
+        """A job to be led through its phases by the caller, who may take several through `two_stage.generate` together.
+
+        Args:
+          video, audio, output, fps, rate, options: see `__call__`; here no output means frames.
+          progress: told how far each phase is.
+
+        Raises:
+          KeySyncError: files that cannot be read, and what `DubJob` refuses.
+        """
+        source, voice = open_video(video, fps), open_voice(audio, rate)
+        return DubJob(self, source, voice, output, options or DubOptions(), progress or PhaseProgress())
 
     def preview(
         self,
