@@ -15,6 +15,7 @@ def tfds_files(group_file: GroupFile) -> dict[str, str]:
     """Texts by file name. Needs tensorflow-datasets (extra "data"), not TensorFlow; equal groups give equal texts."""
     import numpy as np
     import tensorflow_datasets as tfds
+    from etils import epath
 
     group = group_file.group
 
@@ -28,14 +29,14 @@ def tfds_files(group_file: GroupFile) -> dict[str, str]:
     )
     with tempfile.TemporaryDirectory() as folder:
         version = tfds.core.Version(VERSION)
-        identity = tfds.core.DatasetIdentity(name=group.dataset_name, version=version, data_dir=Path(folder), module_name="")
+        identity = tfds.core.DatasetIdentity(name=group.dataset_name, version=version, data_dir=folder, module_name="")
         info = tfds.core.DatasetInfo(builder=identity, features=features, description="One record per video frame at 25 fps.")
         info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
         splits = []
         for split in sorted({s.split for s in group_file.shards}):
             shards = [s for s in group_file.shards if s.split == split]
             template = tfds.core.ShardedFileTemplate(
-                data_dir=folder, dataset_name=group.dataset_name, split=split, filetype_suffix="array_record",
+                data_dir=epath.Path(folder), dataset_name=group.dataset_name, split=split, filetype_suffix="array_record",
                 template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
             )  # fmt: skip
             lengths = [s.num_records for s in shards]

@@ -68,8 +68,8 @@ class BatchSource:
     def __len__(self) -> int:
         return self._num_steps
 
-    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        step = self._first_step + int(position)
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step = self._first_step + int(index)
         return self._reader.read([self._reader.sample(step, row, self._batch_size, self._shift) for row in self._rows])
 
     def __repr__(self) -> str:

@@ -230,7 +230,8 @@ class WindowReader:
             occluder = None if occluder is None else occluder[:, :, ::-1]
         if self.config.box_jitter:
             landmarks = jitter_landmarks(landmarks, self.crop_size, sample.shift, sample.stretch)
-        return latent_masks(landmarks, self.crop_size, self.latent_shape[:2], self.config.mask, occluder)
+        height, width, _ = self.latent_shape
+        return latent_masks(landmarks, self.crop_size, (height, width), self.config.mask, occluder)
 
     def _decode_jpeg(self, data: bytes, store: FrameStore, clip: Clip, frame: int) -> np.ndarray:
         """uint8 `[H, W, 3]`. Through Pillow: pod workers have no OpenCV."""

@@ -6,6 +6,8 @@ that stay in the cache.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import cv2
 import numpy as np
 
@@ -28,10 +30,11 @@ from keysync_jax.data_pipeline.synthetic.motion import Motion
 from keysync_jax.data_pipeline.synthetic.texture import LEFT, TOP, HeadTexture, backdrop, head_texture, smoothstep
 
 _CHUNK_PIXELS = 128 * 128 * 4
+Block = TypeVar("Block", Motion, Mouth, Lids)
 
 
-def _take(block: Motion | Mouth | Lids, part: slice):
-    return type(block)(*(a[part] if isinstance(a, np.ndarray) else a for a in block))
+def _take(block: Block, part: slice) -> Block:
+    return block._replace(**{name: a[part] for name, a in block._asdict().items() if isinstance(a, np.ndarray)})
 
 
 def _region(box: tuple[float, float, float, float], camera: Camera, motion: Motion) -> tuple[slice, slice]:

@@ -143,7 +143,7 @@ def _bump(x: np.ndarray, y: np.ndarray, centre: tuple[float, float], radius: tup
 # ---- deformation and pose ------------------------------------------------------------------------------------------------------
 
 
-def jaw_displacement(x: np.ndarray, y: np.ndarray, mouth: Mouth, breadth: float) -> tuple[np.ndarray, np.ndarray]:
+def jaw_displacement(x: np.ndarray, y: np.ndarray, mouth: Mouth, breadth: float | np.float32) -> tuple[np.ndarray, np.ndarray]:
     """How far the skin now at face coordinates (x, y) has come from its resting place, [..., n] against mouth arrays [n].
 
     Zero above JAW_TOP - 0.06 and beyond 0.72·breadth from the middle: the mask's edges and all above them stay still.
@@ -199,12 +199,12 @@ def expand(motion: Motion, axes: int) -> Motion:
 # ---- landmarks -----------------------------------------------------------------------------------------------------------------
 
 
-def mouth_curve(t2: np.ndarray, corner: np.ndarray, middle: np.ndarray) -> np.ndarray:
+def mouth_curve(t2: np.ndarray | np.float32, corner: np.ndarray, middle: np.ndarray) -> np.ndarray:
     """Height of a lip edge; t2 is the squared share of the half width (0 middle, 1 corner)."""
     return corner + (middle - corner) * (1 - t2)
 
 
-def upper_edge(t2: np.ndarray, corner: np.ndarray, middle: np.ndarray, lip: np.ndarray) -> np.ndarray:
+def upper_edge(t2: np.ndarray | np.float32, corner: np.ndarray, middle: np.ndarray, lip: np.ndarray) -> np.ndarray:
     """Upper edge of the upper lip with a cupid's bow: a dip in the middle, peaks at a fifth of the half width."""
     return mouth_curve(t2, corner, middle) + 0.22 * lip * np.maximum(1 - 12 * t2, 0)
 

@@ -72,9 +72,9 @@ def _extent(profile: np.ndarray, threshold: float, inside: slice) -> tuple[float
         last += 1
     low, high = float(first), float(last)
     if first > 0:
-        low -= (profile[first] - threshold) / (profile[first] - profile[first - 1])
+        low -= float((profile[first] - threshold) / (profile[first] - profile[first - 1]))
     if last < len(profile) - 1:
-        high += (profile[last] - threshold) / (profile[last] - profile[last + 1])
+        high += float((profile[last] - threshold) / (profile[last] - profile[last + 1]))
     return low, high
 
 

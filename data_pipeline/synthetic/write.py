@@ -77,6 +77,7 @@ def _encode(path: Path, clip: TalkerClip, container: str, audio_codec: str, audi
         context.color_primaries = context.color_trc = context.colorspace = _BT709
         context.color_range = _LIMITED
         audio = output.add_stream(audio_codec, rate=clip.sample_rate, layout="mono")
+        assert isinstance(audio, av.AudioStream)
         for i, picture in enumerate(clip.frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED, threads=1)
@@ -186,6 +187,7 @@ def _check_numbers(path: Path, shape: tuple[int, ...]) -> None:
 
 def _video_extent(path: Path) -> tuple[int, int]:
     import av
+    import av.error
 
     try:
         with av.open(str(path.absolute())) as video:

@@ -116,8 +116,9 @@ def _memory_table(plan, config):
     from keysync_jax.parallel.sharding import gib
 
     table = Table(title="GiB per device", title_justify="left")
-    for name, justify in (("part", "left"), ("GiB", "right"), ("", "left")):
-        table.add_column(name, justify=justify)
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    table.add_column()
     memory = plan.memory
     table.add_row("train state", gib(memory.state), "exact, from the shardings")
     table.add_row("batch", gib(memory.batch), "exact")

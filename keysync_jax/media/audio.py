@@ -19,6 +19,10 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import av
+import av.audio.stream
+import av.container
+import av.error
+import av.stream
 import numpy as np
 import soundfile
 import soxr
@@ -85,7 +89,7 @@ def probe_audio(path: str | os.PathLike) -> AudioInfo:
         context = stream.codec_context
         duration = None
         if stream.duration is not None:
-            duration = float(stream.duration * stream.time_base)
+            duration = float(stream.duration * _time_base(stream))
         elif container.duration is not None:
             duration = container.duration / av.time_base
         return AudioInfo(context.name, context.sample_rate, context.channels, context.layout.name, duration, context.bit_rate or None)
@@ -171,8 +175,8 @@ def save_wav(path: str | os.PathLike, samples: np.ndarray, rate: int, subtype: s
     if not path.parent.is_dir():
         raise KeySyncError(f"{path}: the folder {path.parent} does not exist; create it first")
     try:
-        with replacing(path) as partial, partial.open("wb") as file:
-            soundfile.write(file, samples, rate, format="WAV", subtype=subtype)
+        with replacing(path) as partial:
+            soundfile.write(partial, samples, rate, format="WAV", subtype=subtype)
     except (OSError, soundfile.LibsndfileError) as error:
         raise KeySyncError(f"{path}: cannot be written: {error}") from error
 
@@ -192,13 +196,13 @@ def open_audio(path: str | os.PathLike) -> tuple[av.container.InputContainer, av
         container = av.open(os.path.abspath(path), options={"protocol_whitelist": "file"})
     except PermissionError as error:
         raise KeySyncError(f"{path}: cannot be read: {error.strerror}") from error
-    except (av.FFmpegError, OSError) as error:
+    except (av.error.FFmpegError, OSError) as error:
         raise KeySyncError(f"{path}: not a media file, or one whose header is missing; give an audio or video file") from error
     try:
         if _PLAYLISTS & set(container.format.name.split(",")):
             raise KeySyncError(f"{path}: a playlist ({container.format.name}), not a media file; give the file that it names")
         stream = container.streams.best("audio")
-        if stream is None:
+        if not isinstance(stream, av.AudioStream):
             raise KeySyncError(f"{path}: no audio stream; give a file with sound in it")
         if stream.codec_context is None:
             raise KeySyncError(f"{path}: the audio stream's codec is not known; give .wav, .mp3, .m4a, .flac or the like")
@@ -212,7 +216,13 @@ def stated_start(container: av.container.InputContainer, stream: av.audio.stream
     """When an audio stream begins, in seconds on its file's own clock, as far as the file states it; else 0."""
     if stream.start_time is None or container.format.name in _STARTS_AT_ZERO:
         return Fraction(0)
-    return stream.start_time * Fraction(stream.time_base)
+    return stream.start_time * _time_base(stream)
+
+
+def _time_base(stream: av.stream.Stream) -> Fraction:
+    """Seconds that a timestamp of the stream counts; a demuxer always states them."""
+    assert stream.time_base is not None
+    return Fraction(stream.time_base)
 
 
 def clock_zero(container: av.container.InputContainer, first: Fraction) -> Fraction:
@@ -221,7 +231,7 @@ def clock_zero(container: av.container.InputContainer, first: Fraction) -> Fract
     Beside pictures, a sample before the clock's own zero does not count.
     """
     pictures = [
-        stream.start_time * Fraction(stream.time_base)
+        stream.start_time * _time_base(stream)
         for stream in container.streams.video
         if stream.start_time is not None and not stream.disposition & av.stream.Disposition.attached_pic
     ]
@@ -235,12 +245,12 @@ def _frames(container, stream, notes: list[str]) -> Iterator[av.AudioFrame]:
         for packet in container.demux(stream):
             try:
                 frames = packet.decode()
-            except av.FFmpegError as error:
+            except av.error.FFmpegError as error:
                 damaged += 1
                 reason = error.strerror
                 continue
             yield from frames
-    except av.FFmpegError as error:
+    except av.error.FFmpegError as error:
         notes.append(f"reading broke off: {error.strerror}")
     if damaged:
         notes.append(f"{damaged} damaged packet{'s' if damaged > 1 else ''} left out: {reason}")
@@ -277,7 +287,7 @@ class Clock:
 
     def place(self, frame: av.AudioFrame, samples: int) -> tuple[int, int]:
         """(samples of silence to put before a frame, samples to drop from its head); `samples` is how many it has."""
-        stated = self._next if frame.pts is None else frame.pts * Fraction(frame.time_base) + self._shift
+        stated = self._next if frame.pts is None or frame.time_base is None else frame.pts * Fraction(frame.time_base) + self._shift
         if not self._started:
             self._started = True
             self.start, gap = self._file_start(stated)

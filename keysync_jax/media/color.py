@@ -199,7 +199,7 @@ def plane_views(frame: av.VideoFrame) -> list[np.ndarray]:
     dtype = np.uint8 if frame.format.components[0].bits == 8 else np.uint16
     views = []
     for plane in frame.planes:
-        rows = np.frombuffer(plane, dtype).reshape(plane.height, plane.line_size // np.dtype(dtype).itemsize)
+        rows = np.frombuffer(memoryview(plane), dtype).reshape(plane.height, plane.line_size // np.dtype(dtype).itemsize)
         views.append(rows[:, : plane.width])
     return views
 

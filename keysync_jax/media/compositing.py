@@ -152,7 +152,8 @@ class Compositor:
 
     def _plan(self, box: tuple[float, float, float], mask: np.ndarray) -> _Plan | None:
         mask = mask > 0.5
-        key = (tuple(float(value) for value in box), mask.shape, mask.tobytes())
+        x, y, side = (float(value) for value in box)
+        key = ((x, y, side), mask.shape, mask.tobytes())
         if key in self._plans:
             self._plans.move_to_end(key)
         else:

@@ -136,14 +136,14 @@ def sampled(features: np.ndarray, matrix: np.ndarray, size: tuple[int, int]) -> 
     height, width = features.shape[:2]
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float32) + np.float32(0.5)
     at = np.stack([x, y], -1) @ matrix[:2, :2].T + matrix[:2, 3] - np.float32(0.5)
-    inside = ((at >= 0) & (at <= np.array([width - 1, height - 1]))).all(axis=-1)
-    at = np.where(inside[..., None], at, 0)
+    inside = ((at >= 0) & (at <= np.array([width - 1, height - 1]))).all(axis=-1, keepdims=True)
+    at = np.where(inside, at, 0)
     low = np.floor(at).astype(int)
     part = at - low
     high = np.minimum(low + 1, [width - 1, height - 1])  # its weight is zero where it would lie outside
     rows = [features[r, low[..., 0]] * (1 - part[..., :1]) + features[r, high[..., 0]] * part[..., :1] for r in (low[..., 1], high[..., 1])]
     out = rows[0] * (1 - part[..., 1:]) + rows[1] * part[..., 1:]
-    return np.where(inside[..., None], out, 0).astype(np.float32)
+    return np.where(inside, out, 0).astype(np.float32)
 
 
 def placed_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:

@@ -54,7 +54,7 @@ class FanBackend(FaceBackend):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = None if weights is None else _check_weights(weights)
         options = {"device": device, "flip_input": flip, "face_detector": "sfd"}
-        detector_options = {"filter_threshold": min_score}
+        detector_options: dict[str, float | str] = {"filter_threshold": min_score}
         if folder is not None:
             detector_options["path_to_detector"] = str(folder / DETECTOR_WEIGHTS)
         # Compiling costs minutes on a CPU and a GPU gains little at batch 1; older releases do not have the option.

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 import av
+import av.error
 import numpy as np
 import soxr
 

@@ -102,5 +102,5 @@ def warped(rgb: np.ndarray, back: np.ndarray, size: int, border: int) -> np.ndar
     """
     y, x = np.mgrid[:size, :size].astype(np.float64)
     at = (back[:, :2] @ np.stack([x.ravel(), y.ravel()]) + back[:, 2:]).reshape(2, size, size).astype(np.float32)
-    fixed = cv2.convertMaps(at[0], at[1], cv2.CV_16SC2)
-    return cv2.remap(rgb, *fixed, cv2.INTER_LINEAR, borderMode=border)
+    whole, part = cv2.convertMaps(at[0], at[1], cv2.CV_16SC2)
+    return cv2.remap(rgb, whole, part, cv2.INTER_LINEAR, borderMode=border)

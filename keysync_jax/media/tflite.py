@@ -46,21 +46,27 @@ class TfliteFile:
 
     @property
     def _graph(self) -> schema.SubGraphT:
-        return self._model.subgraphs[0]
+        (graph,) = self._model.subgraphs or [schema.SubGraphT()]
+        return graph
 
     @functools.cached_property
     def _number(self) -> dict[str, int]:
-        return {tensor.name.decode(): number for number, tensor in enumerate(self._graph.tensors)}
+        return {_name(tensor): number for number, tensor in enumerate(self._graph.tensors or ())}
 
     def options_of(self, output: str) -> dict:
         """The settings of the custom operation that makes the tensor `output`."""
-        made = next(op for op in self._graph.operators if self._number[output] in op.outputs)
-        return flexbuffers.Loads(bytes(np.asarray(made.customOptions, np.uint8)))
+        options = flexbuffers.Loads(bytes(np.asarray(self._maker(output).customOptions, np.uint8)))
+        if not isinstance(options, dict):
+            raise KeySyncError(f"{self.path}: the operation that makes {output} has no table of settings")
+        return options
 
     def inputs_of(self, output: str) -> list[str]:
         """Names of the tensors that the operation making `output` reads."""
-        made = next(op for op in self._graph.operators if self._number[output] in op.outputs)
-        return [self._graph.tensors[number].name.decode() for number in made.inputs]
+        names = {number: name for name, number in self._number.items()}
+        return [names[number] for number in _numbers(self._maker(output).inputs)]
+
+    def _maker(self, output: str) -> schema.OperatorT:
+        return next(op for op in self._graph.operators or () if self._number[output] in _numbers(op.outputs))
 
     def network(self, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> TfliteNetwork:
         """The part that makes `outputs` from `inputs`; the whole graph by default.
@@ -72,10 +78,10 @@ class TfliteFile:
             return TfliteNetwork(self._data, str(self.path))
         graph, model = self._graph, self._model
         own = (graph.inputs, graph.outputs, graph.operators)
-        first = [self._number[name] for name in inputs] or list(graph.inputs)
-        last = [self._number[name] for name in outputs] or list(graph.outputs)
+        first = [self._number[name] for name in inputs] or _numbers(graph.inputs)
+        last = [self._number[name] for name in outputs] or _numbers(graph.outputs)
         try:
-            graph.inputs, graph.outputs, graph.operators = first, last, _between(own[2], first, last)
+            graph.inputs, graph.outputs, graph.operators = first, last, _between(graph.operators or (), first, last)
             builder = flatbuffers.Builder(1 << 22)
             builder.Finish(model.Pack(builder), _IDENTIFIER)
         finally:
@@ -83,13 +89,23 @@ class TfliteFile:
         return TfliteNetwork(bytes(builder.Output()), str(self.path))
 
 
+def _name(tensor: schema.TensorT) -> str:
+    # The generated class says str | None and holds the file's bytes.
+    return bytes(tensor.name or b"").decode() if not isinstance(tensor.name, str) else tensor.name
+
+
+def _numbers(tensors: Sequence[int] | None) -> list[int]:
+    # An array where NumPy is there, whose truth is not its length.
+    return [] if tensors is None else [int(number) for number in tensors]
+
+
 def _between(operators: Sequence[schema.OperatorT], first: Sequence[int], last: Sequence[int]) -> list[schema.OperatorT]:
     """The operators, in order, that `last` needs where the tensors `first` are given."""
     needed, kept = set(last), []
     for operator in reversed(operators):
-        if needed.intersection(operator.outputs) - set(first):
+        if needed.intersection(_numbers(operator.outputs)) - set(first):
             kept.append(operator)
-            needed.update(int(number) for number in operator.inputs)
+            needed.update(_numbers(operator.inputs))
     return kept[::-1]
 
 

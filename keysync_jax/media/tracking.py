@@ -163,7 +163,7 @@ def _choose(tracks: list[_Track], selection: Selection, frame_size: tuple[int, i
     if selection.kind in ("left", "right"):
         sign = 1 if selection.kind == "left" else -1
         return min(steady, key=lambda track: sign * float(np.mean([face.center[0] for face in track.faces])))
-    point = (frame_size[0] / 2, frame_size[1] / 2) if selection.kind == "center" else selection.point
+    point = selection.point or (frame_size[0] / 2, frame_size[1] / 2)  # "center" has none
     return min(steady, key=lambda track: float(np.mean([_distance(face, point) for face in track.faces])))
 
 
@@ -220,7 +220,7 @@ def smooth_run(landmarks: np.ndarray, window: int = SMOOTHING_WINDOW, order: int
     length = min(window, len(landmarks) - (1 - len(landmarks) % 2))
     if length <= order + 1:
         return landmarks.astype(np.float32)
-    return savgol_filter(landmarks.astype(np.float64), length, order, axis=0, mode="interp").astype(np.float32)
+    return np.asarray(savgol_filter(landmarks.astype(np.float64), length, order, axis=0, mode="interp"), np.float32)
 
 
 def jitter(landmarks: np.ndarray) -> float:

@@ -15,12 +15,13 @@ import contextlib
 import itertools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 import av
+import av.error
 import numpy as np
 
 from keysync_jax.core.errors import KeySyncError
@@ -118,7 +119,7 @@ class VideoReader:
         self._start = start
         self._origin = max((k for k in keyframes if 0 < k.index <= start), default=None)
         self._counts: dict[str, list] = {}
-        self._pictures = self._iterate()
+        self._pictures: Generator[Frame, None, None] = self._iterate()
 
     def __iter__(self) -> VideoReader:
         return self
@@ -147,9 +148,9 @@ class VideoReader:
     def _note(self, what: str, at: Fraction) -> None:
         self._counts.setdefault(what, [0, at])[0] += 1
 
-    def _iterate(self) -> Iterator[Frame]:
+    def _iterate(self) -> Generator[Frame, None, None]:
         following, any_picture = self._start, False
-        attempts = [(True, None), (False, None)]
+        attempts: list[tuple[bool, Keyframe | None]] = [(True, None), (False, None)]
         if self._origin is not None:
             attempts.insert(0, (True, self._origin))
         for threaded, origin in attempts:
@@ -236,7 +237,7 @@ class VideoReader:
             packets = read_packets(container, stream)
             for packet, error in packets:
                 pictures = []
-                if error is None:
+                if packet is not None and error is None:
                     # What comes out between a seek's landing and the keyframe may lack its references: it is not used.
                     with contextlib.suppress(av.error.FFmpegError):
                         pictures = packet.decode()
@@ -289,5 +290,5 @@ def _checksum(picture: av.VideoFrame) -> int:
     """CRC-32 of the samples of a picture in an editable format, without the padding of its rows."""
     value = 0
     for plane in color.plane_views(picture):
-        value = zlib.crc32(np.ascontiguousarray(plane), value)
+        value = zlib.crc32(np.ascontiguousarray(plane).data, value)
     return value

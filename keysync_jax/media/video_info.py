@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import av
+import av.error
+import av.stream
 import numpy as np
 
 from keysync_jax.core.errors import KeySyncError
@@ -146,7 +148,7 @@ def video_stream(container, path):
 
 def _first_picture(container, stream) -> av.VideoFrame | None:
     for packet, error in read_packets(container, stream):
-        if error is not None:
+        if packet is None or error is not None:
             continue
         try:
             pictures = packet.decode()
@@ -158,7 +160,7 @@ def _first_picture(container, stream) -> av.VideoFrame | None:
 
 
 def _describe(path, container, stream, first: av.VideoFrame) -> VideoInfo:
-    time_base = _fraction(stream.time_base)
+    time_base = _time_base(stream)
     side_data = first.side_data.get("DISPLAYMATRIX")
     matrix = tuple(np.frombuffer(side_data, np.int32).tolist()) if side_data is not None else ()
     orientation = Orientation.from_matrix(matrix)
@@ -203,7 +205,7 @@ def _start_time(container, first: av.VideoFrame, time_base: Fraction) -> Fractio
     for audio in container.streams.audio:
         if audio.start_time is not None and audio.time_base is not None:
             # A start before zero is the priming of the codec, which is never heard.
-            start = min(start, max(audio.start_time * _fraction(audio.time_base), Fraction(0)))
+            start = min(start, max(audio.start_time * _time_base(audio), Fraction(0)))
     return start
 
 
@@ -213,6 +215,13 @@ def _duration(container, stream, time_base: Fraction) -> float | None:
     if container.duration:
         return container.duration / av.time_base
     return None
+
+
+def _time_base(stream) -> Fraction:
+    time_base = _fraction(stream.time_base)
+    if time_base is None:
+        raise KeySyncError(f"{stream.container.name}: the stream does not say what its timestamps count; the file is damaged")
+    return time_base
 
 
 def _fraction(ratio) -> Fraction | None:

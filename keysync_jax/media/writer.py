@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.error
 from av.video.frame import PictureType
 
 from keysync_jax.core.errors import KeySyncError, UsageError
@@ -159,6 +160,7 @@ class VideoWriter:
     def _add_video_stream(self):
         info, encoding = self.info, self.encoding
         stream = self._container.add_stream(encoding.codec, rate=info.average_rate, options=dict(encoding.options))
+        assert isinstance(stream, av.VideoStream)  # as every codec of ours gives
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = info.width, info.height, encoding.pix_fmt
         context.time_base = info.time_base
@@ -205,9 +207,9 @@ class VideoWriter:
         """
         picture = frame.av_frame if isinstance(frame, Frame) else frame
         if self._held is not None:
-            if picture.pts <= self._held.pts:
+            self._step = _pts(picture) - _pts(self._held)
+            if self._step <= 0:
                 raise ValueError(f"frame at pts {picture.pts} comes after pts {self._held.pts}")
-            self._step = picture.pts - self._held.pts
             self._encode(self._held, self._step)
         self._held = picture
 
@@ -245,7 +247,7 @@ class VideoWriter:
 
     def _encode(self, picture: av.VideoFrame, duration: int) -> None:
         info = self.info
-        stamp = picture.pts
+        stamp = _pts(picture)
         if picture.format.name != self.encoding.pix_fmt:
             same_layout = picture.format.name.replace("yuvj", "yuv") == self.encoding.pix_fmt
             if same_layout:
@@ -271,25 +273,35 @@ class VideoWriter:
             for packet in encode():
                 if self.frames_written <= _X265_DELAY and self.encoding.codec == "libx265":
                     packet.dts = packet.pts  # x265 leaves it unset when it never fills its reordering delay
-                packet.duration = self._durations.pop(packet.pts)
+                packet.duration = self._durations.pop(_pts(packet))
                 if self._packet is None:
-                    self._first_dts = packet.dts
+                    self._first_dts = _dts(packet)
                 else:
                     self._mux_one(self._packet)
                 self._packet = packet
-            if last:
+            if last and self._packet is not None:
                 if self.path.suffix.lower() != ".mkv":
                     # .mp4 and .mov take the length of a track from decoding times, whose last step is the last packet's duration.
                     length = round((self._end - self._begin) / self.info.time_base)
-                    self._packet.duration = max(1, length - (self._packet.dts - self._first_dts))
+                    self._packet.duration = max(1, length - (_dts(self._packet) - self._first_dts))
                 self._mux_one(self._packet)
         except (av.error.FFmpegError, OSError) as error:
             what = f"{self.encoding.codec}, {self.info.width}x{self.info.height} {self.encoding.pix_fmt}"
             raise KeySyncError(f"{self.path}: could not be written ({error.strerror}; {what})") from error
 
     def _mux_one(self, packet: av.Packet) -> None:
-        reached = packet.dts * self.info.time_base
+        reached = _dts(packet) * self.info.time_base
         self._container.mux(packet)
         if self._soundtrack is not None:
             limit = reached if self._duration is None else min(reached, self._audio_start + self._duration)
             self._soundtrack.advance(limit)
+
+
+def _pts(item: av.VideoFrame | av.Packet) -> int:
+    if item.pts is None:
+        raise ValueError("a picture without a timestamp cannot be written")
+    return item.pts
+
+
+def _dts(packet: av.Packet) -> int:
+    return _pts(packet) if packet.dts is None else packet.dts
