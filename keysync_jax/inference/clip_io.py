@@ -16,6 +16,7 @@ import av
 import numpy as np
 
 from keysync_jax.core.errors import UsageError
+from keysync_jax.inference.sequences import PictureSequence, is_sequence
 from keysync_jax.media import audio, color, video
 from keysync_jax.media.orientation import Orientation
 from keysync_jax.media.video import Frame, VideoInfo
@@ -155,6 +156,8 @@ def open_video(source: str | os.PathLike | np.ndarray, fps: float | Fraction | N
         if fps is None:
             raise UsageError("frames need fps, their number per second")
         return FrameArray(source, fps)
+    if is_sequence(source) and fps is None:
+        return PictureSequence(source)
     if fps is not None:
         raise UsageError(f"fps is for frames in an array; {source} has its own timestamps")
     return VideoFile(source)

@@ -226,7 +226,7 @@ class DubJob:
                     if frame.index in place:
                         shot = analysis.shot_of(frame.index)
                         mask = work.masks[place[frame.index][1]]
-                        picture = compositor.composite(picture, next(images), shot.box, mask)
+                        picture = compositor.composite(picture, next(images), shot.view(frame.index), mask)
                     sink.write(picture)
                     advance()
         return self._result(analysis, work, sorted(place), sink)
@@ -238,7 +238,7 @@ class DubJob:
     def _crops(self, analysis: Analysis, wanted: set[int], size: int) -> Iterator[tuple[int, np.ndarray]]:
         for frame in self._source.read():
             if frame.index in wanted:
-                image = cropping.extract(frame.rgb(), analysis.shot_of(frame.index).box, size)
+                image = cropping.extract(frame.rgb(), analysis.shot_of(frame.index).view(frame.index), size)
                 yield frame.index, image.astype(np.float32) / 127.5 - 1
 
     def _open_sink(self, analysis: Analysis) -> VideoSink:

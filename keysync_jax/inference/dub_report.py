@@ -17,6 +17,8 @@ from keysync_jax.inference.analysis import Analysis, Shot
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.inference.timeline import Run, model_frame
 from keysync_jax.media.audio import AudioClip
+from keysync_jax.media.crop import Crop, View
+from keysync_jax.media.placing import Placement
 from keysync_jax.version import __version__
 
 
@@ -84,8 +86,11 @@ def _shot(shot: Shot, runs: Sequence[Run], blended: set[int], analysis: Analysis
     for frame in frames:
         if frame in blended:
             continue
-        if not shot.faces.detected[frame - shot.start]:
-            reason = "no face detected"
+        if any(frame in frames for frames in analysis.dissolved):
+            reason = "a dissolve shows two pictures over one another"
+        elif not shot.faces.detected[frame - shot.start]:
+            seen = shot.faces.seen is not None and shot.faces.seen[frame - shot.start]
+            reason = "another face than the one that is dubbed" if seen else "no face detected"
         elif model_frame(analysis.times[frame]) >= num_audio_frames:
             reason = "the voice has ended"
         else:
@@ -98,11 +103,24 @@ def _shot(shot: Shot, runs: Sequence[Run], blended: set[int], analysis: Analysis
     return {
         "frames": [shot.start, shot.stop],
         "time": [float(analysis.times[shot.start]), float(analysis.times[shot.stop - 1])],
-        "face_box": None if crop is None else [crop.x0, crop.y0, crop.x0 + crop.side, crop.y0 + crop.side],
+        "face_box": None if crop is None else _box(crop),
+        "crops": [_crop(part, shot.start) for part in shot.places.parts],
         "dubbed": sum(f in blended for f in frames),
         "runs": [{"frames": [r.start, r.stop], "model_frames": r.num_frames} for r in planned],
         "skipped": skipped,
     }
+
+
+def _box(view: Crop | View) -> list[float]:
+    """x0, y0, x1, y1 in pixels of the upright picture; of a square that is turned, those that it has when it is not."""
+    if isinstance(view, Crop):
+        return [view.x0, view.y0, view.x0 + view.side, view.y0 + view.side]
+    return [round(value, 2) for value in view.box]
+
+
+def _crop(part: Placement, start: int) -> dict[str, Any]:
+    angle = 0.0 if isinstance(part.view, Crop) else round(part.view.angle, 2)
+    return {"frames": [start + part.start, start + part.stop], "face_box": _box(part.view), "angle": angle}
 
 
 def _guidance(stage: StageConfig) -> dict[str, Any]:

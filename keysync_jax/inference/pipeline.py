@@ -22,7 +22,7 @@ from keysync_jax.core.errors import UsageError
 from keysync_jax.core.files import check_target, write_text
 from keysync_jax.encoders.audio_features import AudioFeatures, Hearing
 from keysync_jax.encoders.latents import LatentCoder
-from keysync_jax.inference import preview, two_stage
+from keysync_jax.inference import preview, stills, two_stage
 from keysync_jax.inference.analysis import look
 from keysync_jax.inference.clip_io import open_video, open_voice
 from keysync_jax.inference.dub import DubJob, DubResult, mask_of
@@ -190,6 +190,8 @@ class KeySyncPipeline:
           KeySyncError: files that cannot be read, and what `DubJob` refuses.
         """
         source, voice = open_video(video, fps), open_voice(audio, rate)
+        if not isinstance(video, np.ndarray):  # frames come with the rate that is wanted
+            source = stills.as_film(source, voice.sound.duration_s)
         return DubJob(self, source, voice, output, options or DubOptions(), progress or PhaseProgress())
 
     def preview(

@@ -9,6 +9,7 @@ from keysync_jax.config import MaskConfig, StageConfig
 from keysync_jax.inference.analysis import Analysis, Shot
 from keysync_jax.inference.clip_io import VideoSource
 from keysync_jax.media.compositing import Compositor
+from keysync_jax.media.crop import View
 
 _WIDTH = 480  # of a shot's frame in the picture, pixels
 _LABEL = 20  # height of the line above it
@@ -34,9 +35,9 @@ def draw(source: VideoSource, analysis: Analysis, stage: StageConfig, mask: Mask
         if (shot := wanted.get(frame.index)) is not None:
             rgb = frame.rgb()
             if shot.crop is not None:
-                covered = Compositor(analysis.info).alpha(shot.crop, shot.mask(frame.index, stage, mask)) > 0
+                covered = Compositor(analysis.info).alpha(shot.view(frame.index), shot.mask(frame.index, stage, mask)) > 0
                 rgb[covered] = (0.5 * rgb[covered] + 0.5 * np.array(_MASK)).astype(np.uint8)
-            cells.append(_cell(rgb, shot, float(frame.time)))
+            cells.append(_cell(rgb, shot, frame.index, float(frame.time)))
     return _grid(cells)
 
 
@@ -46,7 +47,7 @@ def _middle(shot: Shot) -> int:
     return int(seen[len(seen) // 2])
 
 
-def _cell(rgb: np.ndarray, shot: Shot, time: float) -> Image.Image:
+def _cell(rgb: np.ndarray, shot: Shot, frame: int, time: float) -> Image.Image:
     scale = _WIDTH / rgb.shape[1]
     height = max(1, round(rgb.shape[0] * scale))
     cell = Image.new("RGB", (_WIDTH, height + _LABEL), _PAPER)
@@ -55,8 +56,10 @@ def _cell(rgb: np.ndarray, shot: Shot, time: float) -> Image.Image:
     if shot.crop is None:
         what = "no face"
     else:
-        x0, y0, side = (value * scale for value in shot.crop)
-        pen.rectangle((x0, y0 + _LABEL, x0 + side - 1, y0 + side + _LABEL - 1), outline=_BOX, width=2)
+        corners = View.of(shot.view(frame)).corners * scale + [0, _LABEL]
+        corners[1:3, 0] -= 1
+        corners[2:, 1] -= 1
+        pen.polygon([(x, y) for x, y in corners.tolist()], outline=_BOX, width=2)
         what = f"face in {int(shot.faces.detected.sum())} frames"
     pen.rectangle((0, 0, _WIDTH, _LABEL - 1), fill=_PAPER)  # a box that reaches beyond the picture
     pen.text((4, 2), f"shot {shot.index}: frames {shot.start}–{shot.stop - 1}, {what}; {time:.2f} s", _INK, ImageFont.load_default(12))

@@ -2,7 +2,8 @@
 
 Only the masked part of the crop is blended, with an opacity that rises from exactly 0 at the mask's border to 1 inside it; so pixels
 outside the mask keep the decoded Y, U and V values, and there is no edge. A chroma sample changes only where every luma pixel of its
-cell is blended, so with subsampled chroma, too, no colour changes outside the mask.
+cell is blended, so with subsampled chroma, too, no colour changes outside the mask. The crop may be turned, stretched or lie between
+pixels (`View`): opacity is then found at the middle of each stored pixel, and the patch is resampled to the stored pixels once.
 
 Before blending, the patch is matched in colour at low frequencies, from a band along the mask's border: first one gain, where source
 and patch show the same thing there up to brightness; then the difference that is left, spread smoothly over the inside by normalised
@@ -12,6 +13,7 @@ and tint follow the source and the mouth stays as generated.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +24,11 @@ import numpy as np
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media import color
+from keysync_jax.media.crop import View
 from keysync_jax.media.video import VideoInfo
+
+# Where a patch goes: (x0, y0, side) in upright pixels, or a view of them.
+Square = tuple[float, float, float] | View
 
 _GRID = 48  # cells of the colour-matching grid across the crop
 _SCALES = (0.35, 0.18, 0.09)  # standard deviations of the spreading, fractions of the crop, coarse to fine
@@ -93,13 +99,13 @@ class Compositor:
         self._cache_size = cache_size
         self._plans: OrderedDict[tuple, _Plan | None] = OrderedDict()
 
-    def composite(self, frame: av.VideoFrame, patch: np.ndarray, box: tuple[float, float, float], mask: np.ndarray) -> av.VideoFrame:
+    def composite(self, frame: av.VideoFrame, patch: np.ndarray, box: Square, mask: np.ndarray) -> av.VideoFrame:
         """Blend `patch` into `frame` itself and return it.
 
         Args:
           frame: picture in `info.pix_fmt`, stored orientation. Its own memory is made private first, so the decoder keeps its references.
           patch: upright R'G'B' float `[p, p, 3]` in 0..1, the whole crop.
-          box: (x0, y0, side) of the crop in upright pixels; may be fractional and reach beyond the picture.
+          box: (x0, y0, side) of the crop in upright pixels; may be fractional and reach beyond the picture. Or a view of the picture.
           mask: `[m, m]`, non-zero where the crop was regenerated; cell (i, j) covers side/m pixels from (y0 + i side/m, x0 + j side/m).
 
         Raises:
@@ -131,7 +137,7 @@ class Compositor:
             view[...] = np.clip(np.rint(blended), 0, top)
         return frame
 
-    def alpha(self, box: tuple[float, float, float], mask: np.ndarray) -> np.ndarray:
+    def alpha(self, box: Square, mask: np.ndarray) -> np.ndarray:
         """Luma opacity float32 `[H, W]` over the upright picture."""
         out = np.zeros((self.info.height, self.info.width), np.float32)
         plan = self._plan(box, mask)
@@ -150,10 +156,12 @@ class Compositor:
         if not np.isfinite(patch).all():
             raise KeySyncError("the generated picture has values that are not finite; the model's weights or settings are broken")
 
-    def _plan(self, box: tuple[float, float, float], mask: np.ndarray) -> _Plan | None:
+    def _plan(self, box: Square, mask: np.ndarray) -> _Plan | None:
         mask = mask > 0.5
-        x, y, side = (float(value) for value in box)
-        key = ((x, y, side), mask.shape, mask.tobytes())
+        if not isinstance(box, View):
+            x, y, side = (float(value) for value in box)
+            box = (x, y, side)
+        key = (box, mask.shape, mask.tobytes())
         if key in self._plans:
             self._plans.move_to_end(key)
         else:
@@ -162,9 +170,11 @@ class Compositor:
                 self._plans.popitem(last=False)
         return self._plans[key]
 
-    def _resampled(self, patch: np.ndarray, box: tuple[float, float, float], rect: Rect) -> np.ndarray:
+    def _resampled(self, patch: np.ndarray, box: Square, rect: Rect) -> np.ndarray:
         """Patch over `rect` in stored orientation, float32; the inverse of how a crop is cut out (pixel centres at half coordinates)."""
         info = self.info
+        if isinstance(box, View):
+            return _laid_out(patch, stored_view(info, box), rect)
         stored = np.ascontiguousarray(info.orientation.stored(patch), np.float32)
         x0, y0, side = info.orientation.stored_box(box, info.display_width, info.display_height)
         whole = max(1, round(side))
@@ -218,9 +228,7 @@ class Compositor:
         return gain, np.clip(field, -bounds, bounds)
 
 
-def blend_region(
-    info: VideoInfo, box: tuple[float, float, float], mask: np.ndarray, settings: BlendSettings = BlendSettings()
-) -> np.ndarray:
+def blend_region(info: VideoInfo, box: Square, mask: np.ndarray, settings: BlendSettings = BlendSettings()) -> np.ndarray:
     """Upright bool `[H, W]`: the pixels that compositing may change. Y, U and V are untouched everywhere else."""
     return Compositor(info, settings).alpha(box, mask) > 0
 
@@ -270,8 +278,42 @@ def _blur(values: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.GaussianBlur(values, (0, 0), sigma * _GRID, borderType=cv2.BORDER_CONSTANT)
 
 
-def _make_plan(info: VideoInfo, settings: BlendSettings, box: tuple[float, float, float], mask: np.ndarray) -> _Plan | None:
+def stored_view(info: VideoInfo, view: View) -> View:
+    """A view of the upright picture as one of the stored picture."""
+    turn = info.orientation
+
+    def point(x: float, y: float) -> tuple[float, float]:
+        x = info.display_width - x if turn.flip_x else x
+        y = info.display_height - y if turn.flip_y else y
+        return (y, x) if turn.transpose else (x, y)
+
+    def vector(x: float, y: float) -> tuple[float, float]:
+        x, y = (-x if turn.flip_x else x), (-y if turn.flip_y else y)
+        return (y, x) if turn.transpose else (x, y)
+
+    return View(point(*view.corner), vector(*view.right), vector(*view.down))
+
+
+def _laid_out(patch: np.ndarray, view: View, rect: Rect) -> np.ndarray:
+    """Patch `[p, p, 3]` over the stored pixels of `rect`, float32: averaged over area where it shrinks, then cubic at the exact place."""
+    source = np.ascontiguousarray(patch, np.float32)
+    columns, rows = (min(len(patch), max(1, round(length))) for length in (math.hypot(*view.right), math.hypot(*view.down)))
+    if columns < len(patch) or rows < len(patch):
+        source = cv2.resize(source, (columns, rows), interpolation=cv2.INTER_AREA)
+    to_unit = np.linalg.inv(view.matrix[:, :2])
+    matrix = np.empty((2, 3))
+    matrix[:, :2] = to_unit
+    matrix[:, 2] = to_unit @ (np.array([rect.x0 + 0.5, rect.y0 + 0.5]) - view.matrix[:, 2])
+    matrix *= np.array([[columns], [rows]])
+    matrix[:, 2] -= 0.5
+    size = (rect.x1 - rect.x0, rect.y1 - rect.y0)
+    return cv2.warpAffine(source, matrix, size, flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
+
+
+def _make_plan(info: VideoInfo, settings: BlendSettings, box: Square, mask: np.ndarray) -> _Plan | None:
     """Opacity and band of one box and mask; None where no pixel of the picture is blended."""
+    if isinstance(box, View):
+        return _view_plan(info, settings, stored_view(info, box), mask)
     x0, y0, side = box
     whole = Rect(int(np.floor(x0)), int(np.floor(y0)), int(np.ceil(x0 + side)), int(np.ceil(y0 + side)))
     alpha, band = _opacity(settings, box, mask, whole)
@@ -282,7 +324,27 @@ def _make_plan(info: VideoInfo, settings: BlendSettings, box: tuple[float, float
     alpha, band = (info.orientation.stored(values[part]) for values in (alpha, band))
     if not alpha.any():
         return None
-    tight = _stored_rect(info, seen)
+    return _padded_plan(info, _stored_rect(info, seen), alpha, band, (side, side))
+
+
+def _view_plan(info: VideoInfo, settings: BlendSettings, view: View, mask: np.ndarray) -> _Plan | None:
+    """`_make_plan` of a view of the stored picture."""
+    low, high = view.corners.min(axis=0), view.corners.max(axis=0)
+    whole = Rect(*np.floor(low).astype(int).tolist(), *np.ceil(high).astype(int).tolist())
+    tight = Rect(max(0, whole.x0), max(0, whole.y0), min(info.width, whole.x1), min(info.height, whole.y1))
+    if tight.x0 >= tight.x1 or tight.y0 >= tight.y1:
+        return None
+    x, y = np.arange(whole.x0, whole.x1) + 0.5, np.arange(whole.y0, whole.y1) + 0.5
+    unit = view.unit(np.stack(np.meshgrid(x, y), axis=-1))
+    alpha, band = _weights(settings, unit[..., 0], unit[..., 1], view.side, mask)
+    part = (slice(tight.y0 - whole.y0, tight.y1 - whole.y0), slice(tight.x0 - whole.x0, tight.x1 - whole.x0))
+    if not alpha[part].any():
+        return None
+    return _padded_plan(info, tight, alpha[part], band[part], view.extent)
+
+
+def _padded_plan(info: VideoInfo, tight: Rect, alpha: np.ndarray, band: np.ndarray, extent: tuple[float, float]) -> _Plan:
+    """Opacity and band over the stored pixels of `tight`, brought out to whole chroma cells; the crop spans `extent` pixels."""
     fmt = info.planes
     rect = Rect(
         tight.x0 >> fmt.log2_w << fmt.log2_w,
@@ -294,8 +356,7 @@ def _make_plan(info: VideoInfo, settings: BlendSettings, box: tuple[float, float
     alpha, band = (np.pad(values, pad) for values in (alpha, band))
     blended = color.subsample((alpha > 0).astype(np.float32), fmt)
     alpha_chroma = np.where(blended > 0.999, color.subsample(alpha, fmt), 0).astype(np.float32)
-    cell = side / _GRID
-    grid = (max(1, round(rect.shape[1] / cell)), max(1, round(rect.shape[0] / cell)))
+    grid = (max(1, round(rect.shape[1] / (extent[0] / _GRID))), max(1, round(rect.shape[0] / (extent[1] / _GRID))))
     on_grid = _on_grid(band, grid)
     density = [_blur(on_grid, sigma).reshape(grid[1], grid[0], 1) for sigma in _SCALES]
     return _Plan(rect, alpha, alpha_chroma, band, color.subsample(band, fmt), grid, on_grid, density, float(on_grid.sum()))
@@ -306,11 +367,16 @@ def _opacity(settings: BlendSettings, box: tuple[float, float, float], mask: np.
     x0, y0, side = box
     v = (np.arange(whole.y0, whole.y1) + 0.5 - y0) / side  # position of pixel centres in the crop, 0..1
     u = (np.arange(whole.x0, whole.x1) + 0.5 - x0) / side
+    return _weights(settings, u[None, :], v[:, None], side, mask)
+
+
+def _weights(settings: BlendSettings, u: np.ndarray, v: np.ndarray, side: float, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Opacity and comparison weight of pixels whose centres lie at (u, v) of the crop, 0..1; the arrays broadcast to the pixels' grid."""
     rows, cols = (np.floor(v * mask.shape[0]).astype(int), np.floor(u * mask.shape[1]).astype(int))
-    in_crop = ((v >= 0) & (v < 1))[:, None] & ((u >= 0) & (u < 1))[None, :]
-    inside = in_crop & mask[np.clip(rows, 0, mask.shape[0] - 1)[:, None], np.clip(cols, 0, mask.shape[1] - 1)[None, :]]
+    in_crop = ((v >= 0) & (v < 1)) & ((u >= 0) & (u < 1))
+    inside = in_crop & mask[np.clip(rows, 0, mask.shape[0] - 1), np.clip(cols, 0, mask.shape[1] - 1)]
     if mask[-1].any():
-        inside &= (v < 1 - settings.bottom_gap)[:, None]
+        inside &= v < 1 - settings.bottom_gap
     # A frame of zeros: where the mask reaches the crop's edge, the ramp begins there.
     padded = np.pad(inside.astype(np.uint8), 1)
     depth = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_5)[1:-1, 1:-1]

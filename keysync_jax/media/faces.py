@@ -28,11 +28,13 @@ class Face(NamedTuple):
       landmarks: float32 `[68, 2]`, (x, y) in pixels of the frame, iBUG order; points may lie outside the frame.
       box: (x0, y0, x1, y1) around the landmarks, pixels.
       score: how sure the backend is that this is a face, 0 to 1.
+      look: what it looks like (`appearance.appearance_of`), where somebody has taken it down.
     """
 
     landmarks: np.ndarray
     box: tuple[float, float, float, float]
     score: float
+    look: np.ndarray | None = None
 
     @classmethod
     def from_landmarks(cls, landmarks: np.ndarray, score: float) -> Face:

@@ -3,6 +3,9 @@
 Detection and landmarks are two networks without memory: the full-range detector on a small copy of the frame, and the attention face
 mesh (478 points and the probability that a face is there) on a 192-pixel, upright square cut around a face.
 Which square to look at is decided here, from the previous frame's mesh where there is one, so results depend on the frames alone.
+
+Which way is up is the detector's to say: it sees heads that are tilted by some 45 degrees at most, while the mesh sees a face in any
+turn and is sure of it. So a face that is new is looked at in all four quarter turns, and where none is found the frame is.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ CANDIDATE_SCORE = 0.6  # detector's threshold, mediapipe's own; above it, the me
 PRESENCE = 0.5  # mesh's threshold: mediapipe's own default
 DETECT_EVERY = 5  # frames between two searches for newcomers while a face is tracked, and between thorough ones while there is none
 SAME_FACE_IOU = 0.3  # two meshes that overlap more are one face
+TURNS = (1, 3, 2)  # further quarter turns in which faces are looked for
+TURNED_SCORE = 0.65  # detector's threshold there: nobody stands behind a face that is upside down but the detector
 FOLLOWED_IOU = 0.3  # a followed square must overlap the face found in it at least this much, else the face was lost
 EYE_CORNERS = (33, 263)  # mesh points of the outer eye corners (person's right, left): they tell which way is up
 
@@ -38,6 +43,7 @@ class Region(NamedTuple):
     y: float
     side: float
     angle: float
+    score: float = 1.0  # how sure the detector is of it, where it comes from there
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -90,6 +96,10 @@ class MediaPipeBackend(FaceBackend):
                 mesh, presence = self._settle(rgb, region)
                 if presence >= PRESENCE:
                     _add(found, mesh, presence)
+            for region in self._search_turned(rgb) if thorough and not found else ():
+                mesh, presence = self._settle(rgb, region)
+                if presence >= PRESENCE:
+                    _add(found, mesh, presence)
         self._frame += 1
         self._empty = 0 if found else self._empty + 1
         found.sort(key=lambda item: -region_of(item[0]).side)
@@ -107,18 +117,31 @@ class MediaPipeBackend(FaceBackend):
             for tile in _tiles(width, height):
                 candidates += self._run_detector(rgb, tile)
         candidates.sort(key=lambda region: -region.side)
-        fresh: list[Region] = []
-        for region in candidates:
-            if all(box_iou(region.box, other.box) < SAME_FACE_IOU for other in [*known, *fresh]):
-                fresh.append(region)
-        return [self._refine(rgb, region) for region in fresh[: self._max_faces]]
+        return [self._refine(rgb, region) for region in _apart(candidates, known)[: self._max_faces]]
+
+    def _search_turned(self, rgb: np.ndarray) -> list[Region]:
+        """Squares around the faces that are seen when the frame is turned, largest first."""
+        whole = (0, 0, rgb.shape[1], rgb.shape[0])
+        seen = [region for turns in TURNS for region in self._run_detector(rgb, whole, turns) if region.score >= TURNED_SCORE]
+        # Of one face, that from the turn in which it is seen best.
+        best = _apart(sorted(seen, key=lambda region: -region.score), [])
+        return [self._refine(rgb, region) for region in sorted(best, key=lambda region: -region.side)[: self._max_faces]]
 
     def _refine(self, rgb: np.ndarray, region: Region) -> Region:
+        """The square found again in its surroundings, in the quarter turn in which the detector is surest of it."""
         half = region.side / DETECTION_SCALE * REFINE_SCALE / 2
         square = (round(region.x - half), round(region.y - half), round(region.x + half), round(region.y + half))
-        again = self._run_detector(rgb, square)
+        best = self._nearest(rgb, square, region, 0)
+        for turns in TURNS:
+            turned = self._nearest(rgb, square, region, turns)
+            if turned is not None and turned.score >= TURNED_SCORE and (best is None or turned.score > best.score):
+                best = turned
+        return region if best is None else best
+
+    def _nearest(self, rgb: np.ndarray, square: tuple[int, int, int, int], region: Region, turns: int) -> Region | None:
+        again = self._run_detector(rgb, square, turns)
         near = [r for r in again if math.hypot(r.x - region.x, r.y - region.y) < region.side / 2]
-        return min(near, key=lambda r: math.hypot(r.x - region.x, r.y - region.y), default=region)
+        return min(near, key=lambda r: math.hypot(r.x - region.x, r.y - region.y), default=None)
 
     def _settle(self, rgb: np.ndarray, region: Region) -> tuple[np.ndarray, float]:
         """Mesh and presence of a new face, its square re-centred on the mesh."""
@@ -127,17 +150,23 @@ class MediaPipeBackend(FaceBackend):
             mesh, presence = self._run_mesh(rgb, region_of(mesh))
         return mesh, presence
 
-    def _run_detector(self, rgb: np.ndarray, area: tuple[int, int, int, int]) -> list[Region]:
-        """Detections inside `area` (x0, y0, x1, y1), which may reach beyond the frame."""
+    def _run_detector(self, rgb: np.ndarray, area: tuple[int, int, int, int], turns: int = 0) -> list[Region]:
+        """Detections inside `area` (x0, y0, x1, y1), which may reach beyond the frame, after so many clockwise quarter turns of it."""
         image, scale = _shrunk(rgb, area, 2 * DETECTOR_SIZE)
+        height, width = image.shape[:2]
+        if turns:
+            image = np.ascontiguousarray(np.rot90(image, -turns))
         assert self._detector is not None
         regions = []
         for detection in self._detector(image):
-            x0, y0, x1, y1 = np.asarray(detection.box) / scale
+            x0, y0, x1, y1 = detection.box
+            corners = _turned_back(np.array([[x0, y0], [x1, y1]], np.float64), turns, width, height) / scale
             eyes = detection.points[1] - detection.points[0]
-            side = max(x1 - x0, y1 - y0)
-            angle = math.atan2(eyes[1], eyes[0])
-            regions.append(Region((x0 + x1) / 2 + area[0], (y0 + y1) / 2 + area[1], DETECTION_SCALE * side, angle))
+            side = float(np.abs(corners[1] - corners[0]).max())
+            # Turned by a whole number of quarters first, so that an upright head's angle is the eyes' own to the bit.
+            angle = math.remainder(math.atan2(eyes[1], eyes[0]) - turns * math.pi / 2, 2 * math.pi)
+            x, y = ((corners[0] + corners[1]) / 2 + area[:2]).tolist()
+            regions.append(Region(x, y, DETECTION_SCALE * side, angle, detection.score))
         return regions
 
     def _run_mesh(self, rgb: np.ndarray, region: Region) -> tuple[np.ndarray, float]:
@@ -158,6 +187,22 @@ def region_of(mesh: np.ndarray) -> Region:
     low, high = upright.min(axis=0), upright.max(axis=0)
     center = (low + high) / 2 @ turn
     return Region(float(center[0]), float(center[1]), float(MESH_SCALE * max(1.0, (high - low).max())), angle)
+
+
+def _apart(candidates: list[Region], known: list[Region]) -> list[Region]:
+    """Those, in order, that are none of the `known` faces and none of those before."""
+    fresh: list[Region] = []
+    for region in candidates:
+        if all(box_iou(region.box, other.box) < SAME_FACE_IOU for other in [*known, *fresh]):
+            fresh.append(region)
+    return fresh
+
+
+def _turned_back(points: np.ndarray, turns: int, width: int, height: int) -> np.ndarray:
+    """Points `[N, 2]` of a picture that was turned clockwise by quarter turns as points of the `width` x `height` one it was."""
+    x, y = points[:, 0], points[:, 1]
+    turned = {0: (x, y), 1: (y, height - x), 2: (width - x, height - y), 3: (width - y, x)}[turns]
+    return np.stack(turned, axis=1)
 
 
 def _add(found: list[tuple[np.ndarray, float]], mesh: np.ndarray, presence: float) -> None:

@@ -2,10 +2,12 @@
 
 The detector of the dub. Preparing training data uses PySceneDetect instead, which must be installed apart because it depends on
 `opencv-python`, which would overwrite the headless OpenCV; a dub must not need that, and it also asks for cuts at the exact frame in
-short clips, where this detector compares each frame with the one before and asks whether the change stands out from the changes
-around it. A fast head, which changes many frames in a row, is no cut; a picture that comes back within a few frames is a flash, a
-dropped-in black frame or a glitch, and no cut either. Slow dissolves and fades have no first frame and are not reported; a face that
-jumps or vanishes in one ends its track in any case.
+short clips, where this detector compares each picture with the one before and asks whether the change stands out from the changes
+around it. What counts is the time that lies between two *different* pictures: a web camera at 8 pictures a second in a file of 25, a
+picture that freezes while the world goes on, and pictures that were dropped all change by more at once, and none of it is a cut. A fast
+head, which changes many frames in a row, is no cut; a picture that comes back within a few frames is a flash, a dropped-in black frame
+or a glitch, and no cut either. Slow dissolves and fades have no first frame: `dissolves.py` finds them. `cuts.py` adds what is known
+of the faces.
 
 Whatever detector found a cut, `same_view` says whether it is none, because a face merely opened or closed its mouth.
 """
@@ -13,10 +15,12 @@ Whatever detector found a cut, `same_view` says whether it is none, because a fa
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+from scipy.ndimage import percentile_filter
 
 from keysync_jax.media.faces import Face
 
@@ -24,9 +28,23 @@ _LONG_SIDE = 64  # pixels of the compared pictures; small enough that grain and 
 _BLUR = 1.5  # sigma in these pixels
 # A talking head in a wide frame changes by 0.3 levels from frame to frame, at most 1.1; the same head in another pose, 2 and more.
 MIN_CHANGE = 2.0  # smallest change that can be a cut, in 8-bit levels (mean over the picture, luma and chroma)
-RATIO_QUIET = 4.0  # how often it must exceed the changes on its quieter side
-RATIO_BUSY = 2.0  # and on its busier side, which rules out the ends of fades and pans
-NEIGHBOURS = 4  # frames on either side that count as "around"
+NEIGHBOURS = 8  # different pictures on either side that count as "around"
+# How often a change must exceed the median change around it, and the largest but one (which rules out the ends of fades and pans, and
+# dropped pictures); of a slow camera's, which move by more from one to the next, less often.
+RATIO_MEDIAN, RATIO_LARGE = 5.0, 2.8
+SLOW_RATIO_MEDIAN, SLOW_RATIO_LARGE = 2.6, 1.6
+FRAME_S = 0.04  # time that one step takes in a usual video
+SLOW_STEPS = 2  # of these, from which a camera is slow
+# A picture repeats the one before where it changes by less than this many levels, or this part of what changes nearby are.
+REPEAT, REPEAT_SHARE = 0.12, 0.05
+MOST_STEPS = 5  # a head's place changes in proportion to time for so long; then it stays about where it is
+FREEZE_STEPS = (
+    5  # so long, and so many times as long as pictures around it, a picture is held: what follows is motion unless it is another view
+)
+FREEZE_RATIO = 2.5
+SLIDE_STEPS, SLIDE_CHANGE = 13, 6.0  # pictures that are all shown longer are slides: a change of so many levels is another one
+OTHER_VIEW = 0.35  # pictures that correlate by less show something else
+_LEAST_LEVEL = 0.3  # changes around a cut count at least so much: nothing stands out from noise
 FLASH_FRAMES = 5  # a picture that returns within this many frames has not been cut away
 FLASH_LIKENESS = 0.45  # and differs from what it was by less than this part of the jump
 MIN_SHOT = 5  # frames; of two cuts closer together the stronger one counts
@@ -60,25 +78,72 @@ def picture_change(before: np.ndarray, after: np.ndarray) -> float:
     return _difference(_reduced(before, size), _reduced(after, size))
 
 
+class Jump(NamedTuple):
+    """The change from one picture to the next different one.
+
+    Attributes:
+      frame: the first frame of the new picture.
+      steps: how long the picture before was shown, in units of 40 ms.
+      usual: the same of the pictures around it.
+      change: how much it is, see `ShotDetector.change`.
+      to_median, to_large: the same over the median of the changes around it, and over the largest but one; as if they took as long.
+      same: correlation of the two pictures.
+    """
+
+    frame: int
+    steps: float
+    usual: float
+    change: float
+    to_median: float
+    to_large: float
+    same: float
+
+    @property
+    def after_freeze(self) -> bool:
+        """Whether the picture before was held much longer than others."""
+        return self.steps >= FREEZE_STEPS and self.steps >= FREEZE_RATIO * self.usual
+
+    @property
+    def slow(self) -> bool:
+        """Whether all pictures around are shown long."""
+        return self.usual >= SLOW_STEPS
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether it is a cut, as far as pictures alone say."""
+        if self.change < MIN_CHANGE:
+            return False
+        if self.after_freeze:
+            return self.same < OTHER_VIEW
+        if self.usual > SLIDE_STEPS:
+            return self.change >= SLIDE_CHANGE
+        if self.slow:
+            return self.to_median >= SLOW_RATIO_MEDIAN and self.to_large >= SLOW_RATIO_LARGE
+        return self.to_median >= RATIO_MEDIAN and self.to_large >= RATIO_LARGE
+
+
 class ShotDetector:
-    """Finds hard cuts in a stream of pictures; memory does not grow beyond one number per frame.
+    """Finds hard cuts in a stream of pictures; memory does not grow beyond a few numbers per frame.
 
     Feed every frame in order with `update`; ask for `cuts` or `shots` at the end.
     """
 
     def __init__(self):
         self._recent: deque[np.ndarray] = deque(maxlen=FLASH_FRAMES + 2)
+        self._times: list[float] = []
         self._changes: list[float] = []  # change from frame i - 1 to frame i; 0 for the first
+        self._same: list[float] = []  # correlation of frames i - 1 and i
         self._returns: list[float] = []  # smallest difference of frames i .. i + FLASH_FRAMES from frame i - 1
         self._return_frames: list[int] = []  # the frame that is closest
         self._size: tuple[int, int] | None = None
 
-    def update(self, rgb: np.ndarray, index: int) -> None:
+    def update(self, rgb: np.ndarray, index: int, time: float | None = None) -> None:
         """Take the next picture.
 
         Args:
           rgb: uint8 `[h, w, 3]`, of any size; a thumbnail is enough.
           index: its number in the video; frames come in order from 0.
+          time: when it is shown, seconds; without it, frames are 40 ms apart.
 
         Raises:
           ValueError: a frame out of order.
@@ -89,6 +154,8 @@ class ShotDetector:
             self._size = _reduced_size(rgb)
         picture = _reduced(rgb, self._size)
         self._changes.append(_difference(self._recent[-1], picture) if self._recent else 0.0)
+        self._same.append(_correlation(self._recent[-1], picture) if self._recent else 1.0)
+        self._times.append(index * FRAME_S if time is None else time)
         self._returns.append(np.inf)
         self._return_frames.append(index)
         self._recent.append(picture)
@@ -103,8 +170,38 @@ class ShotDetector:
     @property
     def cuts(self) -> list[int]:
         """First frames of new shots, ascending, without frame 0."""
+        return self.kept(jump.frame for jump in self.jumps() if jump.stands_out)
+
+    def jumps(self) -> list[Jump]:
+        """Every change from one picture to a different one, measured by those around it."""
         changes = np.array(self._changes)
-        candidates = [i for i in range(1, len(changes)) if self._stands_out(changes, i)]
+        frames = self._different(changes)
+        steps = np.diff(np.array(self._times)[[0, *frames]]) / FRAME_S if frames else np.zeros(0)
+        # A time that a file gets wrong (repeated, or a gap of minutes) is none.
+        steps = np.clip(steps, 1, 1000)
+        linear = np.minimum(steps, MOST_STEPS)
+        rates = np.array([changes[frame] for frame in frames]) / np.maximum(linear, 1)
+        jumps = []
+        for k, frame in enumerate(frames):
+            around = [n for n in range(max(0, k - NEIGHBOURS), min(len(frames), k + NEIGHBOURS + 1)) if n != k]
+            levels = np.maximum(rates[around] * linear[k], _LEAST_LEVEL)
+            usual = float(np.median(steps[around])) if around else steps[k]
+            if len(levels):
+                median = float(np.median(levels))
+                # Other cuts, a shot away, say nothing of motion.
+                far = np.array([abs(frames[n] - frame) >= MIN_SHOT for n in around])
+                calm = levels[~(far & (levels > RATIO_MEDIAN * median))]
+                large = float(np.sort(calm)[-min(2, len(calm))])
+            else:
+                median = large = _LEAST_LEVEL
+            jumps.append(
+                Jump(frame, float(steps[k]), usual, changes[frame], changes[frame] / median, changes[frame] / large, self._same[frame])
+            )
+        return jumps
+
+    def kept(self, candidates: Iterable[int]) -> list[int]:
+        """Those cuts, ascending, that are no flashes and not too close together."""
+        candidates, changes = list(candidates), self._changes
         skipped = set()
         for i in candidates:
             if i not in skipped and self._returns[i] < FLASH_LIKENESS * changes[i]:
@@ -130,15 +227,13 @@ class ShotDetector:
         edges = [0, *self.cuts, len(self._changes)]
         return [(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
 
-    @staticmethod
-    def _stands_out(changes: np.ndarray, i: int) -> bool:
-        """Whether the change into frame i is a jump against the changes before and after it."""
-        if changes[i] < MIN_CHANGE:
-            return False
-        before, after = changes[max(1, i - NEIGHBOURS) : i], changes[i + 1 : i + 1 + NEIGHBOURS]
-        # The upper quartile passes over one other jump in the stretch (a flash's end) and over repeated frames, which change nothing.
-        levels = [float(np.percentile(part, 75, method="lower")) for part in (before, after) if len(part)]
-        return not levels or (changes[i] >= RATIO_QUIET * min(levels) and changes[i] >= RATIO_BUSY * max(levels))
+    def _different(self, changes: np.ndarray) -> list[int]:
+        """Frames that do not repeat the one before, without frame 0."""
+        if len(changes) < 2:
+            return []
+        nearby = percentile_filter(changes, 90, size=25, mode="nearest")
+        different = changes >= np.maximum(REPEAT, REPEAT_SHARE * nearby)
+        return [int(frame) for frame in np.flatnonzero(different) if frame]
 
 
 def _reduced_size(rgb: np.ndarray) -> tuple[int, int]:
@@ -155,3 +250,10 @@ def _reduced(rgb: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
     """Mean over the picture of the summed absolute differences of luma and both chroma channels."""
     return float(np.abs(a - b).sum(axis=-1).mean())
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Of the luma of two reduced pictures, -1 to 1; 1 where nothing is to be seen in either."""
+    a, b = (picture[..., 0] - picture[..., 0].mean() for picture in (a, b))
+    norm = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum()) / norm if norm > 0 else float(np.array_equal(a, b))
