@@ -13,8 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from keysync_jax.cli import (
+    batch_verbs,
     bench_verbs,
     data_verbs,
+    doctor_verbs,
     dub_verbs,
     evaluate_verbs,
     fetch_verbs,
@@ -102,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate_verbs.add_demo(verbs)
     fetch_verbs.add_fetch(verbs)
     dub_verbs.add_dub(verbs)
+    batch_verbs.add_batch(verbs)
     weights_verbs.add_verbs(verbs)
     prepare_verbs.add_prepare(verbs)
     data_verbs.add_data(verbs)
@@ -109,5 +112,6 @@ def _parser() -> argparse.ArgumentParser:
     evaluate_verbs.add_evaluate(verbs)
     train_verbs.add_ablate(verbs)
     plan_verbs.add_plan(verbs)
+    doctor_verbs.add_doctor(verbs)
     bench_verbs.add_bench(verbs)
     return parser

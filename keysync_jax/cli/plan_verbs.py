@@ -1,17 +1,22 @@
-"""`keysync plan`: what a recipe needs on given devices."""
+"""`keysync plan`: what a recipe, or dubbing so much video, needs on given devices."""
 
 from __future__ import annotations
 
 import json
 
-from keysync_jax.cli.verbs import add_verb
+from keysync_jax.cli.batch_verbs import dub_columns
+from keysync_jax.cli.verbs import add_verb, number
+from keysync_jax.config import COMPUTE_DTYPES
+from keysync_jax.core.errors import UsageError
 
 _EXAMPLES = """\
   keysync plan --config keyframe --topology h200x8 --config.mesh.fsdp=8 --config.data.batch_size=32
   keysync plan --config keyframe --topology v5e:4x4 --config.mesh.fsdp=16 --config.data.batch_size=16 --config.remat=full
   keysync plan --config keyframe --topology v5e:4x4 --config.mesh.fsdp=16 --config.remat=full --compile    (needs libtpu)
   keysync plan --config keyframe --topology h200 --config.optimizer.accumulate=16 --compile    (needs jax[cuda13], no GPU)
-  keysync plan --config interpolation --topology cpu:8 --json"""
+  keysync plan --config interpolation --topology cpu:8 --json
+  keysync plan --dub jobs.csv --model DIR --topology h200x8 --price 32     a list of keysync batch, at 32 an hour for all eight
+  keysync plan --dub 3600 --topology v5e:2x2                               an hour of video with a model of the released size"""
 
 _TOPOLOGY = (
     "v5e:4x4, v5p:2x2x2 (TPU chips), h200x8, a100x8 (GPUs) or cpu:8; with --config.mesh.slices=N this is one slice (or host) and the plan "
@@ -22,7 +27,7 @@ _TOPOLOGY = (
 def add_plan(verbs) -> None:
     """Add `keysync plan`."""
     p = add_verb(verbs, "plan", _plan, "memory, FLOPs and time of a recipe on devices you need not have", _EXAMPLES)
-    p.add_argument("--config", required=True, metavar="NAME", help="recipe: a shipped name, a .py file, or a run's config.json")
+    p.add_argument("--config", metavar="NAME", help="recipe: a shipped name, a .py file, or a run's config.json")
     p.add_argument("--config.KEY", dest="_", metavar="VALUE", help="set a key of the recipe, for example --config.mesh.fsdp=8")
     p.add_argument("--topology", required=True, metavar="T", help=_TOPOLOGY)
     p.add_argument(
@@ -31,9 +36,20 @@ def add_plan(verbs) -> None:
         "over an hour for TPUs)",
     )  # fmt: skip
     p.add_argument("--json", action="store_true", help="machine-readable")
+    dub = p.add_argument_group("dubbing instead of training")
+    dub.add_argument("--dub", metavar="JOBS|SECONDS", help="a list of keysync batch, or seconds of video in one clip")
+    dub.add_argument("--model", metavar="DIR", help="model directory (default: networks of the released size)")
+    dub.add_argument("--dtype", choices=COMPUTE_DTYPES, help="network compute type (default: bfloat16, on a CPU float32)")
+    dub.add_argument("--microbatch", type=int, default=1, metavar="N", help="windows per device and call (default 1)")
+    dub.add_argument("--steps", type=int, metavar="N", help="sampler steps (default: the model's own, 10)")
+    dub.add_argument("--price", type=number, metavar="X", help="of an hour of all devices of the topology together")
 
 
 def _plan(args) -> int:
+    if (args.dub is None) == (args.config is None):
+        raise UsageError("plan needs --config NAME, or --dub JOBS|SECONDS")
+    if args.dub is not None:
+        return _plan_dub(args)
     import jax
 
     from keysync_jax.planning import ahead_of_time, compile_targets
@@ -57,6 +73,64 @@ def _plan(args) -> int:
     elif compiled is not None:
         _print_compiled(compiled, topology, config.mesh.slices)
     return 0
+
+
+def _plan_dub(args) -> int:
+    import jax
+
+    from keysync_jax import assets
+    from keysync_jax.converters import initialize, model_directory
+    from keysync_jax.planning.dub_plan import make_dub_plan
+    from keysync_jax.planning.recipe_plan import parse_topology
+
+    jax.config.update("jax_platforms", "cpu")  # as for a recipe
+    if args.compile:
+        raise UsageError("--compile is for --config")
+    if args.microbatch < 1 or (args.price is not None and args.price < 0):
+        raise UsageError("--microbatch must be at least 1 and --price not negative")
+    topology = parse_topology(args.topology)
+    lengths = _lengths(args)
+    if args.model is None:
+        stages, vae, _ = initialize.configurations("full")
+    else:
+        directory = model_directory.load(assets.resolve(args.model))
+        stages, vae = {name: directory.stage(name) for name in ("keyframe", "interpolation")}, directory.vae
+    plan = make_dub_plan(lengths, stages, vae, topology, dtype=args.dtype, microbatch=args.microbatch, steps=args.steps, price=args.price)
+    if args.json:
+        print(json.dumps(plan.as_json(), indent=2))
+        return 0
+    memory = f" of {topology.device.memory / 1e9:.0f} GB" if topology.device.memory else ""
+    speed = (
+        f"{plan.seconds:.0f} s at the least, the networks alone ({plan.peak.name} on {topology.devices} devices)"
+        if plan.peak
+        else ("no time: what a CPU reaches differs too much")
+    )
+    print(f"{plan.clips} clips, {plan.video_seconds:.1f} s of video on {topology.name}, {plan.dtype}, microbatch {plan.microbatch}")
+    print(f"windows      {plan.windows['keyframe']} of keyframes, {plan.segments} segments")
+    print(f"evaluations  {plan.evaluations['keyframe']} and {plan.evaluations['interpolation']} of the network for a window")
+    print(f"FLOPs        {plan.flops:.3g}")
+    print(f"seconds      {speed}")
+    print(f"cost         {'give --price' if plan.cost is None else f'{plan.cost:.2f} at the least'}")
+    print(f"device       {plan.device_bytes / 1e9:.1f} GB{memory}{'' if plan.fits is not False else ': does not fit'}")
+    print(f"host         about {plan.host_bytes / 1e9:.1f} GB for each worker")
+    print(f"disk         {plan.scratch_bytes / 1e6:.1f} MB of scratch for each worker; outputs are about as large as their sources")
+    return 0 if plan.fits is not False else 1
+
+
+def _lengths(args) -> list[float]:
+    """Seconds of each clip of `--dub`."""
+    from keysync_jax.batch.dry_run import seconds_of
+    from keysync_jax.batch.job_list import read_jobs
+
+    try:
+        return [float(args.dub)]
+    except ValueError:
+        jobs = read_jobs([args.dub], dub_columns())
+    found = [seconds_of(job) for job in jobs]
+    for job, (_, problem) in zip(jobs, found, strict=True):
+        if problem:
+            print(f"{job.id}: left out: {problem}")
+    return [seconds for seconds, problem in found if not problem]
 
 
 def _print(plan, config) -> None:

@@ -1,0 +1,231 @@
+"""The work of a batch of dubs: one loaded model, one compilation of each shape, and clips side by side on the devices."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keysync_jax import assets
+from keysync_jax.batch import gate
+from keysync_jax.batch.faults import MachineFault, out_of_device_memory
+from keysync_jax.batch.job_list import Job
+from keysync_jax.batch.worker import Outcome, Task
+from keysync_jax.converters import model_directory
+from keysync_jax.core.compile_cache import use_compile_cache
+from keysync_jax.core.errors import KeySyncError
+from keysync_jax.data_pipeline.prepare.work import digest, file_digest
+from keysync_jax.inference import two_stage
+from keysync_jax.inference.analysis import Analysis
+from keysync_jax.inference.dub import DubJob, DubResult, mask_of
+from keysync_jax.inference.options import DubOptions
+from keysync_jax.inference.phases import PhaseProgress
+from keysync_jax.inference.pipeline import KeySyncPipeline
+from keysync_jax.media import faces, video
+from keysync_jax.media.compositing import Compositor
+from keysync_jax.version import __version__
+
+log = logging.getLogger(__name__)
+
+# How long an item may take, seconds: before anything is known, an hour and an hour a second of video (a CPU at full size); after that ten
+# times as long as the slowest item so far, second for second.
+_START_S, _UNKNOWN_PER_S, _SLACK = 3600.0, 3600.0, 10.0
+_MOST_TOGETHER = 8  # clips whose latents lie on the disk at once
+
+
+@dataclasses.dataclass(frozen=True)
+class DubSettings:
+    """What every item of a batch has in common.
+
+    Attributes:
+      model: model directory.
+      dtype: compute type; None: that of the backend.
+      microbatch: windows per device and call.
+      gated: measure the results.
+    """
+
+    model: str
+    dtype: str | None = None
+    microbatch: int = 1
+    gated: bool = True
+
+    def recipe(self) -> dict[str, Any]:
+        """What results depend on beside inputs and options; the quality gate is not among it.
+
+        Raises:
+          KeySyncError: no model directory there.
+        """
+        parts = model_directory.load(assets.resolve(self.model)).describe()["parts"]
+        return {"keysync_jax": __version__, "model": digest(parts), "dtype": self.dtype or "default", "microbatch": self.microbatch}
+
+
+class DubWork:
+    """Dubs items; opened in each worker."""
+
+    def __init__(self, settings: DubSettings):
+        use_compile_cache()
+        self._settings = settings
+        self._pipelines = {settings.microbatch: self._pipeline(settings.microbatch)}
+        self.check()
+        self._slowest: float | None = None  # seconds for a second of video
+
+    @property
+    def together(self) -> int:
+        """As many clips as a call of the devices has windows: on one device with a microbatch of one, each fills it by itself."""
+        devices = self._pipelines[self._settings.microbatch].mesh.devices.size
+        return max(1, min(_MOST_TOGETHER, self._settings.microbatch * devices))
+
+    def limit_s(self, job: Job) -> float:
+        """See `worker.Work`; a clip that cannot be probed fails soon by itself."""
+        try:
+            length = _length(job.video)
+        except KeySyncError:
+            length = 0.0
+        if self._slowest is None:
+            return _START_S + _UNKNOWN_PER_S * length
+        return _START_S / 4 + _SLACK * self._slowest * length
+
+    def check(self) -> None:
+        """The model directory still holds what it held.
+
+        Raises:
+          MachineFault: it does not.
+        """
+        try:
+            directory = model_directory.load(assets.resolve(self._settings.model))
+            for part in directory.parts:
+                directory.tensors(part)
+        except (KeySyncError, OSError) as error:
+            raise MachineFault(f"the model cannot be read: {error}") from error
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Outcome | Exception]:
+        """See `worker.Work`."""
+        microbatch = self._settings.microbatch
+        results = self._attempt(tasks, microbatch)
+        for task, result in zip(tasks, results, strict=True):
+            size = microbatch
+            while isinstance(result, Exception) and out_of_device_memory(result) and (size > 1 or len(tasks) > 1):
+                if len(tasks) == 1 or size < microbatch:
+                    size //= 2
+                log.warning("%s: the device has not enough memory; again with a microbatch of %d", task.job.id, size)
+                task.target.unlink(missing_ok=True)
+                (result,) = self._attempt([task], size)
+                if size == 1:
+                    break
+            if isinstance(result, Exception) and out_of_device_memory(result):
+                result = KeySyncError("the device has not enough memory for it, even with a microbatch of 1")
+            yield result
+
+    def _attempt(self, tasks: Sequence[Task], microbatch: int) -> list[Outcome | Exception]:
+        for size in [each for each in self._pipelines if each not in (microbatch, self._settings.microbatch)]:
+            del self._pipelines[size]
+        if microbatch not in self._pipelines:
+            self._pipelines.clear()  # two sets of weights may be more than the device holds
+            self._pipelines[microbatch] = self._pipeline(microbatch)
+        pipeline = self._pipelines[microbatch]
+        results: list[Outcome | Exception | None] = [None] * len(tasks)
+        begun: dict[int, _Begun] = {}
+        with contextlib.ExitStack() as stack:
+            for place, task in enumerate(tasks):
+                try:
+                    begun[place] = stack.enter_context(_begin(pipeline, task))
+                except Exception as error:  # of this item, which fails alone
+                    results[place] = error
+            try:
+                two_stage.generate(pipeline.samplers, [each.job.clip for each in begun.values()], PhaseProgress())
+            except Exception as error:  # of them all: a device that ran out of memory
+                return [result or error for result in results]
+            for place, each in begun.items():
+                try:
+                    results[place] = self._finish(tasks[place], each, microbatch)
+                except Exception as error:
+                    results[place] = error
+        return [result or RuntimeError("the item was not worked on") for result in results]
+
+    def _finish(self, task: Task, begun: _Begun, microbatch: int) -> Outcome:
+        result = begun.job.compose()
+        report = result.report
+        values = {
+            "video_seconds": round(float(begun.analysis.times[-1]), 3),
+            "frames": report["source"]["frames"],
+            "frames_dubbed": report["frames_dubbed"],
+            "skipped": _skipped(report),
+            "notes": report["notes"],
+            "microbatch": microbatch,
+            "devices": report["devices"],
+            "inputs": {"video": file_digest(task.job.video), "audio": file_digest(task.job.audio)},
+            "phases": report["seconds"],
+        }
+        if microbatch != self._settings.microbatch:
+            values["halved"] = f"from a microbatch of {self._settings.microbatch}, for want of device memory"
+        review: list[str] = []
+        strip = None
+        if self._settings.gated:
+            figures, strip = self._measure(task, begun, self._pipelines[microbatch], result)
+            missed = gate.missed(figures)
+            values["figures"] = {name: round(value, 4) for name, value in figures.items()}
+            values["missed"] = list(missed)
+            review = list(missed.values())
+        took = sum(report["seconds"].values()) / max(values["video_seconds"], 0.04)
+        self._slowest = max(self._slowest or 0.0, took)
+        return Outcome(review, values, report, strip)
+
+    def _measure(self, task: Task, begun: _Begun, pipeline: KeySyncPipeline, result: DubResult) -> gate.Measured:
+        job, options, analysis = task.job, DubOptions(**task.job.options), begun.analysis
+        stages = pipeline.stages
+        mask, compositor = mask_of(stages, options), Compositor(analysis.info)
+
+        def region(frame: int) -> np.ndarray:
+            shot = analysis.shot_of(frame)
+            return compositor.alpha(shot.box, shot.mask(frame, stages["keyframe"], mask))
+
+        with faces.open_backend(options.faces, **({"weights": options.face_weights} if options.face_weights else {})) as backend:
+            return gate.measure(job.video, task.target, job.audio, analysis, result.report, region, backend)
+
+    def _pipeline(self, microbatch: int) -> KeySyncPipeline:
+        settings = self._settings
+        return KeySyncPipeline.from_pretrained(assets.resolve(settings.model), dtype=settings.dtype, microbatch=microbatch)
+
+
+def open_dub_work(settings: DubSettings) -> DubWork:
+    """`WorkerSpec.open` of a batch of dubs."""
+    return DubWork(settings)
+
+
+class _Begun(NamedTuple):
+    job: DubJob
+    analysis: Analysis
+
+
+@contextlib.contextmanager
+def _begin(pipeline: KeySyncPipeline, task: Task) -> Iterator[_Begun]:
+    """A job that has been through all phases before the networks."""
+    job = task.job
+    with pipeline.open_job(job.video, job.audio, str(task.target), options=DubOptions(**job.options)) as dub:
+        analysis = dub.look()
+        dub.listen()
+        dub.encode()
+        yield _Begun(dub, analysis)
+
+
+def _length(path: str | Path) -> float:
+    """Seconds of a video as its header says."""
+    info = video.probe(path)
+    if info.duration_s:
+        return float(info.duration_s)
+    return float((info.frames or 0) / info.average_rate) if info.average_rate else 0.0
+
+
+def _skipped(report: Mapping[str, Any]) -> dict[str, int]:
+    """Frames that were left as they are, by reason."""
+    counts: Counter[str] = Counter()
+    for shot in report["shots"]:
+        for part in shot["skipped"]:
+            counts[part["reason"]] += part["frames"][1] - part["frames"][0]
+    return dict(counts)

@@ -1,0 +1,86 @@
+"""A small batch of real dubs with the tiny model: every item comes back, or why not; what comes back is what `keysync dub` makes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from keysync_jax import KeySyncPipeline
+from keysync_jax.batch import dub_work
+from keysync_jax.batch.dub_work import DubSettings, DubWork
+from keysync_jax.batch.job_list import Job
+from keysync_jax.batch.worker import Task
+from keysync_jax.cli.main import main
+from keysync_jax.data_pipeline.synthetic import make_clip, write_clip
+from keysync_jax.inference.options import DubOptions
+from keysync_jax.media.audio import save_wav
+
+FRAMES = 10
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Two talkers `0.mp4` and `1.mp4`, three voices `a.wav` to `c.wav`, and files that cannot be dubbed."""
+    folder = tmp_path_factory.mktemp("clips")
+    for number in range(2):
+        write_clip(make_clip(3 + number, frames=FRAMES, size=128), folder / f"{number}.mp4")
+    for number, name in enumerate("abc"):
+        save_wav(folder / f"{name}.wav", make_clip(10 + number, frames=FRAMES, size=48).samples, 16000)
+    save_wav(folder / "empty.wav", np.zeros(0, np.float32), 16000)
+    (folder / "text.mp4").write_text("minutes of a meeting\n" * 40)
+    return folder
+
+
+def test_twelve_items_come_back_or_say_why_not(clips, tiny_model, tmp_path, capsys):
+    good = [(f"{video}{voice}", f"{video}.mp4", f"{voice}.wav", seed) for video in "01" for voice in "abc" for seed in [5]]
+    good += [("0a9", "0.mp4", "a.wav", 9), ("1b9", "1.mp4", "b.wav", 9)]
+    broken = [
+        ("text", "text.mp4", "a.wav", 5), ("gone", "gone.mp4", "a.wav", 5), ("mute", "0.mp4", "empty.wav", 5),
+        ("odd", "0.mp4", "a.wav", -1),
+    ]  # fmt: skip
+    rows = "".join(f"{name},{video},{voice},{seed},{name}.mkv,signed by {name}\n" for name, video, voice, seed in [*good, *broken])
+    (clips / "jobs.csv").write_text("id,video,audio,seed,output,consent\n" + rows)
+    out = tmp_path / "out"
+    words = ["batch", str(clips / "jobs.csv"), "-o", str(out), "--model", str(tiny_model), "--lossless", "--quiet"]
+    assert main([*words, "--dry-run"]) == 1 and not out.exists()
+    assert "0.40 s of video -> 0a.mkv" in capsys.readouterr().out
+    assert main(words) == 1
+    shown = capsys.readouterr().out
+    rows = {row["id"]: row for row in map(json.loads, (out / "report.jsonl").read_text().splitlines())}
+    assert len(rows) == 12 and {rows[name]["state"] for name, *_ in good} <= {"done", "review"}
+    for (name, *_), words_ in zip(broken, ("text.mp4", "does not exist", "empty.wav", "--seed"), strict=True):
+        assert rows[name]["state"] == "failed" and words_ in rows[name]["reason"] and f"failed  {name}" in shown
+    assert rows["0a"]["frames_dubbed"] == FRAMES and rows["0a"]["consent"] == "signed by 0a" and rows["0a"]["figures"]["painted"] == 1
+    assert len({row["key"] for row in rows.values() if "key" in row}) == 8
+    assert len({(out / f"{name}.mkv").read_bytes() for name, *_ in good}) == 8
+    alone = tmp_path / "alone.mkv"
+    options = DubOptions(seed=9, lossless=True)
+    KeySyncPipeline.from_pretrained(tiny_model)(clips / "1.mp4", clips / "b.wav", alone, options=options)
+    assert alone.read_bytes() == (out / "1b9.mkv").read_bytes()
+    assert main(["batch", "--status", str(out)]) == 0
+    assert "12 items: " in capsys.readouterr().out
+
+
+def test_out_of_device_memory_begins_again_at_half_the_microbatch(clips, tiny_model, tmp_path, monkeypatch):
+    work, real = DubWork(DubSettings(str(tiny_model), microbatch=2, gated=False)), dub_work.two_stage.generate
+    calls = []
+
+    def generate(samplers, given, progress):
+        calls.append(len(given))
+        if len(calls) <= 2:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+        real(samplers, given, progress)
+
+    monkeypatch.setattr(dub_work.two_stage, "generate", generate)
+    tasks = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        job = Job(name, str(clips / "0.mp4"), str(clips / f"{name}.wav"), f"{name}.mkv", {"lossless": True})
+        tasks.append(Task(job, tmp_path / name / "output.mkv"))
+    first, second = work.run(tasks)
+    assert calls == [2, 1, 1, 1]  # together, then the first alone, then at half; then the second alone
+    assert first.values["microbatch"] == 1 and "from a microbatch of 2" in first.values["halved"]
+    assert second.values["microbatch"] == 2 and "halved" not in second.values
+    alone = tmp_path / "alone.mkv"
+    KeySyncPipeline.from_pretrained(tiny_model)(clips / "0.mp4", clips / "a.wav", alone, options=DubOptions(lossless=True))
+    assert alone.read_bytes() == tasks[0].target.read_bytes()
