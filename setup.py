@@ -15,5 +15,5 @@ setup(
         *(f"keysync_jax.{name}" for name in find_packages(include=[f"{folder}*" for folder in FOLDERS])),
     ],
     package_dir={f"keysync_jax.{folder}": folder for folder in FOLDERS},
-    package_data={"keysync_jax": ["py.typed"], "keysync_jax.assets": ["demo/*", "demo/*/*", "demo/*/*/*"]},
+    package_data={"keysync_jax": ["py.typed", "assets/*/*", "assets/*/*/*", "assets/*/*/*/*"]},
 )

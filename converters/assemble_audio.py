@@ -12,7 +12,7 @@ from keysync_jax.converters.lazy import Tensors
 from keysync_jax.converters.parts import Part, audio_part_name
 from keysync_jax.core.differences import compare
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.speech import registry
+from keysync_jax.models.speech import registry
 
 
 def assemble(source: Source, options: Any, used: set[str]) -> Part:

@@ -15,7 +15,7 @@ from keysync_jax.converters.lazy import BFLOAT16, Tensors
 from keysync_jax.converters.parts import DECODER, ENCODER, KL_PREFIX, Part, first_stage_encoder_table, kl_table, part_table
 from keysync_jax.core.differences import Differences, compare, some
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.weights.table import Table
+from keysync_jax.models.table import Table
 
 # Submodules of the SVD release that no part of KeySync comes from: its own embedders.
 _SVD_EMBEDDERS = "conditioner.embedders."

@@ -16,7 +16,7 @@ from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import DECODER, ENCODER, Part, part_table
 from keysync_jax.core.differences import Differences, compare
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.weights.table import Table
+from keysync_jax.models.table import Table
 
 _KL_ENCODER = re.compile(r"(conditioner\.embedders\.\d+\.encoder)\.encoder\.conv_in\.weight")
 

@@ -20,7 +20,7 @@ from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import DECODER, SELF_DESCRIPTION, PartConfig, described
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.core.files import is_local
-from keysync_jax.speech import registry
+from keysync_jax.models.speech import registry
 
 # What a source can be, apart from a speech encoder -> how to say it.
 _KINDS = {

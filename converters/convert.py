@@ -25,7 +25,7 @@ from keysync_jax.converters.staging import check_free
 from keysync_jax.core.differences import some
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import sha256
-from keysync_jax.speech import registry
+from keysync_jax.models.speech import registry
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from keysync_jax.converters import sgm
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.sgm import UNET_PREFIX, VAE_PREFIX
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.weights.table import Table
+from keysync_jax.models.table import Table
 
 UNET_CLASS = "UNetSpatioTemporalConditionModel"
 VAE_CLASS = "AutoencoderKLTemporalDecoder"

@@ -11,7 +11,7 @@ import numpy as np
 from keysync_jax.config import StageConfig
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.models.initializers import random_params, starts_at_zero
-from keysync_jax.weights.table import LAYOUTS, Entry, Table, get_leaf, set_leaf
+from keysync_jax.models.table import LAYOUTS, Entry, Table, get_leaf, set_leaf
 
 
 def fresh(

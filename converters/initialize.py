@@ -17,8 +17,8 @@ from keysync_jax.converters.lazy import Tensors, from_params
 from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.converters.parts import Part, PartConfig, audio_part_name, part_table
 from keysync_jax.core.errors import UsageError
-from keysync_jax.speech import registry
-from keysync_jax.speech.random_params import init_params
+from keysync_jax.models.speech import registry
+from keysync_jax.models.speech.random_params import init_params
 
 
 def configurations(size: str) -> tuple[dict[str, StageConfig], VAEConfig, list[AudioEncoderConfig]]:

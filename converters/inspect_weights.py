@@ -21,7 +21,7 @@ from keysync_jax.converters.lazy import Tensors
 from keysync_jax.converters.parts import DECODER, STAGES, PartConfig, part_table
 from keysync_jax.core.differences import Differences, compare
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.speech import registry
+from keysync_jax.models.speech import registry
 
 # Tensors are counted by module; these names alone would lump too much together.
 _OUTER = r"model\.diffusion_model|first_stage_model|conditioner\.embedders\.\d+|encoder|decoder|feature_extractor"

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.weights.table import LAYOUTS, Table, get_leaf
+from keysync_jax.models.table import LAYOUTS, Table, get_leaf
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # The types a weight file may be asked to hold.

@@ -45,8 +45,8 @@ from keysync_jax.converters.staging import staged
 from keysync_jax.core.differences import compare
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.core.files import sha256
-from keysync_jax.version import __version__
-from keysync_jax.weights.table import Table, to_flax
+from keysync_jax.core.version import __version__
+from keysync_jax.models.table import Table, to_flax
 
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "model.safetensors"
 FORMAT, VERSION = "keysync-jax", 1

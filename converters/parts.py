@@ -10,8 +10,8 @@ from keysync_jax import config as configs
 from keysync_jax.config import AUDIO_ENCODERS, STAGES, GuidanceConfig, SpeechEncoderConfig, StageConfig, VAEConfig
 from keysync_jax.converters import sgm
 from keysync_jax.converters.lazy import Tensors
-from keysync_jax.speech import registry
-from keysync_jax.weights.table import Table
+from keysync_jax.models.speech import registry
+from keysync_jax.models.table import Table
 
 DECODER, ENCODER = f"{sgm.VAE_PREFIX}decoder.", f"{sgm.VAE_PREFIX}encoder."
 # The whole KL autoencoder that interpolation's conditioner may carry and never uses.

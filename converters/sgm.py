@@ -12,7 +12,7 @@ from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.converters.sgm_config import stage_config_from_sgm, unet_config_from_sgm, vae_config_from_sgm
 from keysync_jax.models import freezing
 from keysync_jax.models.layout import unet_layout
-from keysync_jax.weights.table import Entry, Table, conv, linear, norm, prefixed, raw
+from keysync_jax.models.table import Entry, Table, conv, linear, norm, prefixed, raw
 
 __all__ = [
     "is_frozen",

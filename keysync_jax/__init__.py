@@ -2,15 +2,15 @@
 
 from typing import TYPE_CHECKING
 
-from keysync_jax import _checkout
-from keysync_jax.version import __version__
+from keysync_jax.core import checkout
+from keysync_jax.core.version import __version__
 
 if TYPE_CHECKING:
     from keysync_jax.inference.pipeline import KeySyncPipeline
 
 __all__ = ["KeySyncPipeline", "__version__"]
 
-_checkout.find_folders_beside_the_package()
+checkout.find_folders_beside_the_package()
 
 
 def __getattr__(name: str):

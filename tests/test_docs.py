@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from keysync_jax.cli import main
-from keysync_jax.version import __version__
+from keysync_jax.core.version import __version__
 
 ROOT = Path(__file__).parents[1]
 USE = sorted((ROOT / "docs").glob("*.md"))

@@ -22,7 +22,8 @@ FOLDERS = ("configs", "converters", "data_pipeline")
 PROBE = """
 import importlib.util, json
 import keysync_jax
-from keysync_jax import assets, configs, converters, data_pipeline
+from keysync_jax import configs, converters, data_pipeline
+from keysync_jax.core import assets
 from keysync_jax.converters import lazy
 from keysync_jax.data_pipeline import records
 from keysync_jax.training import recipes

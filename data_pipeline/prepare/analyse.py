@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from keysync_jax.core.clock import FRAME_RATE, SAMPLES_PER_FRAME
+from keysync_jax.core.clock import FRAME_RATE, SAMPLES_PER_FRAME, model_frame
 from keysync_jax.core.memory import peak_bytes
 from keysync_jax.data_pipeline.prepare import quality
 from keysync_jax.data_pipeline.prepare.face_track import FacesInFrame, ShotTrack, track_shots
@@ -23,7 +23,6 @@ from keysync_jax.data_pipeline.prepare.probe import Probed, probe
 from keysync_jax.data_pipeline.prepare.settings import ANALYSIS_VERSION, Curation
 from keysync_jax.data_pipeline.prepare.spans import Span, cut_long, usable_spans
 from keysync_jax.data_pipeline.prepare.work import digest, file_digest
-from keysync_jax.inference.timeline import model_frame
 from keysync_jax.media.crop import extract, fixed_crop, to_crop_space
 from keysync_jax.media.faces import FaceBackend
 from keysync_jax.media.tracking import jitter

@@ -22,7 +22,7 @@ from keysync_jax.data_pipeline.prepare.sound import load_sound
 from keysync_jax.data_pipeline.records import AUDIO_PREFIX, LANDMARKS, LATENT, SOUND
 from keysync_jax.media import video
 from keysync_jax.media.crop import Crop, extract
-from keysync_jax.speech import registry
+from keysync_jax.models.speech import registry
 
 # Frames the VAE sees at once. Part of what the same bytes mean: XLA may choose other kernels for another size.
 MICROBATCH = 4

@@ -26,7 +26,7 @@ from keysync_jax.data_pipeline.records import (
     latent_column,
     record_bytes,
 )
-from keysync_jax.speech import registry, torch_encoder
+from keysync_jax.models.speech import registry, torch_encoder
 
 # Bytes per pixel of a JPEG crop, measured on talking heads at quality 95; only decides how many frames share a shard.
 _JPEG_BYTES_PER_PIXEL = 0.35

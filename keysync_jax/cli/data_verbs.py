@@ -92,7 +92,7 @@ def _add_shards(parts) -> None:
 
 
 def _shards(args) -> int:
-    from keysync_jax import assets
+    from keysync_jax.core import assets
     from keysync_jax.data_pipeline.synthetic.talker_shards import write_shards
 
     if args.microbatch < 1 or args.seed < 0:

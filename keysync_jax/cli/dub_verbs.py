@@ -7,9 +7,9 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from keysync_jax import assets
 from keysync_jax.cli.verbs import add_verb, stop_on_sigterm
 from keysync_jax.config import COMPUTE_DTYPES, FACE_BACKENDS, GUIDANCES, MASK_KINDS
+from keysync_jax.core import assets
 from keysync_jax.core.errors import UsageError
 
 if TYPE_CHECKING:  # --help answers without it

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from keysync_jax import assets
 from keysync_jax.cli.verbs import add_verb, stop_on_sigterm
 from keysync_jax.config import COMPUTE_DTYPES, FACE_BACKENDS, HELD_OUT, LIP_RATIOS
+from keysync_jax.core import assets
 from keysync_jax.core.errors import UsageError
 from keysync_jax.core.files import check_target, write_text
 
@@ -207,8 +207,8 @@ def _given(value: float | None, default: float, option: str) -> float:
 
 
 def _open(path: str):
-    from keysync_jax import assets
     from keysync_jax.converters import model_directory
+    from keysync_jax.core import assets
 
     return model_directory.load(assets.resolve(path), complete=False)
 

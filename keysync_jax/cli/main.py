@@ -27,7 +27,7 @@ from keysync_jax.cli import (
 )
 from keysync_jax.core import cpu
 from keysync_jax.core.errors import KeySyncError, UsageError
-from keysync_jax.version import __version__
+from keysync_jax.core.version import __version__
 
 _EXAMPLES = """\
 examples:

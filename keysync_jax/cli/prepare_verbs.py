@@ -58,7 +58,7 @@ def add_prepare(verbs) -> None:
 
 
 def _prepare(args) -> int:
-    from keysync_jax import assets
+    from keysync_jax.core import assets
     from keysync_jax.data_pipeline.prepare.groups import plan_features
     from keysync_jax.data_pipeline.prepare.manifest import read_inputs
     from keysync_jax.data_pipeline.prepare.run import prepare

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from keysync_jax import assets
 from keysync_jax.cli.verbs import add_verb
 from keysync_jax.config import AUDIO_ENCODERS, CONTAINERS, EXPORT_FORMATS, MASK_KINDS, MODEL_SIZES, STAGES, STORED_DTYPES
+from keysync_jax.core import assets
 from keysync_jax.core.errors import UsageError
 
 _EXPORT_EXAMPLES = """\

@@ -19,7 +19,7 @@ import numpy as np
 from keysync_jax.config import MaskConfig, from_dict
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.core.files import read_object, write_text
-from keysync_jax.version import __version__
+from keysync_jax.core.version import __version__
 
 FILE = "recorded.json"
 KEYS = ("opening_r", "width_r", "lag", "closed", "partial_r")

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from keysync_jax import assets
 from keysync_jax.converters.initialize import initialize
+from keysync_jax.core import assets
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import local_folder, write_atomically, write_text
 from keysync_jax.data_pipeline.synthetic import write_clip

@@ -29,9 +29,9 @@ import numpy as np
 from keysync_jax.config import StageConfig, encoder_names
 from keysync_jax.core.clock import SAMPLE_RATE, SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.speech import registry
-from keysync_jax.speech.speech_encoder import C, Moments
-from keysync_jax.speech.waveform import TOKENS_PER_FRAME, num_frames, pair
+from keysync_jax.models.speech import registry
+from keysync_jax.models.speech.speech_encoder import C, Moments
+from keysync_jax.models.speech.waveform import TOKENS_PER_FRAME, num_frames, pair
 
 BLOCK_TOKENS = 300  # the convolutional part's unit of work, 6 s
 

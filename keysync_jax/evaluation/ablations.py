@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keysync_jax import assets
 from keysync_jax.converters import model_directory
 from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.converters.parts import STAGES, Part
+from keysync_jax.core import assets
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import local_folder, write_text
 from keysync_jax.data_pipeline.dataset_layout import GROUP_FILE

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import jax
 
 from keysync_jax.config import GuidanceConfig, StageConfig
-from keysync_jax.core.clock import FRAME_RATE
+from keysync_jax.core.clock import FRAME_RATE, model_frame
 from keysync_jax.core.memory import peak_bytes
+from keysync_jax.core.version import __version__
 from keysync_jax.diffusion import schedules
 from keysync_jax.inference.analysis import Analysis, Shot
 from keysync_jax.inference.options import DubOptions
-from keysync_jax.inference.timeline import Run, model_frame
+from keysync_jax.inference.timeline import Run
 from keysync_jax.media.audio import AudioClip
 from keysync_jax.media.crop import Crop, View
 from keysync_jax.media.placing import Placement
-from keysync_jax.version import __version__
 
 
 class Done(NamedTuple):

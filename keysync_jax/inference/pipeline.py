@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keysync_jax import assets
 from keysync_jax.config import StageConfig
 from keysync_jax.converters import model_directory
 from keysync_jax.converters.model_directory import ModelDirectory
+from keysync_jax.core import assets
 from keysync_jax.core.errors import UsageError
 from keysync_jax.core.files import check_target, write_text
 from keysync_jax.encoders.audio_features import AudioFeatures, Hearing

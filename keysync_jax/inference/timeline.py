@@ -7,12 +7,11 @@ audio and mouth cannot drift apart.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from keysync_jax.core.clock import FRAME_RATE
+from keysync_jax.core.clock import FRAME_RATE, model_frame
 
 
 class Run(NamedTuple):
@@ -31,11 +30,6 @@ class Run(NamedTuple):
     def row(self, time: Fraction) -> int:
         """Position within the run of the model frame that a source frame at `time` shows; may be ≥ `num_frames` past the audio."""
         return model_frame(time) - self.first
-
-
-def model_frame(time: Fraction) -> int:
-    """The model frame nearest to `time` seconds (halves go up)."""
-    return math.floor(time * FRAME_RATE + Fraction(1, 2))
 
 
 def make_run(shot: int, start: int, stop: int, times: Sequence[Fraction], num_audio_frames: int) -> Run:

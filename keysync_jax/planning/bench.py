@@ -32,6 +32,7 @@ from keysync_jax.config import ATTENTION, COMPUTE_DTYPES, Remat, StageConfig, UN
 from keysync_jax.core.errors import KeySyncError, UsageError, in_one_line
 from keysync_jax.core.files import check_target, write_text
 from keysync_jax.core.processes import FailedError, OutOfTimeError, run_apart
+from keysync_jax.core.version import __version__
 from keysync_jax.costs import flops
 from keysync_jax.diffusion.conditions import Conditions
 from keysync_jax.diffusion.loss import LossConfig
@@ -44,7 +45,6 @@ from keysync_jax.training.config import OptimizerConfig, TrainConfig
 from keysync_jax.training.objective import DiffusionObjective
 from keysync_jax.training.optimizer import make_optimizer
 from keysync_jax.training.step import make_train_step
-from keysync_jax.version import __version__
 
 TASKS = ("unet", "train", "attention")
 # "medium" is small enough for a CPU to compare and has all levels of the full network: 59.7 M parameters.

@@ -10,9 +10,9 @@ import jax
 
 from keysync_jax.config import GuidanceConfig, to_dict
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.version import __version__
 from keysync_jax.training.config import with_defaults
 from keysync_jax.training.trainable import Trainable
-from keysync_jax.version import __version__
 
 META_FORMAT = 1
 

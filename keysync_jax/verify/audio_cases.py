@@ -9,12 +9,12 @@ import numpy as np
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.clock import SAMPLE_RATE, SAMPLES_PER_FRAME
 from keysync_jax.encoders.audio_features import AudioFeatures
-from keysync_jax.speech import hubert, registry, wavlm
-from keysync_jax.speech.waveform import pad_to_frames
+from keysync_jax.models import table
+from keysync_jax.models.speech import hubert, registry, wavlm
+from keysync_jax.models.speech.waveform import pad_to_frames
 from keysync_jax.verify import reference_audio
 from keysync_jax.verify.harness import Case, runner
 from keysync_jax.verify.reference_audio import Features
-from keysync_jax.weights import table
 
 
 @runner("hubert")

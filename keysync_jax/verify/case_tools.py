@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.weights.table import Table, to_flax
+from keysync_jax.models.table import Table, to_flax
 
 
 def to_video(x: np.ndarray, frames: int) -> np.ndarray:

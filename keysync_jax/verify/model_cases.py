@@ -22,12 +22,12 @@ from keysync_jax.models.conditioning import join_frames, raw_latents
 from keysync_jax.models.resblock import VideoResBlock
 from keysync_jax.models.stage import StageModel
 from keysync_jax.models.stage_inputs import AudioEmbedder, interpolation_input, keyframe_input
+from keysync_jax.models.table import linear, prefixed, to_flax
 from keysync_jax.models.transformer import SpatialVideoTransformer
 from keysync_jax.models.vae import VAE
 from keysync_jax.models.video_unet import VideoUNet
 from keysync_jax.verify.case_tools import apply, apply_with_blocks, from_images, from_video, params_of, to_images, to_video
 from keysync_jax.verify.harness import Case, runner
-from keysync_jax.weights.table import linear, prefixed, to_flax
 
 Tensors = dict[str, np.ndarray]
 

@@ -10,8 +10,8 @@ import numpy as np
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.clock import SAMPLE_RATE, SAMPLES_PER_FRAME
 from keysync_jax.encoders.audio_features import AudioFeatures
-from keysync_jax.speech import hubert, wavlm
-from keysync_jax.speech.waveform import TOKENS_PER_FRAME, fill, pad_to_frames, pair, stretch
+from keysync_jax.models.speech import hubert, wavlm
+from keysync_jax.models.speech.waveform import TOKENS_PER_FRAME, fill, pad_to_frames, pair, stretch
 
 Features = AudioFeatures[AudioEncoderConfig]
 SPLIT_SAMPLES = 20 * SAMPLE_RATE  # HuBERT is cut by samples

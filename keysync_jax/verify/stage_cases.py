@@ -15,7 +15,7 @@ from keysync_jax.diffusion import schedules, sigma_sampling
 from keysync_jax.diffusion.conditions import Conditions, drop, without
 from keysync_jax.diffusion.inpainting import Network, denoise
 from keysync_jax.diffusion.loss import Decoder, LossConfig, Losses, PixelTargets, noised, prediction_loss
-from keysync_jax.models import conditioning
+from keysync_jax.models import conditioning, table
 from keysync_jax.models.stage import StageModel
 from keysync_jax.models.vae import VAE
 from keysync_jax.verify.case_tools import from_images, from_video, params_of, to_images, to_video
@@ -23,7 +23,6 @@ from keysync_jax.verify.diffusion_cases import guidance_from, require, trajector
 from keysync_jax.verify.harness import DEFAULT_RELATIVE_TOLERANCE, Case, runner
 from keysync_jax.verify.reference_sampling import in_chunks
 from keysync_jax.verify.reference_sampling import sample as sample_states
-from keysync_jax.weights import table
 
 # The reference's names of the conditions that can be left out, and ours.
 _CONDITIONS = {"cond_frames": "identity", "audio_emb": "audio"}

@@ -14,7 +14,7 @@ from keysync_jax.converters.convert import convert
 from keysync_jax.converters.export import export
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.converters.parts import part_table
-from keysync_jax.speech import registry
+from keysync_jax.models.speech import registry
 
 pytestmark = pytest.mark.slow
 

@@ -27,7 +27,7 @@ from keysync_jax.converters import containers, safetensors_file, torch_write
 from keysync_jax.converters.lazy import Tensors, constant
 from keysync_jax.converters.parts import part_table
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.speech import registry
+from keysync_jax.models.speech import registry
 
 
 @pytest.mark.parametrize("name", ["keyframe", "interpolation"])

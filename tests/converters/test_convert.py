@@ -36,7 +36,7 @@ from keysync_jax.converters.fresh import fresh
 from keysync_jax.converters.lazy import BFLOAT16, LazyTensor, Tensors, constant
 from keysync_jax.converters.parts import kl_table, part_table
 from keysync_jax.core.errors import KeySyncError, UsageError
-from keysync_jax.speech import registry
+from keysync_jax.models.speech import registry
 
 DIFFUSION = "model.diffusion_model."
 

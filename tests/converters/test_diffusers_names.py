@@ -10,7 +10,7 @@ from keysync_jax.config import UNetConfig, VAEConfig
 from keysync_jax.converters import diffusers, sgm
 from keysync_jax.converters.parts import part_table
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.weights.table import prefixed
+from keysync_jax.models.table import prefixed
 
 
 @pytest.fixture(scope="module")

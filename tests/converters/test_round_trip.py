@@ -11,7 +11,7 @@ from keysync_jax.converters.export import export_params
 from keysync_jax.converters.lazy import BFLOAT16, Tensors, constant, from_params
 from keysync_jax.converters.parts import part_table
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.weights.table import get_leaf, to_flax
+from keysync_jax.models.table import get_leaf, to_flax
 
 PARTS = {"keyframe": STAGES["keyframe"], "interpolation": STAGES["interpolation"], "vae": VAE, "audio/hubert": HUBERT, "audio/wavlm": WAVLM}
 

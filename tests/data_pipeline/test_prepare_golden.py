@@ -15,9 +15,9 @@ from keysync_jax.data_pipeline.source.clips import FrameStore
 from keysync_jax.data_pipeline.source.latent_masks import latent_masks
 from keysync_jax.data_pipeline.synthetic import make_clip
 from keysync_jax.diffusion.noise import stream_key
-from keysync_jax.speech import registry, wavlm
+from keysync_jax.models import table
+from keysync_jax.models.speech import registry, wavlm
 from keysync_jax.verify.harness import load_case
-from keysync_jax.weights import table
 
 FLOAT16 = 2**-11  # half a step, relative
 # Encoder -> the golden waveform of 30 whole frames.

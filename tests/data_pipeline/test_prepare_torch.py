@@ -20,8 +20,8 @@ from keysync_jax.data_pipeline.source.mixture import DatasetChoice
 from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader
 from keysync_jax.data_pipeline.source.windows import InterpolationWindows
 from keysync_jax.data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
-from keysync_jax.speech import torch_encoder
-from keysync_jax.speech.registry import COLUMNS
+from keysync_jax.models.speech import torch_encoder
+from keysync_jax.models.speech.registry import COLUMNS
 
 pytestmark = pytest.mark.slow
 

@@ -15,10 +15,11 @@ import tiny_talker_model
 from bounds import approx
 from PIL import Image
 
-from keysync_jax import KeySyncPipeline, assets
+from keysync_jax import KeySyncPipeline
 from keysync_jax.cli import evaluate_verbs
 from keysync_jax.cli.main import main
 from keysync_jax.converters import model_directory
+from keysync_jax.core import assets
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.demo import record as demo_record
 from keysync_jax.demo import tour as demo
@@ -245,9 +246,9 @@ def test_name_of_the_bundled_model(tmp_path, monkeypatch):
     monkeypatch.setattr(assets.importlib.resources, "files", lambda _: tmp_path)
     with pytest.raises(KeySyncError, match="holds no demo model"):
         assets.resolve("demo")
-    (tmp_path / "demo").mkdir()
-    (tmp_path / "demo" / "model_index.json").write_text("{}")
-    assert assets.resolve("demo") == str(tmp_path / "demo")
+    (tmp_path / "assets" / "demo").mkdir(parents=True)
+    (tmp_path / "assets" / "demo" / "model_index.json").write_text("{}")
+    assert assets.resolve("demo") == str(tmp_path / "assets" / "demo")
     assert assets.resolve("./demo") == "./demo" and assets.resolve(Path("other")) == "other"
 
 

@@ -14,7 +14,7 @@ from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.encoders import audio_features
 from keysync_jax.encoders.audio_features import AudioFeatures, plan_windows, side_by_side
-from keysync_jax.speech.waveform import standardise
+from keysync_jax.models.speech.waveform import standardise
 
 
 @functools.cache

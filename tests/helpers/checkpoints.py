@@ -11,8 +11,8 @@ from keysync_jax.converters import diffusers, safetensors_file, sgm, torch_write
 from keysync_jax.converters.initialize import configurations
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import kl_table, part_table
-from keysync_jax.speech import registry, wavlm
-from keysync_jax.weights.table import prefixed
+from keysync_jax.models.speech import registry, wavlm
+from keysync_jax.models.table import prefixed
 
 STAGES, VAE, ENCODERS = configurations("tiny")
 HUBERT, WAVLM = ENCODERS

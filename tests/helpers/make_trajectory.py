@@ -13,8 +13,8 @@ import trajectory as setup
 from diffusers import UNetSpatioTemporalConditionModel
 
 from keysync_jax.converters import diffusers, sgm
+from keysync_jax.models import table
 from keysync_jax.models.stage import init_params
-from keysync_jax.weights import table
 
 PREFIX = sgm.UNET_PREFIX
 

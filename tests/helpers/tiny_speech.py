@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.speech.random_params import init_params
+from keysync_jax.models.speech.random_params import init_params
 
 SIZES = {
     "hidden_size": 16,

@@ -2,8 +2,8 @@ from fractions import Fraction
 
 import pytest
 
-from keysync_jax.core.clock import FRAME_RATE
-from keysync_jax.inference.timeline import make_run, model_frame
+from keysync_jax.core.clock import FRAME_RATE, model_frame
+from keysync_jax.inference.timeline import make_run
 
 
 def times(rate, count, start=Fraction(0)):

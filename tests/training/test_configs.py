@@ -14,6 +14,7 @@ from keysync_jax.config import StageConfig, UNetConfig, VAEConfig, to_dict
 from keysync_jax.converters import model_directory, sgm
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.source.windows import windows_for
+from keysync_jax.models import table
 from keysync_jax.models.freezing import frozen_mask
 from keysync_jax.models.stage import abstract_params, abstract_vae_params, init_params, init_vae_params
 from keysync_jax.training import lpips, recipes, state
@@ -22,7 +23,6 @@ from keysync_jax.training.objective import DiffusionObjective, VaeObjective
 from keysync_jax.training.optimizer import make_optimizer
 from keysync_jax.training.step import make_train_step
 from keysync_jax.training.trainables import trainable_of
-from keysync_jax.weights import table
 
 RECIPES = sorted({name for base in recipes.names() for name in (base, *(f"{base}:{preset}" for preset in recipes.presets(base)))})
 # One recipe of each kind is computed; the others, which differ from them in a term or a number, are traced.

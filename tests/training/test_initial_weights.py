@@ -10,11 +10,12 @@ from bounds import close
 from tiny import KEYFRAME, UNET
 from tiny_runs import write_dataset
 
-from keysync_jax import assets
 from keysync_jax.config import to_dict
 from keysync_jax.converters import model_directory, sgm
 from keysync_jax.converters.parts import part_table
+from keysync_jax.core import assets
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.models.table import to_torch
 from keysync_jax.training import (
     recipes,
 )
@@ -24,7 +25,6 @@ from keysync_jax.training.start.weights_layout import checked
 from keysync_jax.training.state import merge
 from keysync_jax.training.store import checkpoints
 from keysync_jax.training.trainables import trainable_of
-from keysync_jax.weights.table import to_torch
 
 LABEL = "model.diffusion_model.label_emb.0.0.weight"
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"

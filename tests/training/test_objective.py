@@ -11,6 +11,7 @@ from bounds import close, spread
 from keysync_jax.config import StageConfig
 from keysync_jax.converters import sgm
 from keysync_jax.diffusion.loss import LossConfig
+from keysync_jax.models import table
 from keysync_jax.models.stage import abstract_params
 from keysync_jax.training.config import DropoutConfig, TrainConfig
 from keysync_jax.training.objective import DiffusionObjective
@@ -18,7 +19,6 @@ from keysync_jax.training.trainables import trainable_of
 from keysync_jax.verify import harness as parity
 from keysync_jax.verify.case_tools import to_images
 from keysync_jax.verify.stage_cases import Engine, build_engine
-from keysync_jax.weights import table
 
 # The reference's loss settings and how many frames they decode.
 VARIANTS = {

@@ -9,13 +9,13 @@ import trajectory as setup
 from bounds import close
 
 from keysync_jax.converters import sgm
+from keysync_jax.models import table
 from keysync_jax.models.stage import init_params
 from keysync_jax.training import state as states
 from keysync_jax.training.objective import DiffusionObjective
 from keysync_jax.training.optimizer import make_optimizer
 from keysync_jax.training.step import make_train_step
 from keysync_jax.training.trainables import trainable_of
-from keysync_jax.weights import table
 
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

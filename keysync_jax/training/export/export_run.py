@@ -25,7 +25,7 @@ from keysync_jax.converters.parts import STAGES, Part, audio_part_name, audio_pa
 from keysync_jax.converters.staging import check_free
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import is_local
-from keysync_jax.speech import log_mel, registry
+from keysync_jax.models.speech import log_mel, registry
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.export import model_card
 from keysync_jax.training.start import runs, vae_scale

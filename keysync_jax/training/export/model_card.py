@@ -16,10 +16,10 @@ from keysync_jax.converters import hub
 from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.core.errors import KeySyncError, UsageError, first_line
 from keysync_jax.core.files import is_local
+from keysync_jax.core.version import __version__
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.start.runs import RunWeights
 from keysync_jax.training.store import jsonl
-from keysync_jax.version import __version__
 
 CARD, RECORDS = "README.md", "training"
 COMMANDS, METRICS = "commands.jsonl", "metrics.jsonl"

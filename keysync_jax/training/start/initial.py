@@ -18,13 +18,13 @@ from keysync_jax.converters.parts import DECODER, STAGES, Part, part_table
 from keysync_jax.core.differences import compare, some
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models.stage import init_params, init_vae_params
+from keysync_jax.models.table import Table, to_flax
 from keysync_jax.training.config import TrainConfig
 from keysync_jax.training.start import weights_layout
 from keysync_jax.training.start.runs import RunWeights
 from keysync_jax.training.start.stage_vae import config_of, located, open_vae
 from keysync_jax.training.start.weights_layout import checked
 from keysync_jax.training.state import Tree
-from keysync_jax.weights.table import Table, to_flax
 
 Found = tuple[Tree, list[str]]  # a whole model, float32 NumPy arrays, and lines that say where it comes from
 

@@ -6,10 +6,10 @@ import dataclasses
 
 from etils import epath
 
-from keysync_jax import assets
 from keysync_jax.config import StageConfig, VAEConfig
 from keysync_jax.converters import assemble_vae, containers, convert, model_directory
 from keysync_jax.converters.parts import Part
+from keysync_jax.core import assets
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.source.sample import WindowReader
 from keysync_jax.training.config import InitConfig, TrainConfig

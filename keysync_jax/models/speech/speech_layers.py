@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.speech.speech_encoder import FirstConvolution, Geometry, Moments
+from keysync_jax.models.speech.speech_encoder import FirstConvolution, Geometry, Moments
 
 Array = jax.Array
 NORM_EPS = 1e-5  # of the norms inside the convolution stack, whatever the configuration says about the others

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from keysync_jax.core.clock import SAMPLE_RATE
-from keysync_jax.speech.speech_encoder import ColumnEncoder
-from keysync_jax.speech.torch_encoder import hidden_state, in_frames, load, on_device
-from keysync_jax.speech.waveform import TOKENS_PER_FRAME, num_frames
+from keysync_jax.models.speech.speech_encoder import ColumnEncoder
+from keysync_jax.models.speech.torch_encoder import hidden_state, in_frames, load, on_device
+from keysync_jax.models.speech.waveform import TOKENS_PER_FRAME, num_frames
 
 _SECONDS = 30  # what the encoder reads at once
 

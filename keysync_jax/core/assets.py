@@ -1,4 +1,4 @@
-"""Files inside the package: the small model that `keysync demo` and `keysync dub --model demo` use."""
+"""Files inside the package (`keysync_jax/assets`): the small model that `keysync demo` and `keysync dub --model demo` use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_bundled() -> bool:
 
 
 def _folder() -> Path:
-    return Path(str(importlib.resources.files(__name__))) / NAME
+    return Path(str(importlib.resources.files("keysync_jax"))) / "assets" / NAME
 
 
 def bundled_model_path() -> Path:

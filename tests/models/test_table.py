@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.weights.table import LAYOUTS, conv, fold, get_leaf, linear, norm, prefixed, raw, to_flax, to_torch
+from keysync_jax.models.table import LAYOUTS, conv, fold, get_leaf, linear, norm, prefixed, raw, to_flax, to_torch
 
 TABLE = prefixed(
     "model.net",

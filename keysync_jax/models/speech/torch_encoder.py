@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from keysync_jax.core.errors import KeySyncError, first_line
-from keysync_jax.speech.speech_encoder import ColumnEncoder
-from keysync_jax.speech.waveform import TOKENS_PER_FRAME, fill, pair
+from keysync_jax.models.speech.speech_encoder import ColumnEncoder
+from keysync_jax.models.speech.waveform import TOKENS_PER_FRAME, fill, pair
 
 
 def look(encoder: ColumnEncoder, folder: str) -> tuple[int, list[Path]]:

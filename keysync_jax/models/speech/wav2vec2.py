@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from keysync_jax.core.clock import SAMPLES_PER_FRAME
-from keysync_jax.speech.speech_encoder import ColumnEncoder
-from keysync_jax.speech.torch_encoder import hidden_state, in_frames, load, on_device
-from keysync_jax.speech.waveform import num_frames, standardise
+from keysync_jax.models.speech.speech_encoder import ColumnEncoder
+from keysync_jax.models.speech.torch_encoder import hidden_state, in_frames, load, on_device
+from keysync_jax.models.speech.waveform import num_frames, standardise
 
 _VARIANCE_EPS = 1e-7
 

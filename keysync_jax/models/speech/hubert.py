@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from keysync_jax.config import AudioEncoderConfig
-from keysync_jax.speech import speech_layers as layers
-from keysync_jax.speech import transformers_config as names
-from keysync_jax.speech.speech_encoder import Moments, Published, SpeechEncoder
-from keysync_jax.speech.waveform import pad_to_frames, standardise
-from keysync_jax.weights.table import Entry, Table, linear, norm, raw
+from keysync_jax.models.speech import speech_layers as layers
+from keysync_jax.models.speech import transformers_config as names
+from keysync_jax.models.speech.speech_encoder import Moments, Published, SpeechEncoder
+from keysync_jax.models.speech.waveform import pad_to_frames, standardise
+from keysync_jax.models.table import Entry, Table, linear, norm, raw
 
 Array = jax.Array
 

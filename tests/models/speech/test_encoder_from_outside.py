@@ -30,14 +30,14 @@ from keysync_jax.data_pipeline.synthetic.dataset import SynthSettings, synth_dat
 from keysync_jax.encoders.audio_features import AudioFeatures
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.media import audio, video
-from keysync_jax.speech import registry
-from keysync_jax.speech.random_params import init_params
-from keysync_jax.speech.speech_encoder import Geometry, Published, SpeechEncoder
+from keysync_jax.models.speech import registry
+from keysync_jax.models.speech.random_params import init_params
+from keysync_jax.models.speech.speech_encoder import Geometry, Published, SpeechEncoder
+from keysync_jax.models.table import conv
 from keysync_jax.training.config import DataConfig
 from keysync_jax.training.export.export_run import export, parts_of
 from keysync_jax.training.loop import train
 from keysync_jax.training.start import check
-from keysync_jax.weights.table import conv
 
 BANDS, WIDTH, FRAMES = tiny_talker_model.BANDS, 8, 30
 

@@ -8,8 +8,8 @@ import pytest
 
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.speech import registry, transformers_config, wavlm
-from keysync_jax.weights import table
+from keysync_jax.models import table
+from keysync_jax.models.speech import registry, transformers_config, wavlm
 
 MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
 FULL = {"hubert": AudioEncoderConfig(), "wavlm": AudioEncoderConfig(kind="wavlm", normalize_waveform=False)}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from keysync_jax.config import SpeechEncoderConfig
-from keysync_jax.speech import registry
+from keysync_jax.models.speech import registry
 
 
 def init_params(config: SpeechEncoderConfig, rng: np.random.Generator) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.weights.table import Entry, conv, fold, norm, raw
+from keysync_jax.models.table import Entry, conv, fold, norm, raw
 
 # Weight norm as torch's parametrization stores it -> as it was published.
 _PARAMETRIZATION = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from keysync_jax.config import AUDIO_ENCODERS, COLUMN_ENCODERS, SpeechEncoderConfig
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.speech.speech_encoder import ColumnEncoder, Geometry, Published, SpeechEncoder
-from keysync_jax.weights.table import Table
+from keysync_jax.models.speech.speech_encoder import ColumnEncoder, Geometry, Published, SpeechEncoder
+from keysync_jax.models.table import Table
 
 
 def _own(name: str) -> Any:

@@ -16,13 +16,13 @@ from types import ModuleType
 
 FOLDERS = ("configs", "converters", "data_pipeline")
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class _Beside(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, name = fullname.rpartition(".")
-        if package != __package__ or name not in FOLDERS:
+        if package != _PACKAGE.name or name not in FOLDERS:
             return None
         return importlib.machinery.PathFinder.find_spec(fullname, [str(_PACKAGE.parent)], target)
 

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from keysync_jax.config import SpeechEncoderConfig
-from keysync_jax.speech.waveform import fill, pad_to_frames
-from keysync_jax.weights.table import Table
+from keysync_jax.models.speech.waveform import fill, pad_to_frames
+from keysync_jax.models.table import Table
 
 C = TypeVar("C", bound=SpeechEncoderConfig)
 

@@ -15,7 +15,7 @@ import numpy as np
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.clock import SAMPLE_RATE
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.speech.speech_encoder import Geometry, SpeechEncoder
+from keysync_jax.models.speech.speech_encoder import Geometry, SpeechEncoder
 
 Array = jax.Array
 

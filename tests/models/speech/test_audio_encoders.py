@@ -12,9 +12,9 @@ from bounds import close
 
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.speech import log_mel, registry, speech_layers, transformers_config, wavlm
-from keysync_jax.speech.random_params import init_params
-from keysync_jax.weights import table
+from keysync_jax.models import table
+from keysync_jax.models.speech import log_mel, registry, speech_layers, transformers_config, wavlm
+from keysync_jax.models.speech.random_params import init_params
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "helpers" / "fixtures" / "speech_hf.safetensors"
 TINY = {

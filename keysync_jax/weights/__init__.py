@@ -1,1 +1,0 @@
-"""Names of weights: which torch tensor is which parameter, and how their layouts differ."""
