@@ -16,7 +16,7 @@ from keysync_jax.models import table
 from keysync_jax.models.speech import log_mel, registry, speech_layers, transformers_config, wavlm
 from keysync_jax.models.speech.random_params import init_params
 
-FIXTURE = pathlib.Path(__file__).parents[1] / "helpers" / "fixtures" / "speech_hf.safetensors"
+FIXTURE = pathlib.Path(__file__).parents[2] / "helpers" / "fixtures" / "speech_hf.safetensors"
 TINY = {
     "hidden_size": 16,
     "num_layers": 2,

@@ -11,7 +11,7 @@ from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models import table
 from keysync_jax.models.speech import registry, transformers_config, wavlm
 
-MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
+MANIFESTS = Path(__file__).parents[2] / "golden" / "manifests"
 FULL = {"hubert": AudioEncoderConfig(), "wavlm": AudioEncoderConfig(kind="wavlm", normalize_waveform=False)}
 TINY = {
     "hidden_size": 16,
