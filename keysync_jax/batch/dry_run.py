@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from keysync_jax import assets
 from keysync_jax.batch.folders import BatchFolder
 from keysync_jax.batch.job_list import STATE_FOLDER, Job
 from keysync_jax.batch.ledger import DONE, FINISHED, REVIEW, item_name
 from keysync_jax.batch.worker import unfit
 from keysync_jax.converters import model_directory
+from keysync_jax.core import assets
 from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError, in_one_line
 from keysync_jax.media import video

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keysync_jax import assets
 from keysync_jax.batch import gate
 from keysync_jax.batch.faults import MachineFault, out_of_device_memory
 from keysync_jax.batch.job_list import Job
 from keysync_jax.batch.worker import Outcome, Task
 from keysync_jax.converters import model_directory
+from keysync_jax.core import assets
 from keysync_jax.core.compile_cache import use_compile_cache
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.core.version import __version__
 from keysync_jax.data_pipeline.prepare.work import digest, file_digest
 from keysync_jax.inference import two_stage
 from keysync_jax.inference.analysis import Analysis
@@ -29,7 +30,6 @@ from keysync_jax.inference.phases import PhaseProgress
 from keysync_jax.inference.pipeline import KeySyncPipeline
 from keysync_jax.media import faces, video
 from keysync_jax.media.compositing import Compositor
-from keysync_jax.version import __version__
 
 log = logging.getLogger(__name__)
 

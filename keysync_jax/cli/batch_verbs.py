@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keysync_jax import assets
 from keysync_jax.cli import dub_verbs
 from keysync_jax.cli.verbs import add_verb, number, stop_on_sigterm
+from keysync_jax.core import assets
 from keysync_jax.core.errors import KeySyncError, UsageError
 
 _EXAMPLES = """\

@@ -78,8 +78,8 @@ def _plan(args) -> int:
 def _plan_dub(args) -> int:
     import jax
 
-    from keysync_jax import assets
     from keysync_jax.converters import initialize, model_directory
+    from keysync_jax.core import assets
     from keysync_jax.planning.dub_plan import make_dub_plan
     from keysync_jax.planning.recipe_plan import parse_topology
 

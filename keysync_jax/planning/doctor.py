@@ -16,14 +16,14 @@ import av
 import jax
 import jax.numpy as jnp
 
-from keysync_jax import assets
 from keysync_jax.converters import model_directory
+from keysync_jax.core import assets
 from keysync_jax.core.compile_cache import use_compile_cache
 from keysync_jax.core.errors import KeySyncError, first_line
+from keysync_jax.core.version import __version__
 from keysync_jax.inference.window_plan import WindowSizes
 from keysync_jax.media import face_models
 from keysync_jax.models.attention import select
-from keysync_jax.version import __version__
 
 OK, NOTE, BAD = "ok", "note", "bad"
 _PACKAGES = (
