@@ -14,7 +14,7 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -36,6 +36,7 @@ from keysync_jax.data_pipeline.prepare.groups import FeaturePlan
 from keysync_jax.data_pipeline.prepare.item import Candidate, ClipWork, Drop, Item
 from keysync_jax.data_pipeline.prepare.settings import Curation
 from keysync_jax.data_pipeline.prepare.shot_bounds import check_package
+from keysync_jax.data_pipeline.prepare.supervise import Marks, run_supervised
 from keysync_jax.data_pipeline.prepare.work import file_digest
 from keysync_jax.data_pipeline.prepare.work_state import Folders
 from keysync_jax.data_pipeline.shard_plan import Piece, Shard
@@ -58,16 +59,22 @@ class _Opened:
 class Analyse(beam.DoFn):
     """Item -> the same item, after its analysis is in the work folder."""
 
-    def __init__(self, curation: Curation, folders: Folders):
-        self._curation, self._folders = curation, folders
+    def __init__(self, curation: Curation, folders: Folders, marks: Marks):
+        self._curation, self._folders, self._marks = curation, folders, marks
 
     def setup(self) -> None:
+        self._marks.end_with_pipeline()
         # One detector per DoFn instance: it follows faces from frame to frame and must not be shared by threads.
         self._open_faces = functools.cache(functools.partial(open_faces, self._curation))
         self._scorers = open_scorers(self._curation)
         self._tables = FrameTables(self._folders.frame_tables)
 
     def process(self, item: Item) -> Iterator[Item]:
+        with self._marks.holding(item.id):
+            self._analyse(item)
+        yield item
+
+    def _analyse(self, item: Item) -> None:
         try:
             key = curation_stages.item_key(item, self._curation)
         except (OSError, ValueError) as error:  # the latter: a name that no file can have
@@ -76,7 +83,6 @@ class Analyse(beam.DoFn):
             if other and os.fspath(other) != item.path:
                 words = f"{other}: {words}"
             self._save(item, _FAILED, Analysis([], [Drop(item.path, item.id, "", "probe", "unreadable", words)], {}, {}))
-            yield item
             return
         held = self._folders.analyses.load(item.id, key)
         if held is None:
@@ -85,7 +91,6 @@ class Analyse(beam.DoFn):
             # The files are the same, but lie elsewhere, or the manifest says something else about them (speaker, terms, sidecars).
             drops = [{**drop, "path": item.path} for drop in held.values["drops"]]
             self._folders.analyses.save(item.id, key, {**held.values, "item": item.to_json(), "drops": drops}, held.arrays)
-        yield item
 
     def _analysed(self, item: Item, key: str) -> tuple[str, Analysis]:
         detector = None if item.landmarks else self._open_faces()
@@ -98,11 +103,27 @@ class Analyse(beam.DoFn):
             return _FAILED, Analysis([], [_internal(item, "", "analyse", error)], {}, {})
 
     def _save(self, item: Item, key: str, analysis: Analysis) -> None:
-        values = {
-            "item": item.to_json(), "candidates": [vars(c) for c in analysis.candidates], "drops": [d._asdict() for d in analysis.drops],
-            "facts": analysis.facts,
-        }  # fmt: skip
-        self._folders.analyses.save(item.id, key, values, analysis.arrays)
+        save_analysis(self._folders, item, key, analysis)
+
+
+def save_analysis(folders: Folders, item: Item, key: str, analysis: Analysis) -> None:
+    """Store what was found out about an item; key `_FAILED` has the next run try again."""
+    values = {
+        "item": item.to_json(), "candidates": [vars(c) for c in analysis.candidates], "drops": [d._asdict() for d in analysis.drops],
+        "facts": analysis.facts,
+    }  # fmt: skip
+    folders.analyses.save(item.id, key, values, analysis.arrays)
+
+
+def put_item_aside(folders: Folders, item: Item, reason: str) -> None:
+    """Drop an item that killed its worker twice: before its analysis was there, whole; else the clips that still lack features."""
+    analysis = folders.analyses.load(item.id)
+    if analysis is None or not state.candidates(analysis):
+        save_analysis(folders, item, _FAILED, Analysis([], [Drop(item.path, item.id, "", "analyse", "killed_worker", reason)], {}, {}))
+        return
+    clips = state.candidates(analysis)
+    drops = [Drop(item.path, item.id, clip.id, "features", "killed_worker", reason, clip.num_frames / FRAME_RATE) for clip in clips]
+    folders.encoded.save(item.id, "", _encoded(drops, {}, None))
 
 
 def open_scorers(curation: Curation) -> dict[str, Any]:
@@ -130,14 +151,20 @@ def check_tools(items: Sequence[Item], curation: Curation) -> None:
 class Encode(beam.DoFn):
     """Item -> its id, after the features of its clips are in the work folder."""
 
-    def __init__(self, plan: FeaturePlan, folders: Folders, written: Mapping[str, Mapping[str, str]], handle: shared.Shared):
-        self._plan, self._folders, self._written, self._handle = plan, folders, written, handle
+    def __init__(self, plan: FeaturePlan, folders: Folders, written: Mapping[str, Mapping[str, str]], handle: shared.Shared, marks: Marks):
+        self._plan, self._folders, self._written, self._handle, self._marks = plan, folders, written, handle, marks
 
     def setup(self) -> None:
+        self._marks.end_with_pipeline()
         feature_stages.settle_jax()
         self._encoders = self._handle.acquire(lambda: _Opened(feature_stages.Encoders(self._plan))).value
 
     def process(self, item: Item) -> Iterator[str]:
+        with self._marks.holding(item.id):
+            self._encode(item)
+        yield item.id
+
+    def _encode(self, item: Item) -> None:
         analysis = self._folders.analyses.load(item.id)
         if analysis is None:
             raise KeySyncError(f"the analysis of {item.path} vanished from {self._folders.work}; is it on a disk that all workers share?")
@@ -146,7 +173,6 @@ class Encode(beam.DoFn):
         before = self._folders.encoded.load(item.id)
         if before is None or drops or seconds or before.values["drops"]:
             self._folders.encoded.save(item.id, "", _encoded(drops, seconds, before.values if before else None))
-        yield item.id
 
 
 def _encoded(drops: list[Drop], seconds: dict[str, float], before: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -239,10 +265,11 @@ def _internal(item: Item, clip: str, stage: str, error: Exception, seconds: floa
 class WriteShard(beam.DoFn):
     """(group, shard) -> the shard's file name, after it is written (or found finished)."""
 
-    def __init__(self, plan: FeaturePlan, folders: Folders, handle: shared.Shared):
-        self._plan, self._folders, self._handle = plan, folders, handle
+    def __init__(self, plan: FeaturePlan, folders: Folders, handle: shared.Shared, marks: Marks):
+        self._plan, self._folders, self._handle, self._marks = plan, folders, handle, marks
 
     def setup(self) -> None:
+        self._marks.end_with_pipeline()
         feature_stages.settle_jax()
         self._encoders = self._handle.acquire(lambda: _Opened(feature_stages.Encoders(self._plan))).value
 
@@ -251,7 +278,8 @@ class WriteShard(beam.DoFn):
         name = group.shard_name(shard.split, shard.index)
         start = time.perf_counter()
         try:
-            done = shard_writer.write_shard(self._folders.output, group, shard, functools.partial(self._load, group))
+            with self._marks.holding(name):
+                done = shard_writer.write_shard(self._folders.output, group, shard, functools.partial(self._load, group))
         except KeySyncError as error:
             self._folders.shard_errors.save(name, "", {"message": str(error)})
             return
@@ -286,19 +314,34 @@ def run_items(
     items: Sequence[Item], curation: Curation, plan: FeaturePlan, folders: Folders, written: Mapping[str, Mapping[str, str]],
     flags: Sequence[str],
 ) -> None:  # fmt: skip
-    """Curate all items and compute the features of their clips.
+    """Curate all items and compute the features of their clips. An item that kills its worker twice is put aside.
 
     Raises:
       KeySyncError: a disk is full or cannot be written to, or a network cannot be opened.
     """
+    run = functools.partial(_run_items, items, curation, plan, folders, written, flags)
+    if not _has_processes(flags):
+        run((), "")
+        return
+    by_id = {item.id: item for item in items}
+    run_supervised(run, lambda name, reason: put_item_aside(folders, by_id[name], reason))
+
+
+def _run_items(
+    items: Sequence[Item], curation: Curation, plan: FeaturePlan, folders: Folders, written: Mapping[str, Mapping[str, str]],
+    flags: Sequence[str], aside: Collection[str], marks: str,
+) -> None:  # fmt: skip
+    items = [item for item in items if item.id not in aside]
+    if not items:
+        return
     with _running(flags, folders) as pipeline:
         (
             pipeline
             | "items" >> beam.Create(list(items))
             | "spread items" >> beam.Reshuffle()
-            | "curate" >> beam.ParDo(Analyse(curation, folders))
+            | "curate" >> beam.ParDo(Analyse(curation, folders, Marks(marks)))
             | "spread clips" >> beam.Reshuffle()
-            | "encode" >> beam.ParDo(Encode(plan, folders, written, shared.Shared()))
+            | "encode" >> beam.ParDo(Encode(plan, folders, written, shared.Shared(), Marks(marks)))
         )
 
 
@@ -310,16 +353,34 @@ def run_shards(work: Sequence[tuple[Group, Shard]], plan: FeaturePlan, folders: 
     """
     for name in folders.shard_errors.names():
         folders.shard_errors.remove(name)
+    run = functools.partial(_run_shards, work, plan, folders, flags)
+    if _has_processes(flags):
+        run_supervised(run, lambda name, reason: folders.shard_errors.save(name, "", {"message": f"{name} cannot be written: {reason}"}))
+    else:
+        run((), "")
+    for name in folders.shard_errors.names():
+        error = folders.shard_errors.load(name)
+        raise KeySyncError(error.values["message"] if error else f"shard {name} could not be written")
+
+
+def _run_shards(
+    work: Sequence[tuple[Group, Shard]], plan: FeaturePlan, folders: Folders, flags: Sequence[str], aside: Collection[str], marks: str
+) -> None:
+    work = [(group, shard) for group, shard in work if group.shard_name(shard.split, shard.index) not in aside]
+    if not work:
+        return
     with _running(flags, folders) as pipeline:
         (
             pipeline
             | "shards" >> beam.Create(list(work))
             | "spread shards" >> beam.Reshuffle()
-            | "write" >> beam.ParDo(WriteShard(plan, folders, shared.Shared()))
+            | "write" >> beam.ParDo(WriteShard(plan, folders, shared.Shared(), Marks(marks)))
         )
-    for name in folders.shard_errors.names():
-        error = folders.shard_errors.load(name)
-        raise KeySyncError(error.values["message"] if error else f"shard {name} could not be written")
+
+
+def _has_processes(flags: Sequence[str]) -> bool:
+    """Whether the pipeline has worker processes on this machine, which may die."""
+    return any(flag == "--direct_running_mode=multi_processing" for flag in flags)
 
 
 @contextlib.contextmanager
