@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +10,12 @@ from keysync_jax.batch.batch_report import Status
 from keysync_jax.batch.driver import Progress, drive, worker_environments
 from keysync_jax.batch.faults import check_folder
 from keysync_jax.batch.folders import BatchFolder
+from keysync_jax.batch.inputs import content_digest, seen
 from keysync_jax.batch.job_list import Job, check_outputs
 from keysync_jax.batch.ledger import CLAIMED, DONE, FAILED, OPEN, REVIEW, Entry, Item, Ledger, item_name
 from keysync_jax.batch.owner import Owner
 from keysync_jax.batch.worker import Work, WorkerSpec
 from keysync_jax.core.errors import UsageError
-from keysync_jax.data_pipeline.prepare.work import file_digest
 
 # How the items are worked on, once the ledger knows them: (spec, ledger of this process, told of the counts).
 Engine = Callable[[WorkerSpec, Ledger, Callable[[Progress], Any]], None]
@@ -130,15 +129,7 @@ def status(folder: BatchFolder) -> Done:
 
 
 def _item(position: int, job: Job, recipe: Mapping[str, Any]) -> Item:
-    return Item(item_name(job.id), position, job, {**recipe, "options": dict(job.options)}, [_look(job.video), _look(job.audio)])
-
-
-def _look(path: str) -> list[Any]:
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return []
-    return [path, found.st_size, found.st_mtime_ns]
+    return Item(item_name(job.id), position, job, {**recipe, "options": dict(job.options)}, [seen(job.video), seen(job.audio)])
 
 
 def _enter(folder: BatchFolder, ledger: Ledger, items: Sequence[Item]) -> None:
@@ -180,7 +171,7 @@ def _difference(before: Entry, item: Item) -> str:
         return f"output name ({before.item.job.output}, now {item.job.output})"
     hashes: Mapping[str, str] = before.result.get("inputs") or {}
     for what, path, then, now in zip(("video", "audio"), (item.job.video, item.job.audio), before.item.inputs, item.inputs, strict=True):
-        if list(then)[1:] != list(now)[1:] and (not now or hashes.get(what) != file_digest(path)):
+        if list(then)[1:] != list(now)[1:] and (not now or hashes.get(what) != content_digest(path)):
             return f"{what} ({path} has changed)"
     return ""
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from keysync_jax.batch.folders import BatchFolder
+from keysync_jax.batch.inputs import length_s, unfit
 from keysync_jax.batch.job_list import STATE_FOLDER, Job
 from keysync_jax.batch.ledger import DONE, FINISHED, REVIEW, item_name
-from keysync_jax.batch.worker import unfit
 from keysync_jax.converters import model_directory
 from keysync_jax.core import assets
 from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.errors import KeySyncError, in_one_line
-from keysync_jax.media import video
 
 _LINES = 200
 
@@ -52,7 +51,7 @@ def dry_run(folder: BatchFolder, jobs: Sequence[Job], model: str) -> Listing:
             lines.append(f"{job.id}: cannot be done: {problem}")
             continue
         total += seconds
-        size += Path(job.video).stat().st_size
+        size += Path(job.video).stat().st_size if Path(job.video).is_file() else 0
         scratch = max(scratch, seconds * latent)
         lines.append(f"{job.id}: {seconds:.2f} s of video -> {job.output}" + (f", about {rate * seconds:.0f} s" if rate else ""))
     if len(lines) > _LINES:
@@ -76,10 +75,9 @@ def seconds_of(job: Job) -> tuple[float, str]:
     if reason := unfit(job):
         return 0.0, reason
     try:
-        info = video.probe(job.video)
+        return length_s(job.video), ""
     except KeySyncError as error:
         return 0.0, in_one_line(error)
-    return float(info.duration_s or (info.frames or 0) / info.average_rate), ""
 
 
 def _history(folder: BatchFolder) -> tuple[dict[str, str], float | None]:

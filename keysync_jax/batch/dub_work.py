@@ -7,13 +7,13 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from keysync_jax.batch import gate
 from keysync_jax.batch.faults import MachineFault, out_of_device_memory
+from keysync_jax.batch.inputs import content_digest, length_s
 from keysync_jax.batch.job_list import Job
 from keysync_jax.batch.worker import Outcome, Task
 from keysync_jax.converters import model_directory
@@ -21,14 +21,14 @@ from keysync_jax.core import assets
 from keysync_jax.core.compile_cache import use_compile_cache
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.core.version import __version__
-from keysync_jax.data_pipeline.prepare.work import digest, file_digest
+from keysync_jax.data_pipeline.prepare.work import digest
 from keysync_jax.inference import two_stage
 from keysync_jax.inference.analysis import Analysis
 from keysync_jax.inference.dub import DubJob, DubResult, mask_of
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.inference.phases import PhaseProgress
 from keysync_jax.inference.pipeline import KeySyncPipeline
-from keysync_jax.media import faces, video
+from keysync_jax.media import faces
 from keysync_jax.media.compositing import Compositor
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class DubWork:
     def limit_s(self, job: Job) -> float:
         """See `worker.Work`; a clip that cannot be probed fails soon by itself."""
         try:
-            length = _length(job.video)
+            length = length_s(job.video)
         except KeySyncError:
             length = 0.0
         if self._slowest is None:
@@ -159,7 +159,7 @@ class DubWork:
             "notes": report["notes"],
             "microbatch": microbatch,
             "devices": report["devices"],
-            "inputs": {"video": file_digest(task.job.video), "audio": file_digest(task.job.audio)},
+            "inputs": {"video": content_digest(task.job.video), "audio": content_digest(task.job.audio)},
             "phases": report["seconds"],
         }
         if microbatch != self._settings.microbatch:
@@ -183,7 +183,7 @@ class DubWork:
 
         def region(frame: int) -> np.ndarray:
             shot = analysis.shot_of(frame)
-            return compositor.alpha(shot.box, shot.mask(frame, stages["keyframe"], mask))
+            return compositor.alpha(shot.view(frame), shot.mask(frame, stages["keyframe"], mask))
 
         with faces.open_backend(options.faces, **({"weights": options.face_weights} if options.face_weights else {})) as backend:
             return gate.measure(job.video, task.target, job.audio, analysis, result.report, region, backend)
@@ -212,14 +212,6 @@ def _begin(pipeline: KeySyncPipeline, task: Task) -> Iterator[_Begun]:
         dub.listen()
         dub.encode()
         yield _Begun(dub, analysis)
-
-
-def _length(path: str | Path) -> float:
-    """Seconds of a video as its header says."""
-    info = video.probe(path)
-    if info.duration_s:
-        return float(info.duration_s)
-    return float((info.frames or 0) / info.average_rate) if info.average_rate else 0.0
 
 
 def _skipped(report: Mapping[str, Any]) -> dict[str, int]:

@@ -20,8 +20,9 @@ from keysync_jax.core.clock import FRAME_RATE, SAMPLES_PER_FRAME
 from keysync_jax.evaluation.lip_metrics import loudness_db
 from keysync_jax.evaluation.video_metrics import mouth_ratio
 from keysync_jax.inference.analysis import Analysis
+from keysync_jax.inference.clip_io import open_video
 from keysync_jax.inference.timeline import model_frame
-from keysync_jax.media import audio, video
+from keysync_jax.media import audio
 from keysync_jax.media.faces import Face, FaceBackend, box_iou
 
 # In one place: what is too little or too much.
@@ -74,7 +75,7 @@ def measure(
     thumbnails: list[Image.Image] = []
     wanted = set(painted)
     backend.reset()
-    for before, after in zip(video.read(source, analysis.info), video.read(result), strict=False):
+    for before, after in zip(open_video(source).read(), open_video(result).read(), strict=False):
         if before.index not in wanted:
             continue
         shot = analysis.shot_of(before.index)

@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import signal
-import stat
 import tempfile
 import threading
 import time
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from keysync_jax.batch import faults
 from keysync_jax.batch.folders import BatchFolder
+from keysync_jax.batch.inputs import unfit
 from keysync_jax.batch.job_list import Job
 from keysync_jax.batch.ledger import BEAT_S, CLAIMED, DONE, FAILED, OPEN, REVIEW, Claim, Ledger
 from keysync_jax.batch.owner import Owner
@@ -284,22 +284,6 @@ class _Worker:
                 self._lost |= {claim.item.name for claim in held if not ledger.beat(claim)}
         if ledger is not None:
             ledger.close()
-
-
-def unfit(job: Job) -> str:
-    """Why a job need not be tried; opening a pipe or a device as a video would never end."""
-    if job.error:
-        return job.error
-    for path, what in ((job.video, "video"), (job.audio, "voice")):
-        try:
-            mode = os.stat(path).st_mode
-        except FileNotFoundError:
-            return f"the {what} {path} does not exist"
-        except (OSError, ValueError) as error:
-            return f"the {what} {path} cannot be read: {getattr(error, 'strerror', None) or error}"
-        if not stat.S_ISREG(mode):
-            return f"the {what} {path} is no ordinary file"
-    return ""
 
 
 def _json(values: Mapping[str, Any]) -> str:

@@ -33,20 +33,23 @@ class PictureSequence:
     Args:
       path: see `is_sequence`.
 
+    Attributes:
+      paths: of the pictures, in order.
+
     Raises:
       KeySyncError: no picture there, or the first one cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike):
-        self._paths = _pictures(os.fspath(path))
-        first = video.probe(self._paths[0])
-        count, rate = len(self._paths), Fraction(FRAME_RATE)
+        self.paths = _pictures(os.fspath(path))
+        first = video.probe(self.paths[0])
+        count, rate = len(self.paths), Fraction(FRAME_RATE)
         self.info = dataclasses.replace(
             first, average_rate=rate, time_base=1 / rate, frames=count, duration_s=count / FRAME_RATE, start_time=Fraction(0)
         )
 
     def read(self) -> _SequenceReader:
-        return _SequenceReader(self._paths, self.info)
+        return _SequenceReader(self.paths, self.info)
 
 
 class _SequenceReader:
