@@ -66,20 +66,20 @@ class DubSettings:
 
 
 class DubWork:
-    """Dubs items; opened in each worker."""
+    """Dubs items; opened in each worker.
+
+    Attributes:
+      together: as many clips as a call of the devices has windows; on one device with a microbatch of one, each fills it by itself.
+    """
 
     def __init__(self, settings: DubSettings):
         use_compile_cache()
         self._settings = settings
         self._pipelines = {settings.microbatch: self._pipeline(settings.microbatch)}
+        devices = self._pipelines[settings.microbatch].mesh.devices.size
+        self.together = max(1, min(_MOST_TOGETHER, settings.microbatch * devices))
         self.check()
         self._slowest: float | None = None  # seconds for a second of video
-
-    @property
-    def together(self) -> int:
-        """As many clips as a call of the devices has windows: on one device with a microbatch of one, each fills it by itself."""
-        devices = self._pipelines[self._settings.microbatch].mesh.devices.size
-        return max(1, min(_MOST_TOGETHER, self._settings.microbatch * devices))
 
     def limit_s(self, job: Job) -> float:
         """See `worker.Work`; a clip that cannot be probed fails soon by itself."""
@@ -106,21 +106,26 @@ class DubWork:
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Outcome | Exception]:
         """See `worker.Work`."""
-        microbatch = self._settings.microbatch
-        results = self._attempt(tasks, microbatch)
+        results = self._attempt(tasks, self._settings.microbatch)
         for task, result in zip(tasks, results, strict=True):
-            size = microbatch
-            while isinstance(result, Exception) and out_of_device_memory(result) and (size > 1 or len(tasks) > 1):
-                if len(tasks) == 1 or size < microbatch:
-                    size //= 2
-                log.warning("%s: the device has not enough memory; again with a microbatch of %d", task.job.id, size)
+            for size in self._smaller(len(tasks) > 1):
+                if not (isinstance(result, Exception) and out_of_device_memory(result)):
+                    break
+                log.warning("%s: the device has not enough memory; again alone with a microbatch of %d", task.job.id, size)
                 task.target.unlink(missing_ok=True)
                 (result,) = self._attempt([task], size)
-                if size == 1:
-                    break
             if isinstance(result, Exception) and out_of_device_memory(result):
                 result = KeySyncError("the device has not enough memory for it, even with a microbatch of 1")
             yield result
+
+    def _smaller(self, together: bool) -> Iterator[int]:
+        """Microbatches to try an item with, alone, that did not fit."""
+        size = self._settings.microbatch
+        if together:
+            yield size
+        while size > 1:
+            size //= 2
+            yield size
 
     def _attempt(self, tasks: Sequence[Task], microbatch: int) -> list[Outcome | Exception]:
         for size in [each for each in self._pipelines if each not in (microbatch, self._settings.microbatch)]:

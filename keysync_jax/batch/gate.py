@@ -86,7 +86,7 @@ def measure(
         if had.shape != has.shape:
             continue
         pictures.add(before.index, had, has, region(before.index), landmarks)
-        face = _same_face(backend.detect(has), landmarks)
+        face = same_face(backend.detect(has), landmarks)
         openings[before.index] = math.nan if face is None else float(mouth_ratio(face.landmarks))
         if before.index in shown:
             thumbnails.append(_thumbnail(has, landmarks))
@@ -168,7 +168,8 @@ def _painted_share(report: Mapping[str, Any]) -> float:
     return report["frames_dubbed"] / covered if covered > 0 else 1.0
 
 
-def _same_face(faces: list[Face], landmarks: np.ndarray) -> Face | None:
+def same_face(faces: list[Face], landmarks: np.ndarray) -> Face | None:
+    """Of the faces found in a result, the one that has the place of the source's `landmarks` `[68, 2]`; None if none has."""
     own = Face.from_landmarks(landmarks, 1.0)
     best = max(faces, key=lambda face: box_iou(face.box, own.box), default=None)
     return best if best is not None and box_iou(best.box, own.box) >= _SAME_FACE_IOU else None

@@ -60,12 +60,13 @@ class Outcome(NamedTuple):
 
 
 class Work(Protocol):
-    """What a worker does with items, opened once in each worker (`WorkerSpec.open`)."""
+    """What a worker does with items, opened once in each worker (`WorkerSpec.open`).
 
-    @property
-    def together(self) -> int:
-        """How many items to take at once."""
-        ...
+    Attributes:
+      together: how many items to take at once.
+    """
+
+    together: int
 
     def limit_s(self, job: Job) -> float:
         """How long the item may take, seconds; called before `run`, with files that are there."""

@@ -67,7 +67,7 @@ def test_out_of_device_memory_begins_again_at_half_the_microbatch(clips, tiny_mo
 
     def generate(samplers, given, progress):
         calls.append(len(given))
-        if len(calls) <= 2:
+        if len(calls) in (1, 2, 4):  # whatever runs with two windows at once
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
         real(samplers, given, progress)
 
@@ -78,9 +78,9 @@ def test_out_of_device_memory_begins_again_at_half_the_microbatch(clips, tiny_mo
         job = Job(name, str(clips / "0.mp4"), str(clips / f"{name}.wav"), f"{name}.mkv", {"lossless": True})
         tasks.append(Task(job, tmp_path / name / "output.mkv"))
     first, second = work.run(tasks)
-    assert calls == [2, 1, 1, 1]  # together, then the first alone, then at half; then the second alone
-    assert first.values["microbatch"] == 1 and "from a microbatch of 2" in first.values["halved"]
-    assert second.values["microbatch"] == 2 and "halved" not in second.values
+    assert calls == [2, 1, 1, 1, 1]  # together; each alone; each at half the size
+    for outcome in (first, second):
+        assert outcome.values["microbatch"] == 1 and "from a microbatch of 2" in outcome.values["halved"]
     alone = tmp_path / "alone.mkv"
     KeySyncPipeline.from_pretrained(tiny_model)(clips / "0.mp4", clips / "a.wav", alone, options=DubOptions(lossless=True))
     assert alone.read_bytes() == tasks[0].target.read_bytes()
