@@ -57,6 +57,10 @@ def add_options(p: argparse.ArgumentParser) -> None:
     face.add_argument("--faces", choices=FACE_BACKENDS, default=FACE_BACKENDS[0], help="landmark detector (fan: needs the torch extra)")
     face.add_argument("--face-weights", metavar="DIR", help="folder with FAN's weight files")
     face.add_argument("--face", default="largest", metavar="WHICH", help="largest, center, left, right or X,Y in pixels")
+    face.add_argument(
+        "--no-face", choices=("fail", "pass"), default="fail",
+        help="a video without any face: fail, or pass: write it with the new voice and say so",
+    )  # fmt: skip
     video = p.add_argument_group("output")
     video.add_argument("--crf", type=int, metavar="N", help="quality, 0 to 51, lower is better (default 16)")
     video.add_argument("--lossless", action="store_true", help="encode losslessly: pixels outside the mouth region stay bit-equal")

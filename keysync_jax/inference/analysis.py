@@ -61,6 +61,11 @@ class Analysis(NamedTuple):
     dissolved: Sequence[range] = ()  # source frames that show two shots over one another
 
     @property
+    def has_face(self) -> bool:
+        """Whether there is anything to dub."""
+        return any(shot.crop is not None for shot in self.shots)
+
+    @property
     def num_frames(self) -> int:
         return len(self.times)
 
@@ -78,11 +83,15 @@ def look(source: VideoSource, options: DubOptions, progress: PhaseProgress) -> A
     weights = {"weights": options.face_weights} if options.face_weights else {}
     # Opened before the progress bar starts: mediapipe's start-up chatter is silenced together with all of stderr.
     with faces.open_backend(options.faces, **weights) as backend, progress.phase("look", source.info.frames) as advance:
-        return analyse(source, backend, options.face, advance)
+        return analyse(source, backend, options.face, advance, options.no_face)
 
 
 def analyse(
-    source: VideoSource | str | os.PathLike, backend: FaceBackend, face: str = "largest", on_frame: Callable[[], None] = lambda: None
+    source: VideoSource | str | os.PathLike,
+    backend: FaceBackend,
+    face: str = "largest",
+    on_frame: Callable[[], None] = lambda: None,
+    no_face: str = "fail",
 ) -> Analysis:
     """Decode once, keeping only landmarks and timestamps.
 
@@ -91,10 +100,11 @@ def analyse(
       backend: face landmark detector.
       face: which face of several to follow.
       on_frame: called after each frame, for progress.
+      no_face: "pass" takes a video without any face, too.
 
     Raises:
       UsageError: no such choice of a face, or a point outside the picture.
-      KeySyncError: unreadable video, or no usable face anywhere in it.
+      KeySyncError: unreadable video, or no usable face anywhere in it and none need be.
     """
     source = VideoFile(source) if isinstance(source, (str, os.PathLike)) else source
     info = source.info
@@ -128,9 +138,10 @@ def analyse(
         found = table.finish(selection)
         places = placing.place(found.landmarks, found.runs, size, aspect=aspect, rate=_rate(times[start:stop], info))
         shots.append(Shot(index, start, stop, found, places))
-    if not any(shot.crop for shot in shots):
+    if not any(shot.crop for shot in shots) and no_face != "pass":
         raise KeySyncError(
-            f"{info.path}: no face found in any of {len(times)} frames; the face must be visible, at least some 60 pixels wide"
+            f"{info.path}: no face found in any of {len(times)} frames; the face must be visible, at least some 60 pixels wide; "
+            "--no-face pass writes the video with the new voice all the same"
         )
     dissolved = [range(transition.start, transition.stop) for transition in transitions if not transition.fade]
     return Analysis(info, times, shots, [*reader.notes, *_notes(shots)], dissolved)
@@ -146,6 +157,8 @@ def _bounds(cuts: list[int], transitions: list[Transition], num_frames: int) -> 
 def _notes(shots: list[Shot]) -> list[str]:
     """What a person should know of the faces: which was taken of several, and heads that do not stand upright."""
     lines = []
+    if all(shot.crop is None for shot in shots):
+        lines.append("no face in any frame: the pictures stay as they were, under the new voice")
     for shot in shots:
         others = [other for other in shot.faces.others if other.frames >= _MANY_FRAMES * shot.faces.detected.sum()]
         if others and shot.faces.center is not None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from keysync_jax.config import MaskConfig, StageConfig
-from keysync_jax.core.clock import SAMPLE_RATE
+from keysync_jax.core.clock import FRAME_RATE, SAMPLE_RATE
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import schedules
 from keysync_jax.diffusion.guidance import of_stage
@@ -161,7 +161,10 @@ class DubJob:
         return self._analysis
 
     def listen(self) -> None:
-        """Computes the features of the voice, of each speech encoder that a stage needs."""
+        """Computes the features of the voice, of each speech encoder that a stage needs; none where no face will say it."""
+        if self._analysis is not None and not self._analysis.has_face:
+            self._features = {}
+            return
         stages = self._stages.values()
         with self._progress.phase("listen", len(encoders_of(stages))) as advance:
             self._features = hear(stages, self._model.encoders, self._voice.sound.samples, advance)
@@ -175,7 +178,7 @@ class DubJob:
         analysis, features = _after(self._analysis, "look"), _after(self._features, "listen")
         keyframe = self._stages["keyframe"]
         sizes = WindowSizes.of(keyframe, self._stages["interpolation"])
-        num_audio_frames = min(map(len, features.values()))
+        num_audio_frames = min(map(len, features.values()), default=round(self._voice.sound.duration_s * FRAME_RATE))
         pieces = list(_plan(analysis, num_audio_frames, sizes, self._options.reference_windows))
         sources = sorted({source for piece in pieces for source in piece.run.sources})
         regions = {source: analysis.shot_of(source).mask(source, keyframe, self._mask) for source in sources}
@@ -186,7 +189,8 @@ class DubJob:
             self._scratch.callback(store.close)
         row = {source: i for i, source in enumerate(sources)}
         with self._progress.phase("encode", len(sources)) as advance:
-            latents = self._model.vae.encode(self._crops(analysis, set(sources), keyframe.resolution), self._options.seed)
+            crops = self._crops(analysis, set(sources), keyframe.resolution)
+            latents = self._model.vae.encode(crops, self._options.seed) if sources else ()
             for source, latent in zip(sources, latents, strict=True):
                 known[row[source]] = latent
                 advance()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from keysync_jax.config import GUIDANCES, StageConfig
 from keysync_jax.core.errors import UsageError
 
+NO_FACE = ("fail", "pass")  # a video without any face
 # Numbers of a guidance that are not negative.
 _SCALES = ("audio", "identity", "scale")
 
@@ -75,6 +76,7 @@ class DubOptions:
     faces: str = "mediapipe"
     face_weights: str | None = None
     face: str = "largest"  # which face of several: "largest", "center", "left", "right" or "X,Y" in pixels
+    no_face: str = "fail"  # what becomes of a video without any face: one of `NO_FACE`
     crf: int | None = None
     lossless: bool = False
 
@@ -89,6 +91,8 @@ class DubOptions:
                 raise UsageError(f"--{name.replace('_', '-')} and --guidance contradict each other; give one")
         if self.guidance is not None:
             GuidanceOption.parse(self.guidance)
+        if self.no_face not in NO_FACE:
+            raise UsageError(f"--no-face {self.no_face} is unknown; choose {' or '.join(NO_FACE)}")
         if self.face_weights is not None and self.faces != "fan":
             raise UsageError("--face-weights are FAN's; give --faces fan with them")
         if self.crf is not None and not 0 <= self.crf <= 51:

@@ -173,7 +173,7 @@ def generate(samplers: Mapping[str, StageSampler], clips: Sequence[Clip], progre
         tasks = _by_program([task for clip in clips if clip.error is None for task in kind.of(clip)])
         windows = (task.window(sampler.config.audio_encoder) for task in tasks)
         with progress.phase(phase, len(tasks)) as advance:
-            for task, latents in zip(tasks, sampler(windows), strict=True):
+            for task, latents in zip(tasks, sampler(windows) if tasks else (), strict=True):
                 task.finish(latents)
                 advance()
                 if all(clip.error for clip in clips):

@@ -18,7 +18,8 @@ from keysync_jax.media.shots import MIN_CHANGE, NEIGHBOURS, Jump, ShotDetector, 
 
 _UPPER_FACE = slice(17, 36)  # brows and nose: what speech does not move, blinks neither
 # A head that goes on: what its place differs by, in face sizes, from where its own motion takes it within so many steps.
-_ALONG, _ALONG_STEPS = 0.05, 8
+_ALONG, _ALONG_STEPS = 0.05, 5
+_CHANGE_PER_STEP = 1.8  # and what the picture changes by for each of these steps, over the median around it
 _SAME_SIZE = math.log(1.1)
 # A face that is suddenly another: by size, place (in face sizes) or look; and so many times as much as around it.
 _OTHER_SIZE, _OTHER_PLACE, _OTHER_LOOK = math.log(1.12), 0.42, 0.25
@@ -71,7 +72,7 @@ def _is_cut(k: int, jumps: Sequence[Jump], steps: Sequence[_FaceStep | None], de
         return False
     if same_view(jump.change, before, after):
         return False
-    return step is None or jump.after_freeze or not _goes_on(k, jumps, step, detections)
+    return step is None or jump.after_freeze or jump.slow or not _goes_on(k, jumps, step, detections)
 
 
 def _other_face(k: int, jumps: Sequence[Jump], steps: Sequence[_FaceStep | None]) -> bool:
@@ -105,8 +106,12 @@ def _goes_on(k: int, jumps: Sequence[Jump], step: _FaceStep, detections: Sequenc
     old = (_place(_largest(before[1])) - _place(_largest(before[0]))) / max(1, len(first) - 1)
     new = (_place(_largest(after[1])) - _place(_largest(after[0]))) / max(1, len(last) - 1)
     way = _place(_largest(after[0])) - _place(_largest(before[1]))
-    rests = [np.linalg.norm(way - n * (share * old + (1 - share) * new)) for n in range(1, _ALONG_STEPS + 1) for share in (0, 0.5, 1)]
-    return bool(min(rests) < _ALONG * size)
+    for steps in range(1, _ALONG_STEPS + 1):
+        rest = min(float(np.linalg.norm(way - steps * (share * old + (1 - share) * new))) for share in (0, 0.5, 1))
+        # So many steps at once change the picture by so much; by more, something else has changed.
+        if rest < _ALONG * size and jump.to_median <= _CHANGE_PER_STEP * steps:
+            return True
+    return False
 
 
 def _largest(faces: Sequence[Face]) -> Face:

@@ -13,12 +13,14 @@ import cv2
 import numpy as np
 
 _LONG_SIDE = 16  # pixels of the stored pictures: what moves a little averages out
-LENGTHS = (6, 8, 12, 16, 24, 32, 48)  # frames of the windows
+LENGTHS = (6, 8, 10, 12, 16, 20, 25, 32, 40, 50)  # frames of the windows
 MIN_DIFFERENCE = 8.0  # 8-bit levels, root mean square, that the ends must differ by
-REST = 0.2  # part of that difference that may be left over
-UNLIKE = 0.7  # the ends correlate by less; a lamp that is dimmed changes as steadily, and stays the same picture
+REST = 0.16  # part of that difference that may be left over
+UNLIKE = 0.65  # the ends correlate by less; a lamp that is dimmed changes as steadily, and stays the same picture
+DOUBTFUL = 0.4  # from this correlation on, less may be left over
 BLANK = 4.0  # standard deviation in levels of a picture that shows nothing
 SHOWN = 10.0  # and of one that does
+SPACING = 6  # frames between two transitions
 MIXED = (0.15, 0.85)  # weights of the new picture between which a face is neither the one nor the other
 
 
@@ -53,20 +55,21 @@ class DissolveDetector:
 
     def transitions(self) -> list[Transition]:
         """In order, without overlap."""
-        found: list[tuple[float, Transition]] = []
+        found: list[tuple[float, int, int, Transition]] = []
         for length in LENGTHS:
             for first in range(0, len(self._pictures) - length):
                 fit = self._fit(first, length)
                 if fit is not None:
-                    found.append(fit)
-        kept: list[Transition] = []
-        for _, transition in sorted(found, key=lambda item: item[0]):
-            if all(transition.stop <= other.start or other.stop <= transition.start for other in kept):
-                kept.append(transition)
-        return sorted(kept)
+                    found.append((fit[0], first, first + length, fit[1]))
+        # The window whose ends differ most spans the whole of it; those that overlap it see a part.
+        kept: list[tuple[int, int, Transition]] = []
+        for _, first, last, transition in sorted(found, key=lambda item: -item[0]):
+            if all(last + SPACING <= other_first or other_last + SPACING <= first for other_first, other_last, _ in kept):
+                kept.append((first, last, transition))
+        return sorted(transition for _, _, transition in kept)
 
     def _fit(self, first: int, length: int) -> tuple[float, Transition] | None:
-        """How badly frames first .. first + length are a dissolve, and which; None: they are none."""
+        """How much the ends of frames first .. first + length differ, as a dissolve, and the dissolve; None: there is none."""
         window = self._pictures[first : first + length + 1]
         old, new = (picture.astype(np.float32) for picture in (window[0], window[-1]))
         way = new - old
@@ -75,15 +78,18 @@ class DissolveDetector:
             return None
         spreads = old.mean(axis=-1).std(), new.mean(axis=-1).std()
         fade = min(spreads) < BLANK
-        if max(spreads) < SHOWN or not fade and _correlation(old, new) > UNLIKE:
+        alike = 0.0 if fade else _correlation(old, new)
+        if max(spreads) < SHOWN or alike > UNLIKE:
             return None
+        # Pictures that are alike may be a slow pan or zoom, which is nearly a mean of its ends.
+        limit = REST * min(1.0, (1 - alike) / (1 - DOUBTFUL))
         inner = np.stack(window[1:-1]).astype(np.float32) - old
         weights = np.tensordot(inner, way, axes=3) / square
         rest = inner - weights[:, None, None, None] * way
         rests = np.sqrt((rest * rest).sum(axis=(1, 2, 3)) / square)
         steps = np.diff([0.0, *weights, 1.0])
         # It rises all the way, and not all at once.
-        if rests.max() > 1.5 * REST or rests.mean() > REST or steps.min() < -0.05 or steps.max() > max(0.4, 3 / length):
+        if rests.max() > 1.5 * limit or rests.mean() > limit or steps.min() < -0.05 or steps.max() > max(0.4, 3 / length):
             return None
         # Windows that begin before the dissolve or end after it fit as well, but stand still there.
         if steps[0] < 0.25 / length or steps[-1] < 0.25 / length:
@@ -92,7 +98,7 @@ class DissolveDetector:
         mixed = first + 1 + np.flatnonzero((weights > MIXED[0]) & (weights < MIXED[1]))
         if not len(mixed):
             return None
-        return float(rests.mean()) - length / 1000, Transition(int(mixed[0]), int(mixed[-1]) + 1, middle, bool(fade))
+        return float(np.sqrt(square / way.size) * (1 - rests.mean())), Transition(int(mixed[0]), int(mixed[-1]) + 1, middle, bool(fade))
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -32,9 +32,10 @@ NEIGHBOURS = 8  # different pictures on either side that count as "around"
 # How often a change must exceed the median change around it, and the largest but one (which rules out the ends of fades and pans, and
 # dropped pictures); of a slow camera's, which move by more from one to the next, less often.
 RATIO_MEDIAN, RATIO_LARGE = 5.0, 2.8
-SLOW_RATIO_MEDIAN, SLOW_RATIO_LARGE = 2.6, 1.6
+SLOW_RATIO_MEDIAN, SLOW_RATIO_LARGE = 2.0, 1.55
+HELD_RATIO_MEDIAN, HELD_RATIO_LARGE = 3.5, 2.2  # between the two
 FRAME_S = 0.04  # time that one step takes in a usual video
-SLOW_STEPS = 2  # of these, from which a camera is slow
+HELD_STEPS, SLOW_STEPS = 2, 3  # of these, from which pictures are held, and a camera is slow
 # A picture repeats the one before where it changes by less than this many levels, or this part of what changes nearby are.
 REPEAT, REPEAT_SHARE = 0.12, 0.05
 MOST_STEPS = 5  # a head's place changes in proportion to time for so long; then it stays about where it is
@@ -105,8 +106,8 @@ class Jump(NamedTuple):
 
     @property
     def slow(self) -> bool:
-        """Whether all pictures around are shown long."""
-        return self.usual >= SLOW_STEPS
+        """Whether all pictures around are shown for more than a frame."""
+        return self.usual >= HELD_STEPS
 
     @property
     def stands_out(self) -> bool:
@@ -117,8 +118,10 @@ class Jump(NamedTuple):
             return self.same < OTHER_VIEW
         if self.usual > SLIDE_STEPS:
             return self.change >= SLIDE_CHANGE
-        if self.slow:
+        if self.usual >= SLOW_STEPS:
             return self.to_median >= SLOW_RATIO_MEDIAN and self.to_large >= SLOW_RATIO_LARGE
+        if self.slow:
+            return self.to_median >= HELD_RATIO_MEDIAN and self.to_large >= HELD_RATIO_LARGE
         return self.to_median >= RATIO_MEDIAN and self.to_large >= RATIO_LARGE
 
 

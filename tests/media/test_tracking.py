@@ -167,3 +167,50 @@ def test_smoothing_does_not_cross_a_gap():
     close(x_of(shot)[:10], 300, **ROUNDING)
     close(x_of(shot)[18:], 340, **ROUNDING)
     assert tracking.MAX_GAP == 5
+
+
+def look_of(person):
+    """What somebody looks like, uint8 `[16, 16, 3]`."""
+    return np.random.default_rng(100 + person).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+def seen(x, y, person, size=100.0, shape=0.0):
+    points = SHAPE + shape * np.random.default_rng(int(1000 * x + y)).normal(0, 1, SHAPE.shape)
+    return Face.from_landmarks(points * size + [x, y], 1.0)._replace(look=look_of(person))
+
+
+def test_a_face_that_comes_back_elsewhere_is_taken_up_again():
+    frames = [[seen(200, 300, 0)]] * 20 + [[]] * 12 + [[seen(900, 250, 0, 130)]] * 20
+    shot = table_of(frames).finish(smooth=False)
+    assert shot.tracks == 1 and shot.runs == [(0, 20), (32, 52)] and shot.others == ()
+    # Somebody else who takes the empty place is somebody else.
+    shot = table_of(frames[:32] + [[seen(900, 250, 1)]] * 15).finish(smooth=False)
+    assert shot.tracks == 2 and shot.runs == [(0, 20)]
+    assert [other.frames for other in shot.others] == [15] and shot.seen[32:].all() and not shot.detected[32:].any()
+
+
+def test_two_people_who_look_alike_are_two_where_both_are_seen():
+    frames = [[seen(200, 300, 0), seen(900, 300, 0, 90)]] * 30
+    shot = table_of(frames).finish(smooth=False)
+    assert shot.tracks == 2 and shot.center == pytest.approx(seen(200, 300, 0).center, abs=1e-3)
+    assert shot.others[0].frames == 30 and shot.others[0].center == pytest.approx(seen(900, 300, 0, 90).center, abs=1e-3)
+
+
+def test_a_still_portrait_is_not_the_talker():
+    frames = [[seen(300, 300, 0, 200), seen(900 + i % 7, 300, 1, 100, shape=0.02)] for i in range(30)]
+    shot = table_of(frames).finish(smooth=False)
+    assert shot.center[0] > 800 and [other.still for other in shot.others] == [True]
+    # Where nothing else is there, a photo is what is wanted; and a choice is a choice.
+    assert table_of([[faces[0]] for faces in frames]).finish().detected.all()
+    assert table_of(frames).finish("left").center[0] < 400
+
+
+@pytest.mark.parametrize("rate", [2, 5])
+def test_a_slow_camera_follows_a_face_that_moves_by_its_own_width(rate):
+    table = FaceTable(SIZE)
+    places = [640 + (190 if rate == 2 else 95) * (i % 2) for i in range(20)]
+    for i, x in enumerate(places):
+        table.add([face(x, 300)], i / rate)
+    shot = table.finish()
+    assert shot.tracks == 1 and shot.detected.all()
+    close(x_of(shot), places, **ROUNDING)  # and nothing is smoothed away
