@@ -50,6 +50,7 @@ MODEL_SIZES = ("tiny", "full")  # of `keysync init`
 BENCH_SIZES = ("tiny", "medium", "full")
 TORCH_FORMATS = ("keysync", "diffusers")  # folders that PyTorch code reads
 EXPORT_FORMATS = ("model", *TORCH_FORMATS)
+CODECS = ("h264", "hevc", "vp9", "av1", "prores", "dnxhr", "ffv1")  # of a dubbed video
 CONTAINERS = ("pt", "safetensors")  # files of the keysync format
 LIP_RATIOS = ("inner", "inner centre", "outer")  # lip points of the mouth aspect ratio, see `evaluation.video_metrics`
 HELD_OUT = ("test", "validation")  # splits of drawn talkers that no model was trained on

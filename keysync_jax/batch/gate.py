@@ -75,7 +75,7 @@ def measure(
     thumbnails: list[Image.Image] = []
     wanted = set(painted)
     backend.reset()
-    for before, after in zip(open_video(source).read(), open_video(result).read(), strict=False):
+    for before, after in zip(open_video(source, allow_damaged=True).read(), open_video(result).read(), strict=False):
         if before.index not in wanted:
             continue
         shot = analysis.shot_of(before.index)

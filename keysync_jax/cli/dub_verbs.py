@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from keysync_jax.cli.verbs import add_verb, stop_on_sigterm
-from keysync_jax.config import COMPUTE_DTYPES, FACE_BACKENDS, GUIDANCES, MASK_KINDS
+from keysync_jax.config import CODECS, COMPUTE_DTYPES, FACE_BACKENDS, GUIDANCES, MASK_KINDS
 from keysync_jax.core import assets
 from keysync_jax.core.errors import UsageError
 
@@ -27,7 +27,7 @@ def add_dub(verbs) -> None:
     )  # fmt: skip
     p.add_argument("video", metavar="VIDEO", help="any container, size, rate, rotation; constant or variable frame rate")
     p.add_argument("audio", metavar="AUDIO", help="the new voice: an audio file, or a video whose track is used")
-    p.add_argument("-o", "--output", required=True, metavar="OUT", help="output file: .mp4, .mkv or .mov")
+    p.add_argument("-o", "--output", required=True, metavar="OUT", help="output file: .mp4, .m4v, .mov, .mkv or .webm")
     p.add_argument("--report", metavar="JSON", help="write what was done to each shot, timings and settings")
     add_model(p)
     add_options(p)
@@ -62,8 +62,20 @@ def add_options(p: argparse.ArgumentParser) -> None:
         help="a video without any face: fail, or pass: write it with the new voice and say so",
     )  # fmt: skip
     video = p.add_argument_group("output")
-    video.add_argument("--crf", type=int, metavar="N", help="quality, 0 to 51, lower is better (default 16)")
+    video.add_argument("--crf", type=int, metavar="N", help="quality, 0 to 51, lower is better (default: 16, at most the source's rate)")
     video.add_argument("--lossless", action="store_true", help="encode losslessly: pixels outside the mouth region stay bit-equal")
+    video.add_argument("--codec", choices=CODECS, help="default: what players play, ProRes and DNxHR as they are in .mov")
+    video.add_argument("--pix-fmt", metavar="NAME", help="as FFmpeg names it, e.g. yuv444p (default: yuv420p, HDR with 10 bits)")
+    video.add_argument("--keep-audio", action="store_true", help="keep the video's own sound as further tracks")
+    video.add_argument("--language", metavar="CODE", help="of the voice, e.g. deu, where its file does not say it")
+    source = p.add_argument_group("sources")
+    source.add_argument("--video-stream", type=int, metavar="N", help="of several, from 0 (default: the one that players show)")
+    source.add_argument("--audio-stream", type=int, metavar="N", help="of the voice's file, from 0 (default: the one that players play)")
+    source.add_argument(
+        "--voice-channel", default="auto", metavar="WHICH",
+        help="what the model hears: auto (the centre, or a mean that does not cancel), mix, left, right, center or a number from 0",
+    )  # fmt: skip
+    source.add_argument("--allow-damaged", action="store_true", help="dub what is there of a file that breaks off")
 
 
 def options_of(args: argparse.Namespace) -> DubOptions:

@@ -17,7 +17,8 @@ import numpy as np
 
 from keysync_jax.core.errors import UsageError
 from keysync_jax.inference.sequences import PictureSequence, is_sequence
-from keysync_jax.media import audio, color, video
+from keysync_jax.media import audio, color, completeness, video
+from keysync_jax.media.completeness import Shortfall
 from keysync_jax.media.orientation import Orientation
 from keysync_jax.media.video import Frame, VideoInfo
 
@@ -50,7 +51,7 @@ class VideoSink(Protocol):
     @property
     def notes(self) -> Sequence[str]: ...
 
-    def write(self, frame: av.VideoFrame) -> None: ...
+    def write(self, frame: av.VideoFrame, alpha: np.ndarray | None = None) -> None: ...
 
     def __enter__(self) -> Self: ...
 
@@ -60,15 +61,39 @@ class VideoSink(Protocol):
 class VideoFile:
     """A file.
 
+    Args:
+      path: where it is.
+      video_stream: position among its video streams, from 0; default the one that players show.
+      allow_damaged: take a file that breaks off for what is there of it.
+
+    Attributes:
+      info: description of the file; its bit rate is known after the first whole pass.
+      shortfall: pictures that the file promises and does not hold, after the first whole pass.
+
     Raises:
-      KeySyncError: no video that can be read.
+      UsageError: no video stream of that number.
+      KeySyncError: no video that can be read; a whole pass over a file that breaks off.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.info = video.probe(path)
+    def __init__(self, path: str | os.PathLike, video_stream: int | None = None, allow_damaged: bool = False):
+        self.info = video.probe(path, video_stream)
+        self.shortfall: Shortfall | None = None
+        self._allow_damaged = allow_damaged
+        self._checked = False
 
     def read(self) -> Pictures:
-        return video.read(self.info.path, self.info)
+        return video.read(self.info.path, self.info, on_end=self._whole_pass)
+
+    def _whole_pass(self, reader: video.VideoReader) -> None:
+        if not self._checked:
+            self.shortfall, self._checked = completeness.shortfall(self.info, reader.tally), True
+            seconds = reader.tally.end - self.info.start_time
+            if self.info.bit_rate is None and seconds > 0:
+                self.info = dataclasses.replace(self.info, bit_rate=round(8 * reader.tally.bytes / seconds))
+        if self.shortfall is not None:
+            if not self._allow_damaged:
+                completeness.refuse(self.info.path, self.shortfall)
+            reader.say(str(self.shortfall))
 
 
 class FrameArray:
@@ -127,7 +152,7 @@ class FrameCollector:
         self.frames: list[np.ndarray] = []
         self._info = info
 
-    def write(self, frame: av.VideoFrame) -> None:
+    def write(self, frame: av.VideoFrame, alpha: np.ndarray | None = None) -> None:
         self.frames.append(Frame(len(self.frames), 0, Fraction(0), frame, self._info).rgb())
 
     def __enter__(self) -> Self:
@@ -145,8 +170,13 @@ class Voice(NamedTuple):
     path: str | None
 
 
-def open_video(source: str | os.PathLike | np.ndarray, fps: float | Fraction | None = None) -> VideoSource:
-    """A file, or frames uint8 `[N, H, W, 3]` with their rate.
+def open_video(
+    source: str | os.PathLike | np.ndarray,
+    fps: float | Fraction | None = None,
+    video_stream: int | None = None,
+    allow_damaged: bool = False,
+) -> VideoSource:
+    """A file, or frames uint8 `[N, H, W, 3]` with their rate; `video_stream` and `allow_damaged` are as `VideoFile` takes them.
 
     Raises:
       UsageError: frames of another kind, or without rate; a rate for a file, which has its own.
@@ -160,11 +190,15 @@ def open_video(source: str | os.PathLike | np.ndarray, fps: float | Fraction | N
         return PictureSequence(source)
     if fps is not None:
         raise UsageError(f"fps is for frames in an array; {source} has its own timestamps")
-    return VideoFile(source)
+    return VideoFile(source, video_stream, allow_damaged)
 
 
-def open_voice(source: str | os.PathLike | np.ndarray, rate: int | None = None) -> Voice:
+def open_voice(
+    source: str | os.PathLike | np.ndarray, rate: int | None = None, audio_stream: int | None = None, channel: str = "auto"
+) -> Voice:
     """An audio file (or a video's track), or samples `[S]`, full scale 1, with their rate in Hz.
+
+    `audio_stream` and `channel` say what is heard of a file, as `audio.load_audio` takes them.
 
     Raises:
       UsageError: samples of another kind, or without rate; a rate for a file, which has its own.
@@ -176,7 +210,7 @@ def open_voice(source: str | os.PathLike | np.ndarray, rate: int | None = None) 
         return Voice(audio.from_samples(source, rate), None)
     if rate is not None:
         raise UsageError(f"rate is for samples in an array; {source} has its own")
-    return Voice(audio.load_audio(source), os.fspath(source))
+    return Voice(audio.load_audio(source, number=audio_stream, channel=channel), os.fspath(source))
 
 
 def array_info(width: int, height: int, rate: Fraction = Fraction(25)) -> VideoInfo:

@@ -31,7 +31,7 @@ from keysync_jax.encoders.audio_features import Hearing, encoders_of, hear
 from keysync_jax.encoders.latents import LatentCoder
 from keysync_jax.inference import dub_report, two_stage
 from keysync_jax.inference.analysis import Analysis, look
-from keysync_jax.inference.clip_io import FrameCollector, VideoSink, VideoSource, Voice
+from keysync_jax.inference.clip_io import FrameCollector, VideoFile, VideoSink, VideoSource, Voice
 from keysync_jax.inference.engine import StageSampler
 from keysync_jax.inference.latent_store import LatentStore
 from keysync_jax.inference.options import DubOptions
@@ -41,7 +41,8 @@ from keysync_jax.inference.window_plan import WindowPlan, WindowSizes, make_plan
 from keysync_jax.media import audio as audio_io
 from keysync_jax.media import crop as cropping
 from keysync_jax.media.compositing import Compositor
-from keysync_jax.media.writer import DEFAULT_CRF, VideoWriter, check_output
+from keysync_jax.media.encoding import choose_encoding
+from keysync_jax.media.writer import VideoWriter, check_output
 
 # Frames decoded and composited together. Fixed, so that a frame's place in a microbatch never depends on the devices.
 _COMPOSE_CHUNK = 16
@@ -130,7 +131,8 @@ class DubJob:
         schedules.ays_sigmas(self._steps)  # refuses an impossible number
         self._mask = mask_of(self._stages, options)
         if output is not None:
-            check_output(output)
+            extension = check_output(output).suffix.lower()  # and what it cannot hold is refused, too
+            choose_encoding(source.info, extension, options.crf, options.lossless, codec=options.codec, pix_fmt=options.pix_fmt)
         self._analysis: Analysis | None = None
         self._features: dict[str, np.ndarray] | None = None
         self._work: _Work | None = None
@@ -231,7 +233,7 @@ class DubJob:
                         shot = analysis.shot_of(frame.index)
                         mask = work.masks[place[frame.index][1]]
                         picture = compositor.composite(picture, next(images), shot.view(frame.index), mask)
-                    sink.write(picture)
+                    sink.write(picture, frame.alpha)
                     advance()
         return self._result(analysis, work, sorted(place), sink)
 
@@ -252,8 +254,12 @@ class DubJob:
         if voice is None:  # what is played must be a file
             voice = str(self._new_scratch() / "voice.wav")
             audio_io.save_wav(voice, self._voice.sound.samples, SAMPLE_RATE)
-        crf = DEFAULT_CRF if self._options.crf is None else self._options.crf
-        return VideoWriter(self._output, analysis.info, audio=voice, crf=crf, lossless=self._options.lossless)
+        options = self._options
+        return VideoWriter(
+            self._output, self._source.info, audio=voice, audio_stream=options.audio_stream, crf=options.crf, lossless=options.lossless,
+            codec=options.codec, pix_fmt=options.pix_fmt, language=options.language, keep_audio=options.keep_audio,
+            extras=isinstance(self._source, VideoFile),
+        )  # fmt: skip
 
     def _result(self, analysis: Analysis, work: _Work, blended: list[int], sink: VideoSink) -> DubResult:
         done = dub_report.Done(
@@ -269,6 +275,7 @@ class DubJob:
             steps=self._steps,
             stages=self._stages,
             seconds=self._progress.seconds,
+            shortfall=self._source.shortfall if isinstance(self._source, VideoFile) else None,
         )
         report = dub_report.build(done)
         frames = np.stack(sink.frames) if isinstance(sink, FrameCollector) else None

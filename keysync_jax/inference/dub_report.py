@@ -18,6 +18,7 @@ from keysync_jax.inference.analysis import Analysis, Shot
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.inference.timeline import Run
 from keysync_jax.media.audio import AudioClip
+from keysync_jax.media.completeness import Shortfall
 from keysync_jax.media.crop import Crop, View
 from keysync_jax.media.placing import Placement
 
@@ -37,6 +38,7 @@ class Done(NamedTuple):
     steps: int
     stages: Mapping[str, StageConfig]  # with the guidance that was used
     seconds: dict[str, float]  # by phase
+    shortfall: Shortfall | None = None  # pictures that the source promises and does not hold
 
 
 def build(done: Done) -> dict[str, Any]:
@@ -60,8 +62,15 @@ def build(done: Done) -> dict[str, Any]:
             "pixel_format": info.pix_fmt,
             "rate": str(info.average_rate),
             "frames": analysis.num_frames,
+            "frames_promised": analysis.num_frames if done.shortfall is None else done.shortfall.promised,
         },
-        "audio": {"seconds": voice.duration_s, "rate": voice.source_rate, "channels": voice.source_channels, "output": done.audio_note},
+        "audio": {
+            "seconds": voice.duration_s,
+            "rate": voice.source_rate,
+            "channels": voice.source_channels,
+            "heard": voice.heard,
+            "output": done.audio_note,
+        },
         "model": done.model,
         "settings": {
             **dataclasses.asdict(options),
@@ -132,7 +141,7 @@ def summary(report: dict[str, Any], output: str) -> str:
     """One or two lines for the terminal."""
     lines = [
         f"{output}: {report['frames_dubbed']} of {report['source']['frames']} frames dubbed in {len(report['shots'])} shot(s); "
-        f"audio {report['audio']['output']}; {sum(report['seconds'].values()):.1f} s"
+        f"audio {report['audio']['output']}; the model heard {report['audio']['heard']}; {sum(report['seconds'].values()):.1f} s"
     ]
     for number, shot in enumerate(report["shots"]):
         for part in shot["skipped"]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import NamedTuple
 
 from keysync_jax.config import GUIDANCES, StageConfig
 from keysync_jax.core.errors import UsageError
+from keysync_jax.media import voice_channels
 
 NO_FACE = ("fail", "pass")  # a video without any face
 # Numbers of a guidance that are not negative.
@@ -79,6 +81,14 @@ class DubOptions:
     no_face: str = "fail"  # what becomes of a video without any face: one of `NO_FACE`
     crf: int | None = None
     lossless: bool = False
+    codec: str | None = None  # of `encoding.CODECS`
+    pix_fmt: str | None = None  # FFmpeg's name
+    keep_audio: bool = False  # the source's own sound, as further tracks
+    language: str | None = None  # of the voice, where its file does not say it
+    video_stream: int | None = None  # position among the file's, from 0
+    audio_stream: int | None = None  # of the voice's file
+    voice_channel: str = "auto"  # which channels the model hears, see `voice_channels.CHOICES`
+    allow_damaged: bool = False
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:
@@ -99,6 +109,12 @@ class DubOptions:
             raise UsageError(f"--crf {self.crf} is out of range; choose 0 to 51 (16 is the default, lower is better)")
         if self.crf is not None and self.lossless:
             raise UsageError("--crf and --lossless contradict each other; give one")
+        for name in ("video_stream", "audio_stream"):
+            if (getattr(self, name) or 0) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is out of range; streams are counted from 0")
+        if self.language is not None and not re.fullmatch("[a-z]{3}", self.language):
+            raise UsageError(f"--language {self.language}: give three letters as in ISO 639-2, for example eng or deu")
+        voice_channels.check_choice(self.voice_channel)
 
     def guided(self, stage: StageConfig) -> StageConfig:
         """The stage with the guidance asked for.

@@ -189,10 +189,12 @@ class KeySyncPipeline:
         Raises:
           KeySyncError: files that cannot be read, and what `DubJob` refuses.
         """
-        source, voice = open_video(video, fps), open_voice(audio, rate)
+        options = options or DubOptions()
+        source = open_video(video, fps, options.video_stream, options.allow_damaged)
+        voice = open_voice(audio, rate, options.audio_stream, options.voice_channel)
         if not isinstance(video, np.ndarray):  # frames come with the rate that is wanted
             source = stills.as_film(source, voice.sound.duration_s)
-        return DubJob(self, source, voice, output, options or DubOptions(), progress or PhaseProgress())
+        return DubJob(self, source, voice, output, options, progress or PhaseProgress())
 
     def preview(
         self,
@@ -215,7 +217,8 @@ class KeySyncPipeline:
         Raises:
           KeySyncError: a video that cannot be read or shows no face, or stages of different masks and none chosen.
         """
-        options, source = options or DubOptions(), open_video(video, fps)
+        options = options or DubOptions()
+        source = open_video(video, fps, options.video_stream, options.allow_damaged)
         mask = mask_of(self.stages, options)
         analysis = look(source, options, PhaseProgress(progress, on_progress, cancel))
         return preview.draw(source, analysis, self.keyframe.config, mask)

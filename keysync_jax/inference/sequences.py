@@ -68,12 +68,13 @@ class _SequenceReader:
         for index, path in enumerate(paths):
             with video.read(path, dataclasses.replace(self._info, path=path)) as reader:
                 try:
-                    picture = next(reader).av_frame
+                    frame = next(reader)
                 except (StopIteration, av.error.FFmpegError) as error:
                     raise KeySyncError(f"{path}: cannot be read as a picture; remove it from the sequence") from error
                 self.notes += [f"{path}: {note}" for note in reader.notes if note not in " ".join(self.notes)]
-            picture.pts, picture.time_base = index, self._info.time_base
-            yield Frame(index, index, index * self._info.time_base, picture, self._info)
+            picture = frame.av_frame
+            picture.pts, picture.time_base, picture.duration = index, self._info.time_base, 1
+            yield Frame(index, index, index * self._info.time_base, picture, self._info, frame.alpha)
 
 
 def _pictures(name: str) -> list[str]:

@@ -69,8 +69,9 @@ class Film:
         self._source, self._note = source, note
         rate = Fraction(FRAME_RATE)
         self.info = dataclasses.replace(
-            source.info, average_rate=rate, time_base=1 / rate, frames=frames, duration_s=frames / FRAME_RATE, start_time=Fraction(0)
-        )
+            source.info, average_rate=rate, time_base=1 / rate, frames=frames, duration_s=frames / FRAME_RATE, start_time=Fraction(0),
+            bit_rate=None,  # a moving mouth needs more than pictures that stand
+        )  # fmt: skip
 
     def read(self) -> _FilmReader:
         return _FilmReader(self._source.read(), self.info, self._note)
@@ -105,8 +106,8 @@ class _FilmReader:
             stop = length if following is None else min(length, math.ceil((following.time - first) * FRAME_RATE - Fraction(1, 2)))
             for index in range(start, stop):
                 picture = _copy(shown.av_frame)
-                picture.pts, picture.time_base = index, info.time_base
-                yield Frame(index, index, index * info.time_base, picture, info)
+                picture.pts, picture.time_base, picture.duration = index, info.time_base, 1
+                yield Frame(index, index, index * info.time_base, picture, info, shown.alpha)
             start = max(start, stop)
             shown = following
         self._cut_short = shown is not None

@@ -1,8 +1,8 @@
 """Audio of any file as mono samples on the file's own clock.
 
 Decoding is FFmpeg's (inside PyAV's wheel), so any container and codec that it knows will do, the sound track of a video included.
-Channels are averaged, the rate is converted by soxr. A file is decoded in small blocks: memory is the result (64 kB a second at
-16 kHz), not the source.
+Which channels are heard says `voice_channels`; the rate is converted by soxr. A file is decoded in small blocks: memory is the result
+(64 kB a second at 16 kHz), not the source; sound of several channels is decoded twice.
 
 Time zero is the start of the file's clock, as for the pictures in `keysync_jax.media.video`: the first picture or the first sample,
 whichever comes first. Encoder delay is not sound: where the container or codec states it (MP4's edit list, LAME's header, Opus'
@@ -30,6 +30,9 @@ import soxr
 from keysync_jax.core.clock import SAMPLE_RATE
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import replacing
+from keysync_jax.media import voice_channels
+from keysync_jax.media.streams import refuse_address
+from keysync_jax.media.voice_channels import Levels
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,6 @@ LONGEST_GAP_S, _LONGEST_OVERLAP_S = 60, 1
 # Opus states up to 80 ms of encoder delay, AAC about 50.
 _LONGEST_ENCODER_DELAY_S = Fraction(1, 10)
 _MOST_NOTES = 5
-_FULL_SCALE = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31, "i8": 2.0**63}
 
 
 class AudioClip(NamedTuple):
@@ -58,6 +60,7 @@ class AudioClip(NamedTuple):
       source_channels: channel count in the file.
       duration_s: length of `samples` in seconds.
       notes: what was found and mended, one sentence each (damage, gaps); empty for a clean file.
+      heard: which channels these are, in words.
     """
 
     samples: np.ndarray
@@ -65,6 +68,7 @@ class AudioClip(NamedTuple):
     source_channels: int
     duration_s: float
     notes: tuple[str, ...] = ()
+    heard: str = "the only channel"
 
 
 class AudioInfo(NamedTuple):
@@ -95,27 +99,33 @@ def probe_audio(path: str | os.PathLike) -> AudioInfo:
         return AudioInfo(context.name, context.sample_rate, context.channels, context.layout.name, duration, context.bit_rate or None)
 
 
-def load_audio(path: str | os.PathLike, sample_rate: int = SAMPLE_RATE) -> AudioClip:
+def load_audio(path: str | os.PathLike, sample_rate: int = SAMPLE_RATE, number: int | None = None, channel: str = "auto") -> AudioClip:
     """Decodes a file's audio to mono at `sample_rate`.
 
     A file that breaks off or is damaged inside gives what can be decoded, with a note; missing stretches inside become silence, so
-    that what follows stays in its place.
+    that what follows stays in its place. Channels and rate may change on the way.
 
     Args:
       path: any audio or video file.
       sample_rate: rate of the result, Hz.
+      number: position among the file's audio streams, from 0; default the one that players choose.
+      channel: which channels are heard, of `voice_channels.CHOICES` or a number from 0.
 
     Raises:
-      KeySyncError: no such file, not a media file, no audio stream, nothing that can be decoded, or non-finite samples.
+      UsageError: no such stream or channel.
+      KeySyncError: no such file, not a media file, no audio stream, nothing that can be decoded, non-finite samples, or silence in the
+        channels that are heard of a file that is not silent.
     """
+    voice_channels.check_choice(channel)
     notes: list[str] = []
-    container, stream = open_audio(path)
+    container, stream = open_audio(path, number)
     with container:
         sink = _Sink(path, sample_rate)
         channels = 0
         clock = Clock(container, stream)
+        mixer = _Mixer(path, number, channel)
         for frame in _frames(container, stream, notes):
-            mono = _mono(frame)
+            mono = mixer.mono(frame)
             rate = frame.sample_rate
             channels = channels or frame.layout.nb_channels
             silence, skip = clock.place(frame, len(mono))
@@ -126,12 +136,62 @@ def load_audio(path: str | os.PathLike, sample_rate: int = SAMPLE_RATE) -> Audio
         if not len(samples):
             reason = f"could not be decoded ({notes[0]})" if notes else "has no samples"
             raise KeySyncError(f"{path}: the audio stream {reason}; give a file with sound in it")
+        mixer.check()
+        if number is None and len(container.streams.audio) > 1:
+            of = len(container.streams.audio)
+            notes.append(f"audio stream {list(container.streams.audio).index(stream)} of {of} is the voice; --audio-stream chooses another")
+        if len(mixer.heard) > 1:
+            notes.append("channels change on the way: " + "; then ".join(f"{name}, heard: {words}" for name, words in mixer.heard.items()))
         samples = _to_stated_length(samples, container, stream, clock.start, sample_rate, notes)
         if container.format.name == "wav" and _is_cut_off_wav(path):
             notes.append("the file is shorter than its header says; it breaks off at the end of the sound")
     for note in notes:
         log.warning("%s: %s", path, note)
-    return AudioClip(samples, sink.source_rate, channels, len(samples) / sample_rate, tuple(notes))
+    return AudioClip(samples, sink.source_rate, channels, len(samples) / sample_rate, tuple(notes), next(iter(mixer.heard.values())))
+
+
+class _Mixer:
+    """The channels that are heard, as one.
+
+    Attributes:
+      heard: by layout, in words, in the order of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike, number: int | None, choice: str):
+        self._path, self._number, self._choice = path, number, choice
+        self._levels: dict[str, Levels] | None = None
+        self._groups: dict[str, tuple[int, ...]] = {}
+        self._energy, self._loudest = 0.0, 0.0
+        self.heard: dict[str, str] = {}
+
+    def mono(self, frame: av.AudioFrame) -> np.ndarray:
+        """float32 `[samples]`, full scale 1."""
+        layout = frame.layout.name
+        channels = voice_channels.samples_of(frame)
+        if layout not in self._groups:
+            self._groups[layout], self.heard[layout] = voice_channels.choose(self._levels_of(frame), self._choice, self._path)
+        group = self._groups[layout]
+        mean = (channels if len(group) == len(channels) else channels[list(group)]).mean(axis=0)
+        if len(channels) > 1:
+            self._energy += float((mean**2).sum())
+            self._loudest += float((channels**2).sum(axis=1).max())
+        return mean.astype(np.float32)
+
+    def check(self) -> None:
+        """Raises KeySyncError where silence was heard of a file that is not silent."""
+        voice_channels.refuse_silence(self._energy, self._loudest, " and ".join(dict.fromkeys(self.heard.values())), self._path)
+
+    def _levels_of(self, frame: av.AudioFrame) -> Levels:
+        if frame.layout.nb_channels == 1:
+            return Levels.of(frame)
+        if self._levels is None:  # the whole file is gone through before its first samples of several channels are taken
+            self._levels = {}
+            container, stream = open_audio(self._path, self._number)
+            with container:
+                for each in _frames(container, stream, []):
+                    if each.layout.nb_channels > 1:
+                        self._levels.setdefault(each.layout.name, Levels.of(each)).add(voice_channels.samples_of(each))
+        return self._levels.get(frame.layout.name) or Levels.of(frame)
 
 
 def from_samples(samples: np.ndarray, rate: int, sample_rate: int = SAMPLE_RATE) -> AudioClip:
@@ -181,12 +241,18 @@ def save_wav(path: str | os.PathLike, samples: np.ndarray, rate: int, subtype: s
         raise KeySyncError(f"{path}: cannot be written: {error}") from error
 
 
-def open_audio(path: str | os.PathLike) -> tuple[av.container.InputContainer, av.audio.stream.AudioStream]:
+def open_audio(path: str | os.PathLike, number: int | None = None) -> tuple[av.container.InputContainer, av.audio.stream.AudioStream]:
     """The opened file, which the caller closes, and its main audio stream: the one that players choose, which need not be the first.
 
+    Args:
+      path: the file.
+      number: position among its audio streams, from 0, of another one.
+
     Raises:
+      UsageError: no stream of that number.
       KeySyncError: no such file, not a media file, or no audio stream in it that can be decoded.
     """
+    refuse_address(path)
     if not os.path.exists(path):
         raise KeySyncError(f"{path}: no such file")
     if not os.path.isfile(path):
@@ -201,7 +267,10 @@ def open_audio(path: str | os.PathLike) -> tuple[av.container.InputContainer, av
     try:
         if _PLAYLISTS & set(container.format.name.split(",")):
             raise KeySyncError(f"{path}: a playlist ({container.format.name}), not a media file; give the file that it names")
-        stream = container.streams.best("audio")
+        streams = container.streams.audio
+        if number is not None and not 0 <= number < len(streams):
+            raise UsageError(f"{path}: --audio-stream {number}: the file has {len(streams)} audio stream(s), counted from 0")
+        stream = container.streams.best("audio") if number is None else streams[number]
         if not isinstance(stream, av.AudioStream):
             raise KeySyncError(f"{path}: no audio stream; give a file with sound in it")
         if stream.codec_context is None:
@@ -254,18 +323,6 @@ def _frames(container, stream, notes: list[str]) -> Iterator[av.AudioFrame]:
         notes.append(f"reading broke off: {error.strerror}")
     if damaged:
         notes.append(f"{damaged} damaged packet{'s' if damaged > 1 else ''} left out: {reason}")
-
-
-def _mono(frame: av.AudioFrame) -> np.ndarray:
-    """Channel mean as float32 `[samples]`, full scale 1."""
-    x = frame.to_ndarray()  # planar [channels, samples], packed [1, samples * channels]
-    if not frame.format.is_planar:
-        x = x.reshape(-1, frame.layout.nb_channels).T
-    kind = x.dtype.str[1:]
-    mean = x.mean(axis=0, dtype=np.float64)
-    if kind in _FULL_SCALE:
-        mean = (mean - 128 if kind == "u1" else mean) / _FULL_SCALE[kind]
-    return mean.astype(np.float32)
 
 
 class Clock:

@@ -94,6 +94,38 @@ def working_format(pix_fmt: str) -> str:
     return f"yuv{chroma}p{depth}"
 
 
+OPAQUE = 65535  # of `alpha_of`
+
+
+def has_alpha(pix_fmt: str) -> bool:
+    """Whether a pixel format has a transparency."""
+    return any(component.is_alpha for component in av.VideoFormat(pix_fmt, 64, 64).components) or pix_fmt == "pal8"
+
+
+def alpha_of(frame: av.VideoFrame) -> np.ndarray:
+    """Opacity of a picture in a format with a transparency: uint16 `[h, w]` in stored orientation, from 0 to `OPAQUE`."""
+    name = frame.format.name
+    if not (name.startswith("yuva") or name.startswith("gbrap")) or name.endswith("be"):
+        deep = any(component.bits > 8 for component in frame.format.components)
+        frame = frame.reformat(format="gbrap16le" if deep else "gbrap", threads=SWSCALE_THREADS)
+    bits = frame.format.components[3].bits
+    plane = frame.planes[3]
+    dtype = np.dtype(np.uint8 if bits == 8 else np.uint16)
+    rows = np.frombuffer(plane, dtype).reshape(plane.height, plane.line_size // dtype.itemsize)[:, : plane.width].astype(np.uint32)
+    top = 2**bits - 1
+    return ((rows * OPAQUE + top // 2) // top).astype(np.uint16)
+
+
+def with_alpha(frame: av.VideoFrame, alpha: np.ndarray) -> av.VideoFrame:
+    """A picture in a planar format with a transparency, given its opacity as `alpha_of` gives it."""
+    frame.make_writable()
+    plane, bits = frame.planes[3], frame.format.components[3].bits
+    dtype = np.dtype(np.uint8 if bits == 8 else np.uint16)
+    rows = np.frombuffer(plane, dtype).reshape(plane.height, plane.line_size // dtype.itemsize)
+    rows[:, : plane.width] = (alpha.astype(np.uint32) * (2**bits - 1) + OPAQUE // 2) // OPAQUE
+    return frame
+
+
 def plane_format(pix_fmt: str, color_space: int, color_range: int, width: int, height: int) -> PlaneFormat:
     """Meaning of the planes of an editable pixel format.
 

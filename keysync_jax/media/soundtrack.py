@@ -1,10 +1,10 @@
-"""The given voice track inside the written file: copied packet by packet where the container can hold it, else AAC.
+"""The given voice track inside the written file: copied packet by packet where the container can hold it, else AAC (Opus in .webm).
 
 Time zero of the sound is the zero of its file's clock (the first sample of a sound file); it is laid on the output's clock at the
 writer's `audio_start`. Which of several streams is heard, and when each of its samples is, follows `audio.load_audio`, as the mouth
-does; packets whose timestamps do not run as those samples do are not copied. Copied packets keep their bytes; PCM is cut at the exact
-sample where the video ends, other codecs at the packet. Encoded sound keeps its channels, and its sample rate wherever AAC holds the
-bit rate at it.
+does; packets whose timestamps do not run as those samples do are not copied, nor are those whose channels or rate change on the way:
+such sound is brought to what it begins with. Copied packets keep their bytes; PCM is cut at the exact sample where the video ends,
+other codecs at the packet. Encoded sound keeps its channels, and its sample rate wherever AAC holds the bit rate at it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,17 @@ COPIED_CODECS = {
     ".mp4": {"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"},
     ".mov": {"aac", "mp3", "ac3", "eac3", "alac"} | _PCM_QUICKTIME,
     ".mkv": {"aac", "mp3", "mp2", "ac3", "eac3", "dts", "truehd", "flac", "opus", "vorbis", "alac", "tta", "wavpack"} | _PCM_LE,
+    ".webm": {"opus", "vorbis"},
 }
+COPIED_CODECS[".m4v"] = COPIED_CODECS[".mp4"]
 AAC_BITRATE = 192_000  # bits per second at least, whatever the number of channels
 _AAC_BITRATE_PER_CHANNEL = 64_000
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # higher ones exist, few players take them
 _AAC_BITS_PER_SAMPLE = 6  # ISO/IEC 14496-3: at most 6144 bits per channel in a frame of 1024 samples
 _AAC_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}
 _AAC_FRAME = 1024
+_OPUS_RATE, _OPUS_FRAME = 48000, 960
+_STATELESS = ("pcm_", "flac", "alac")  # whose channels and rate stand in the header, once
 
 
 class Soundtrack:
@@ -46,18 +50,32 @@ class Soundtrack:
       extension: its file name extension.
       path: sound or video file with the voice.
       start: seconds on the output's clock where the sound begins.
+      number: position among the file's audio streams, from 0; default the one that players choose.
+      language: of the sound (ISO 639-2), where its stream does not say it.
+      main: it is what players play.
 
     Raises:
       KeySyncError: no such file, no audio stream in it, or no sound in the stream.
     """
 
-    def __init__(self, output, extension: str, path: str | os.PathLike, start: Fraction):
+    def __init__(
+        self,
+        output,
+        extension: str,
+        path: str | os.PathLike,
+        start: Fraction,
+        *,
+        number: int | None = None,
+        language: str | None = None,
+        main: bool = True,
+    ):
         self._name = os.fspath(path)
         self._start = start
         self._done = False
         self._output = output
         # The stream and the clock that the model hears (`audio.load_audio`): a file may hold several.
-        self._input, self._source = open_audio(path)
+        self._input, self._source = open_audio(path, number)
+        self._opus = extension == ".webm"
         try:
             self._codec = self._source.codec_context.codec.canonical_name
             self._packets = _packets(self._input, self._source)
@@ -66,11 +84,15 @@ class Soundtrack:
                 raise KeySyncError(f"{self._name}: the audio stream is empty; give a file with sound in it")
             if self._codec not in COPIED_CODECS[extension]:
                 self._encode_setup()
-            elif not _runs_on(path, gaps_are_kept=not (extension == ".mov" and self._codec.startswith("pcm_"))):
+            elif why := _reason_to_encode(path, number, gaps_are_kept=not (extension == ".mov" and self._codec.startswith("pcm_"))):
                 self._encode_setup()
-                self._note += ", whose timestamps jump"
+                self._note += f", {why}"
             else:
                 self._copy_setup()
+            self._stream.disposition = av.stream.Disposition.default if main else av.stream.Disposition(0)
+            own = self._source.metadata.get("language", "und")
+            spoken = own if own not in ("", "und") else language
+            self._stream.metadata.update({"language": spoken} if spoken else {})
         except BaseException:
             self._input.close()
             raise
@@ -156,13 +178,14 @@ class Soundtrack:
         self._layout = _AAC_LAYOUTS.get(channels, "stereo")
         heard = av.AudioLayout(self._layout).nb_channels
         bitrate = max(AAC_BITRATE, _AAC_BITRATE_PER_CHANNEL * heard)
-        self._rate = _aac_rate(self._rate_in, -(-bitrate // (_AAC_BITS_PER_SAMPLE * heard)))
-        self._stream = self._output.add_stream("aac", rate=self._rate)
+        self._rate = _OPUS_RATE if self._opus else _aac_rate(self._rate_in, -(-bitrate // (_AAC_BITS_PER_SAMPLE * heard)))
+        self._frame = _OPUS_FRAME if self._opus else _AAC_FRAME
+        self._stream = self._output.add_stream("libopus" if self._opus else "aac", rate=self._rate)
         encoder = self._stream.codec_context
-        encoder.layout, encoder.format = self._layout, "fltp"
+        encoder.layout, encoder.format = self._layout, "flt" if self._opus else "fltp"
         encoder.bit_rate = bitrate
         encoder.time_base = Fraction(1, self._rate)
-        self._note = f"encoded aac {bitrate // 1000} kb/s, {self._rate} Hz {self._layout}, from {self._codec}"
+        self._note = f"encoded {'opus' if self._opus else 'aac'} {bitrate // 1000} kb/s, {self._rate} Hz {self._layout}, from {self._codec}"
         if self._rate != self._rate_in:
             self._note += f", resampled from {self._rate_in} Hz"
         if self._layout == "stereo" and channels > 2:
@@ -177,25 +200,29 @@ class Soundtrack:
         target = max(0, round(limit * self._rate))
         while not self._done:
             room = target - self._written
-            if self._held.shape[1] < min(_AAC_FRAME, room):
+            if self._held.shape[1] < min(self._frame, room):
                 more = next(self._sound, None)
                 if more is not None:
                     self._held = np.concatenate([self._held, more], axis=1)
                     continue
-            count = min(_AAC_FRAME, self._held.shape[1], room)
-            if count < _AAC_FRAME and not last:
+            count = min(self._frame, self._held.shape[1], room)
+            if count < self._frame and not last:
                 return
             if count > 0:
                 self._encode(np.ascontiguousarray(self._held[:, :count]))
                 self._held = self._held[:, count:]
-            if count < _AAC_FRAME or self._written >= target:
+            if count < self._frame or self._written >= target:
                 break
         if last and not self._done:
             self._output.mux(self._stream.encode(None))
             self._done = True
 
     def _encode(self, samples: np.ndarray) -> None:
-        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=self._layout)
+        if self._opus:
+            packed = np.ascontiguousarray(samples.T).reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=self._layout)
+        else:
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=self._layout)
         frame.sample_rate, frame.time_base = self._rate, Fraction(1, self._rate)
         frame.pts = self._offset + self._written
         self._written += samples.shape[1]
@@ -214,15 +241,23 @@ class Soundtrack:
 
     def _placed(self) -> Iterator[np.ndarray]:
         """Decoded blocks at the source's rate, set where their timestamps say: gaps are silence, overlaps are dropped."""
-        converter = av.AudioResampler(format="fltp", layout=self._layout, rate=self._rate_in)
         clock = Clock(self._input, self._source)
+        converter, kind = None, None
         for frame in self._decoded():
             silence, skip = clock.place(frame, frame.samples)
-            for block in (part.to_ndarray() for part in converter.resample(frame)):
+            if kind != (kind := (frame.format.name, frame.layout.name, frame.sample_rate)) or converter is None:
+                if converter is not None:
+                    yield from _blocks(converter.resample(None))
+                converter = av.AudioResampler(format="fltp", layout=self._layout, rate=self._rate_in)
+            scale = Fraction(self._rate_in, frame.sample_rate)
+            silence, skip = round(silence * scale), round(skip * scale)
+            for block in _blocks(converter.resample(frame)):
                 if silence:
                     yield np.zeros((block.shape[0], silence), np.float32)
-                yield block[:, skip:].astype(np.float32, copy=False)
+                yield block[:, skip:]
                 silence = skip = 0
+        if converter is not None and kind is not None and kind[2] != self._rate_in:
+            yield from _blocks(converter.resample(None))
 
     def _decoded(self) -> Iterator[av.AudioFrame]:
         """Decoded frames; what cannot be decoded becomes a gap."""
@@ -239,19 +274,39 @@ class Soundtrack:
             return  # nothing is left in the decoder
 
 
-def _runs_on(path: str | os.PathLike, gaps_are_kept: bool) -> bool:
-    """Whether the packets' stamps never go back, as in joined files, and leave no gap but those that the output's container keeps."""
-    container, stream = open_audio(path)
+def _blocks(frames: list[av.AudioFrame]) -> Iterator[np.ndarray]:
+    for frame in frames:
+        yield frame.to_ndarray().astype(np.float32, copy=False)
+
+
+def _reason_to_encode(path: str | os.PathLike, number: int | None, gaps_are_kept: bool) -> str:
+    """Why the packets cannot be copied as they are, "" where they can.
+
+    Stamps that go back, as in joined files, or leave a gap that the output's container does not keep; channels or a rate that change.
+    """
+    container, stream = open_audio(path, number)
     longest = LONGEST_GAP_S if gaps_are_kept else GAP_TOLERANCE_S
+    decodes = not stream.codec_context.codec.canonical_name.startswith(_STATELESS)
     with container:
-        following = None
+        following, kinds = None, set()
         for packet in _packets(container, stream):
-            if packet.pts is None:
-                continue
-            if following is not None and not -GAP_TOLERANCE_S <= (packet.pts - following) * _ratio(stream.time_base) <= longest:
-                return False
-            following = packet.pts + packet.duration if packet.duration else None
-    return True
+            if packet.pts is not None:
+                if following is not None and not -GAP_TOLERANCE_S <= (packet.pts - following) * _ratio(stream.time_base) <= longest:
+                    return "whose timestamps jump"
+                following = packet.pts + packet.duration if packet.duration else None
+            if decodes:
+                kinds |= _kinds(packet)
+                if len(kinds) > 1:
+                    return "whose channels or rate change on the way"
+    return ""
+
+
+def _kinds(packet: av.Packet) -> set[tuple[str, int]]:
+    """(layout, rate) of what a packet holds; nothing where it is damaged."""
+    try:
+        return {(frame.layout.name, frame.sample_rate) for frame in packet.decode()}
+    except av.error.FFmpegError:
+        return set()
 
 
 def _packets(container, stream) -> Iterator[av.Packet]:

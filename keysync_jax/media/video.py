@@ -1,8 +1,8 @@
 """Video files as a stream of upright pictures with exact timestamps.
 
 `probe` describes a file, `read` decodes it. Any container, codec, size, rotation tag, constant or variable frame rate that FFmpeg
-(inside PyAV's wheel) can decode. Timestamps stay what the file says, as fractions; nothing is resampled to a frame rate here. One
-picture is in memory at a time, apart from the few that the decoder keeps. Every pass over a file gives the same sequence.
+(inside PyAV's wheel) can decode. Timestamps stay what the file says, as fractions; nothing is resampled to a frame rate here. Two
+pictures are in memory at a time, apart from the few that the decoder keeps. Every pass over a file gives the same sequence.
 
 A pass may begin in the middle, by seeking. Containers lie about what lies where (edit lists, decoding order, clocks that restart,
 streams without an index), so a pass from the start first notes some keyframes, each with a checksum of its picture; a later pass
@@ -12,27 +12,35 @@ goes to one of these, and counts on from it only if the very same picture came o
 from __future__ import annotations
 
 import contextlib
+import heapq
 import itertools
 import os
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 import av
 import av.error
+import cv2
 import numpy as np
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.media import color
-from keysync_jax.media.video_info import VideoInfo, open_container, probe, read_packets, video_stream
+from keysync_jax.media.completeness import Tally, is_whole
+from keysync_jax.media.streams import UNREADABLE, open_container, read_packets
+from keysync_jax.media.video_info import VideoInfo, make_decoder, probe
 
 # A timestamp that falls back by more than this is a restart of the clock (joined transport streams); less is a repeated stamp.
 _CLOCK_RESTART_S = 1
 _KEYFRAME_GAP_S = 0.5  # keyframes noted are at least this far apart: every picture of some codecs is one
 # Seconds before a keyframe at which seeking aims: formats that seek by decoding time overshoot by the delay of reordered pictures.
 _SEEK_BACK_S = (0, 1, 4)
+_DAMAGED_DATA = "damaged data, decoded as far as it can be repaired"
+_DAMAGED_PACKET = "damaged packet, skipped"
+_DAMAGED_PICTURE = "damaged picture, used as the decoder repaired it"
+_DAMAGE_NOTES = {_DAMAGED_DATA, _DAMAGED_PACKET, _DAMAGED_PICTURE, UNREADABLE}
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,9 @@ class Frame:
       index: position in the sequence, from 0.
       pts: presentation time in ticks of `info.time_base`; strictly increasing.
       time: the same in seconds.
-      av_frame: the picture as decoded, in `info.pix_fmt` and stored orientation; carries `pts`.
+      av_frame: the picture as decoded, in `info.pix_fmt` and stored orientation; carries `pts`, and as `duration` how long it is shown.
       info: description of the file.
+      alpha: its opacity uint16 `[h, w]` in stored orientation, up to `color.OPAQUE`; None for a file without.
     """
 
     index: int
@@ -52,6 +61,7 @@ class Frame:
     time: Fraction
     av_frame: av.VideoFrame
     info: VideoInfo
+    alpha: np.ndarray | None = None
 
     def rgb(self) -> np.ndarray:
         """Upright 8-bit RGB `[H, W, 3]` through the file's own matrix and range. HDR transfer curves stay as they are."""
@@ -84,7 +94,12 @@ class Keyframe(NamedTuple):
 
 
 def read(
-    path: str | os.PathLike, info: VideoInfo | None = None, start: int = 0, keyframes: Sequence[Keyframe] = (), note_keyframes: bool = False
+    path: str | os.PathLike,
+    info: VideoInfo | None = None,
+    start: int = 0,
+    keyframes: Sequence[Keyframe] = (),
+    note_keyframes: bool = False,
+    on_end: Callable[[VideoReader], None] = lambda _: None,
 ) -> VideoReader:
     """Decode a video from its first picture, or from picture `start`, to its last.
 
@@ -95,8 +110,9 @@ def read(
         `start` behind the last frame gives none.
       keyframes: what an earlier pass over the same file noted; without them `start` is reached by decoding everything before it.
       note_keyframes: fill `VideoReader.keyframes`.
+      on_end: called when a pass from the start is over, after the last frame; what it raises ends the pass.
     """
-    return VideoReader(info if info is not None else probe(path), start, keyframes, note_keyframes)
+    return VideoReader(info if info is not None else probe(path), start, keyframes, note_keyframes, on_end)
 
 
 class VideoReader:
@@ -110,15 +126,26 @@ class VideoReader:
     Attributes:
       info: description of the file.
       keyframes: where later passes may begin, as far as this one has come; only with `note_keyframes`.
+      tally: what a pass from the start has met so far.
     """
 
-    def __init__(self, info: VideoInfo, start: int = 0, keyframes: Sequence[Keyframe] = (), note_keyframes: bool = False):
+    def __init__(
+        self,
+        info: VideoInfo,
+        start: int = 0,
+        keyframes: Sequence[Keyframe] = (),
+        note_keyframes: bool = False,
+        on_end: Callable[[VideoReader], None] = lambda _: None,
+    ):
         self.info = info
         self.keyframes: list[Keyframe] = []
         self._note_keyframes = note_keyframes
         self._start = start
         self._origin = max((k for k in keyframes if 0 < k.index <= start), default=None)
         self._counts: dict[str, list] = {}
+        self._said: list[str] = []
+        self._on_end = on_end
+        self.tally = Tally(0, 0, 0, info.start_time, False)
         self._pictures: Generator[Frame, None, None] = self._iterate()
 
     def __iter__(self) -> VideoReader:
@@ -140,10 +167,19 @@ class VideoReader:
     @property
     def notes(self) -> list[str]:
         """What was found wrong so far and what was done about it, one line each."""
-        lines = [f"{n} x {what}, first at {float(at):.3f} s" for what, (n, at) in self._counts.items()]
+        # Against the output's clock, which begins where the source does.
+        zero = self.info.start_time
+        lines = [f"{n} x {what}, first at {float(at - zero):.3f} s" for what, (n, at) in self._counts.items()]
+        lines += self._said
+        if self.info.choice:
+            lines.insert(0, self.info.choice)
         if self.info.pix_fmt != self.info.source_pix_fmt:
             lines.insert(0, f"pixel format {self.info.source_pix_fmt} is edited and written as {self.info.pix_fmt}")
         return lines
+
+    def say(self, note: str) -> None:
+        """Add a line to `notes`."""
+        self._said.append(note)
 
     def _note(self, what: str, at: Fraction) -> None:
         self._counts.setdefault(what, [0, at])[0] += 1
@@ -155,7 +191,7 @@ class VideoReader:
             attempts.insert(0, (True, self._origin))
         for threaded, origin in attempts:
             try:
-                for frame in self._stamped(threaded, origin):
+                for frame in self._timed(threaded, origin):
                     any_picture = True
                     if frame.index >= following:
                         following = frame.index + 1
@@ -166,14 +202,46 @@ class VideoReader:
             except _DamageError as damage:
                 self._counts.clear()
                 if origin is None:  # else the pass from the start says what is wrong with the file
-                    self._note("damaged data, decoded as far as it can be repaired", damage.at)
+                    self._note(_DAMAGED_DATA, damage.at)
         if not any_picture:
             raise KeySyncError(f"{self.info.path}: no picture could be decoded; the file is damaged")
+        if origin is None:
+            self.tally = self.tally._replace(damaged=bool(self._counts.keys() & _DAMAGE_NOTES))
+            self._on_end(self)
+
+    def _timed(self, threaded: bool, origin: Keyframe | None) -> Iterator[Frame]:
+        """Frames that know how long they are shown, in `av_frame.duration`."""
+        self.tally = Tally(0, 0, 0, self.info.start_time, False)
+        held: Frame | None = None
+        for frame in self._stamped(threaded, origin):
+            if held is not None:
+                yield self._shown(held, frame.pts - held.pts)
+            held = frame
+        if held is not None:
+            yield self._shown(held, self._last_hold(held))
+
+    def _shown(self, frame: Frame, ticks: int) -> Frame:
+        packet_ticks = frame.av_frame.duration or ticks
+        frame.av_frame.duration = ticks
+        # Where the file may break off, a picture is no longer than its packet says.
+        end = frame.time + min(ticks, packet_ticks) * self.info.time_base
+        self.tally = self.tally._replace(pictures=self.tally.pictures + 1, end=end)
+        return frame
+
+    def _last_hold(self, last: Frame) -> int:
+        """Ticks that the last picture is shown: up to where the file says that the film ends, else as long as its packet says."""
+        info = self.info
+        if info.end_time is not None and info.end_is_own and not self._shifted and is_whole(info.path, info.container) is not False:
+            ticks = round(info.end_time / info.time_base) - last.pts
+            if ticks > 0:
+                return ticks
+        return last.av_frame.duration or self._step
 
     def _stamped(self, threaded: bool, origin: Keyframe | None) -> Iterator[Frame]:
         """Frames with strictly increasing timestamps, from the start or from a keyframe on."""
         info = self.info
-        step = max(1, round(1 / (info.average_rate * info.time_base)))
+        step = self._step = max(1, round(1 / (info.average_rate * info.time_base)))
+        self._shifted = False
         restart = int(_CLOCK_RESTART_S / info.time_base)
         last, shift = None, 0
         self.keyframes.clear()
@@ -188,19 +256,32 @@ class VideoReader:
             if last is not None and stamp < last - restart:
                 shift += last + step - stamp
                 stamp = last + step
+                self._shifted = True
                 self._note("restart of the clock, continued without a gap", stamp * info.time_base)
             elif last is not None and stamp <= last:
                 stamp = last + 1
                 self._note("repeated timestamp, moved on by the smallest step", stamp * info.time_base)
+            duration = picture.duration
+            alpha = self._alpha(picture)
             picture = self._as_described(picture, stamp * info.time_base)
             if origin is not None and last is None and _checksum(picture) != origin.checksum:
                 raise _NotReachedError
             last = stamp
-            picture.pts, picture.time_base = stamp, info.time_base
+            picture.pts, picture.time_base, picture.duration = stamp, info.time_base, duration
             if self._note_keyframes and can_begin and stamp == stored:
                 if not self.keyframes or (stamp - self.keyframes[-1].pts) * info.time_base >= _KEYFRAME_GAP_S:
                     self.keyframes.append(Keyframe(index, stamp, _checksum(picture)))
-            yield Frame(index, stamp, stamp * info.time_base, picture, info)
+            yield Frame(index, stamp, stamp * info.time_base, picture, info, alpha)
+
+    def _alpha(self, picture: av.VideoFrame) -> np.ndarray | None:
+        info = self.info
+        if not info.has_alpha:
+            return None
+        if not color.has_alpha(picture.format.name):
+            return np.full((info.height, info.width), color.OPAQUE, np.uint16)
+        alpha = color.alpha_of(picture)
+        size = (info.width, info.height)
+        return alpha if alpha.shape == size[::-1] else cv2.resize(alpha, size, interpolation=cv2.INTER_AREA)
 
     def _as_described(self, picture: av.VideoFrame, at: Fraction) -> av.VideoFrame:
         """The picture in the size and format that the file began with."""
@@ -216,31 +297,34 @@ class VideoReader:
     def _decoded(self, threaded: bool, origin: Keyframe | None) -> Iterator[av.VideoFrame]:
         """Pictures as the decoder gives them. With threads, the first sign of damage ends it with `_DamageError`."""
         with open_container(self.info.path) as container:
-            stream = video_stream(container, self.info.path)
+            stream = container.streams[self.info.stream]
+            decoder = make_decoder(stream, self.info.decoder)
             if threaded:
-                stream.thread_type = "AUTO"
-                stream.codec_context.options = {"err_detect": "explode"}
+                decoder.thread_type = "AUTO"
+                decoder.options = {"err_detect": "explode"}
             else:
-                stream.thread_count = 1
+                decoder.thread_count = 1
             if origin is None:
-                yield from self._checked([], read_packets(container, stream), threaded)
+                yield from self._checked(decoder, [], read_packets(container, stream), threaded)
             else:
-                yield from self._checked(*self._sought(container, stream, origin), threaded)
+                yield from self._checked(decoder, *self._sought(container, stream, decoder, origin), threaded)
 
-    def _sought(self, container, stream, origin: Keyframe) -> tuple[list[av.VideoFrame], Iterator]:
+    def _sought(self, container, stream, decoder, origin: Keyframe) -> tuple[list[av.VideoFrame], Iterator]:
         """The pictures of one packet from a keyframe on, and the packets that follow it."""
         for back in _SEEK_BACK_S:
             try:
                 container.seek(origin.pts - int(back / self.info.time_base), stream=stream, backward=True, any_frame=False)
             except av.error.FFmpegError:  # not in this format
                 break
+            if decoder is not stream.codec_context:
+                decoder.flush_buffers()  # seeking does it for the stream's own
             packets = read_packets(container, stream)
             for packet, error in packets:
                 pictures = []
                 if packet is not None and error is None:
                     # What comes out between a seek's landing and the keyframe may lack its references: it is not used.
                     with contextlib.suppress(av.error.FFmpegError):
-                        pictures = packet.decode()
+                        pictures = _decode(decoder, packet)
                 pictures = [p for p in pictures if p.pts is not None and p.pts >= origin.pts]
                 if pictures and pictures[0].pts == origin.pts:
                     return pictures, packets
@@ -248,17 +332,22 @@ class VideoReader:
                     break
         raise _NotReachedError
 
-    def _checked(self, pictures: list[av.VideoFrame], packets: Iterator, threaded: bool) -> Iterator[av.VideoFrame]:
+    def _checked(self, decoder, pictures: list[av.VideoFrame], packets: Iterator, threaded: bool) -> Iterator[av.VideoFrame]:
         """Decoded `pictures`, then those of the packets to come."""
         at = self.info.start_time
+        stamps: list[int] = []  # of packets whose pictures have not come yet
         for packet, error in itertools.chain([(None, None)], packets):
             if packet is not None and error is None:
+                if packet.size:
+                    self.tally = self.tally._replace(packets=self.tally.packets + 1, bytes=self.tally.bytes + packet.size)
+                    if packet.dts is not None:
+                        heapq.heappush(stamps, packet.dts)
                 try:
-                    pictures = packet.decode()
+                    pictures = _decode(decoder, packet)
                 except av.error.EOFError:
                     return
                 except av.error.FFmpegError:
-                    error = "damaged packet, skipped"
+                    error = _DAMAGED_PACKET
             if error is not None:
                 if threaded:
                     raise _DamageError(at)
@@ -268,10 +357,17 @@ class VideoReader:
                 if picture.is_corrupt:
                     if threaded:
                         raise _DamageError(at)
-                    self._note("damaged picture, used as the decoder repaired it", at)
+                    self._note(_DAMAGED_PICTURE, at)
+                if self.info.stamps_are_decode_times and stamps:
+                    picture.pts = heapq.heappop(stamps)  # the n-th picture shown has the n-th of the stamps
                 if picture.pts is not None:
                     at = picture.pts * self.info.time_base
                 yield picture
+
+
+def _decode(decoder, packet: av.Packet) -> list[av.VideoFrame]:
+    """Pictures that a packet lets out; the empty one drains the decoder."""
+    return decoder.decode(packet if packet.size else None)
 
 
 class _NotReachedError(Exception):

@@ -1,48 +1,37 @@
-"""Writing the dubbed video: the source's timestamps, pixel format, colour tags and rotation, with the given sound.
+"""Writing the dubbed video: the source's pictures on a clock that begins with them, with the given sound and what else the source holds.
+
+Time zero of the output is the earliest of the source's picture and its own sound; every stamp is the source's less that. Colour tags,
+rotation, pixel shape and field order are taken over; which encoder and pixel format, says `encoding`.
 
 The file is written under a temporary name beside its place and renamed when it is complete, so an exception leaves nothing behind.
 The same frames give the same bytes: encoders run with a fixed number of threads and muxers without dates or random ids.
-
-Encoders: H.264 for 8-bit and for 10-bit 4:2:2 and 4:4:4, HEVC for 10-bit 4:2:0, for 12 bits, gray and RGB. Neither has odd widths or
-heights with subsampled chroma: 8-bit pictures of that kind are VP9, and where that does not go (.mov, more bits) they are written
-with full chroma and a note. With `lossless` the same without loss, and FFV1 in .mkv, which takes everything.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import av.error
+import numpy as np
 from av.video.frame import PictureType
 
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import check_target, temporary_beside
-from keysync_jax.media import color
+from keysync_jax.media.conversion import convert
+from keysync_jax.media.encoding import CONTAINERS, DEFAULT_PRESET, choose_encoding
+from keysync_jax.media.extras import Extras
 from keysync_jax.media.soundtrack import Soundtrack
 from keysync_jax.media.video import Frame, VideoInfo
 
-CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-DEFAULT_CRF = 16.0  # visually transparent; the whole picture is encoded once more, so it must not show
-DEFAULT_PRESET = "fast"  # quality at a given CRF hardly depends on it; "medium" costs half as much again
 _THREADS = 4  # fixed, because the bytes that x264 and x265 write depend on it
 _X265_DELAY = 2  # frames that x265 reorders over
-_HDR_SIDE_DATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL", "DYNAMIC_HDR_PLUS", "DOVI_METADATA")
 _MOVIE_TIMESCALE = 48_000  # edit lists of .mp4 and .mov are at least this fine
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How pictures are encoded: FFmpeg encoder, its pixel format and options, sample entry tag, and a note where the format changes."""
-
-    codec: str
-    pix_fmt: str
-    options: dict[str, str]
-    tag: str = ""
-    note: str = ""
+_FINE_TICKS = 90_000  # a second, where the clock's zero is no whole tick of the source
+_MILLISECONDS = {"matroska", "webm"}
+_TOP_FIRST, _BOTTOM_FIRST = 2, 3  # AVFieldOrder
 
 
 def check_output(path: str | os.PathLike) -> Path:
@@ -52,57 +41,34 @@ def check_output(path: str | os.PathLike) -> Path:
       UsageError, KeySyncError: the extension is not a supported container, or as `files.check_target`.
     """
     path = Path(path)
+    if str(path) in ("-", "/dev/stdout"):
+        raise UsageError(f"{path}: the output must be a file, since its beginning is written last; name one that ends in .mp4")
     if path.suffix.lower() not in CONTAINERS:
         raise UsageError(f"{path}: cannot write {path.suffix or 'a file without extension'}; use one of {', '.join(CONTAINERS)}")
     check_target(path, "the output")
     return path
 
 
-def choose_encoding(
-    info: VideoInfo, extension: str, crf: float = DEFAULT_CRF, lossless: bool = False, preset: str = DEFAULT_PRESET
-) -> Encoding:
-    """Encoder, pixel format and options for the source's pixel format in a container ('.mp4', '.mov' or '.mkv')."""
-    fmt, pix_fmt = info.planes, info.pix_fmt
-    note = ""
-    odd = bool(info.width % (1 << fmt.log2_w) or info.height % (1 << fmt.log2_h))
-    plain = pix_fmt.replace("yuvj", "yuv")
-    if lossless and extension == ".mkv" and pix_fmt != "gbrp":  # FFV1 packs 8-bit RGB otherwise
-        return Encoding("ffv1", plain, {"level": "3", "slicecrc": "1"})
-    if odd and fmt.bits == 8 and extension != ".mov":
-        options = {"deadline": "good", "cpu-used": "4", "row-mt": "1", "profile": "0" if fmt.log2_h else "1"}
-        options |= {"lossless": "1"} if lossless else {"crf": f"{crf * 63 / 51:.0f}"}
-        return Encoding("libvpx-vp9", plain, options, note=f"{info.width}x{info.height} with {plain} chroma is encoded as VP9")
-    if odd:
-        full_chroma = f"{'yuvj' if pix_fmt.startswith('yuvj') else 'yuv'}444p{'' if fmt.bits == 8 else f'{fmt.bits}le'}"
-        note = f"{info.width}x{info.height} {pix_fmt} does not fit H.264 or HEVC; written as {full_chroma}"
-        pix_fmt = full_chroma
-    preset = "veryfast" if lossless else preset
-    if fmt.family != "yuv" or fmt.bits == 12 or (fmt.bits == 10 and (fmt.log2_w, fmt.log2_h) == (1, 1)):
-        rate = "lossless=1" if lossless else f"crf={crf:g}"
-        options = {"preset": preset, "x265-params": f"log-level=none:info=0:frame-threads=2:{rate}"}
-        return Encoding("libx265", pix_fmt, options, "hvc1", note)
-    # The macroblock tree of x264 gives other bytes from run to run on CPUs with AVX-512 (seen at 160x96 and 320x240).
-    options = {"preset": preset, "mbtree": "0"} | ({"qp": "0"} if lossless else {"crf": f"{crf:g}"})
-    if info.interlaced and info.height % 4 == 0:
-        options["flags"] = "+ildct+ilme"
-    return Encoding("libx264", pix_fmt, options, "", note)
-
-
 class VideoWriter:
     """Context manager that writes frames and sound; nothing stands under `path` until it has ended without an exception.
 
     Args:
-      path: output file, .mp4, .mov or .mkv.
+      path: output file, one of `encoding.CONTAINERS`; a link stays one, and the file behind it is written.
       info: description of the source; its size, time base, pixel format, colour tags and display matrix are taken over.
-      crf: constant rate factor, lower is better and larger.
+      crf: constant rate factor, lower is better and larger; default what the source's bit rate allows (`choose_encoding`).
       lossless: encode without loss; planes come back bit-exact.
       preset: speed of x264 and x265.
+      codec, pix_fmt: as `choose_encoding` takes them.
       audio: sound or video file with the voice, None for none.
-      audio_start: seconds on the video's clock where the sound begins; default the source's `start_time`.
+      audio_stream: position among that file's audio streams, from 0; default the one that players choose.
+      audio_start: seconds on the output's clock where the sound begins.
       duration_s: seconds after `audio_start` where the sound is cut; default where the last frame ends.
+      language: of the voice (ISO 639-2), where its file does not say it.
+      extras: also take over the source's titles, chapters, timecode, subtitles and data.
+      keep_audio: also take over the source's own sound, as further tracks.
 
     Raises:
-      UsageError, KeySyncError: as `check_output`; sound that cannot be read; an encoder that refuses the pictures.
+      UsageError, KeySyncError: as `check_output` and `choose_encoding`; sound that cannot be read; an encoder that refuses the pictures.
     """
 
     def __init__(
@@ -110,50 +76,71 @@ class VideoWriter:
         path: str | os.PathLike,
         info: VideoInfo,
         *,
-        crf: float = DEFAULT_CRF,
+        crf: float | None = None,
         lossless: bool = False,
         preset: str = DEFAULT_PRESET,
+        codec: str | None = None,
+        pix_fmt: str | None = None,
         audio: str | os.PathLike | None = None,
-        audio_start: Fraction | None = None,
+        audio_stream: int | None = None,
+        audio_start: Fraction = Fraction(0),
         duration_s: float | None = None,
+        language: str | None = None,
+        extras: bool = False,
+        keep_audio: bool = False,
     ):
         self.path = check_output(path)
         self.info = info
-        extension = self.path.suffix.lower()
-        self.encoding = choose_encoding(info, extension, crf, lossless, preset)
+        self._extension = self.path.suffix.lower()
+        self._muxer = CONTAINERS[self._extension]
+        self.encoding = choose_encoding(info, self._extension, crf, lossless, preset, codec, pix_fmt)
         self.frames_written = 0
-        self._audio_start = info.start_time if audio_start is None else audio_start
+        self._audio_start = audio_start
         self._duration = None if duration_s is None else Fraction(duration_s)
-        self._temporary = temporary_beside(self.path)
-        self._held: av.VideoFrame | None = None
+        self._target = self.path.resolve()
+        self._temporary = temporary_beside(self._target)
+        self._held: tuple[av.VideoFrame, np.ndarray | None] | None = None
         self._step = max(1, round(1 / (info.average_rate * info.time_base)))
+        self._set_clock()
         self._durations: dict[int, int] = {}
         self._packet: av.Packet | None = None
+        self._last_dts: int | None = None
         self._first_dts = 0
-        self._begin = self._end = info.start_time
+        self._begin = self._end = 0
         self._rounded = False
-        self._hdr_lost = False
         self._soundtrack: Soundtrack | None = None
+        self._extras: Extras | None = None
         try:
             # Absolute, because FFmpeg takes what stands before a colon in a relative name for a protocol.
             target = os.path.abspath(self._temporary)
-            self._container = av.open(target, "w", format=CONTAINERS[extension], options=self._muxer_options(extension))
+            self._container = av.open(target, "w", format=self._muxer, options=self._muxer_options())
         except (av.error.FFmpegError, OSError) as error:
             raise KeySyncError(f"{self.path}: cannot be written ({error.strerror})") from error
         try:
             self._stream = self._add_video_stream()
             if audio is not None:
-                self._soundtrack = Soundtrack(self._container, extension, audio, self._audio_start)
+                self._soundtrack = Soundtrack(
+                    self._container, self._extension, audio, self._audio_start, number=audio_stream, language=language
+                )
+            if extras:
+                self._extras = Extras(self._container, self._extension, info, self._stream, keep_audio)
         except BaseException:
             self.abort()
             raise
 
-    def _muxer_options(self, extension: str) -> dict[str, str]:
+    def _set_clock(self) -> None:
+        """Ticks of the output: the source's, or parts of them where the clock's zero lies between two."""
+        tick, zero = self.info.time_base, self.info.start_time
+        self._finer = 1 if (zero / tick).denominator == 1 else -(-_FINE_TICKS * tick.numerator // tick.denominator)
+        self._tick = tick / self._finer
+        self._zero = round(zero / self._tick)
+
+    def _muxer_options(self) -> dict[str, str]:
         options = {"fflags": "+bitexact"}
-        if extension == ".mkv":
+        if self._muxer in _MILLISECONDS:
             # Sound that begins before zero (codec priming) must not push the pictures later.
             return options | {"avoid_negative_ts": "disabled"}
-        ticks = self.info.time_base.denominator
+        ticks = self._tick.denominator
         edit_ticks = ticks * -(-_MOVIE_TIMESCALE // ticks)
         return options | {"video_track_timescale": str(ticks), "movie_timescale": str(edit_ticks), "movflags": "+faststart"}
 
@@ -163,13 +150,17 @@ class VideoWriter:
         assert isinstance(stream, av.VideoStream)  # as every codec of ours gives
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = info.width, info.height, encoding.pix_fmt
-        context.time_base = info.time_base
+        context.time_base = self._tick
         context.thread_count, context.thread_type = _THREADS, "FRAME"
         context.sample_aspect_ratio = info.sample_aspect_ratio
-        context.colorspace, context.color_range = info.color_space, info.color_range
+        context.colorspace, context.color_range = encoding.color_space, encoding.color_range
         context.color_primaries, context.color_trc = info.color_primaries, info.color_transfer
-        if encoding.tag and self.path.suffix.lower() != ".mkv":
+        if encoding.tag and self._muxer not in _MILLISECONDS:
             context.codec_tag = encoding.tag
+        if info.interlaced:
+            context.field_order = _BOTTOM_FIRST if info.bottom_first else _TOP_FIRST
+        if encoding.keeps_alpha and self._muxer in _MILLISECONDS:
+            stream.metadata["alpha_mode"] = "1"
         if info.display_matrix:
             stream.set_display_matrix(info.display_matrix)
         return stream
@@ -190,43 +181,58 @@ class VideoWriter:
 
     @property
     def notes(self) -> list[str]:
-        """What the container or the encoder could not keep of the source, one line each."""
-        notes = [self.encoding.note] if self.encoding.note else []
+        """What changed or could not be kept of the source, one line each."""
+        notes = list(self.encoding.notes)
         if self._rounded:
             notes.append("Matroska stores whole milliseconds: timestamps are rounded to the nearest")
-        if self._hdr_lost:
-            notes.append("HDR mastering metadata is not written; the colour tags (primaries, transfer, matrix) are")
+        mastering = self.info.mastering
+        if (mastering.display or mastering.light_level) and self.encoding.codec not in ("libx264", "libx265"):
+            notes.append("HDR mastering metadata is not written by this codec; the colour tags (primaries, transfer, matrix) are")
+        if mastering.dynamic:
+            notes.append(f"dynamic HDR metadata ({', '.join(mastering.dynamic)}) is not written: it describes the source's own pictures")
+        if self._extras is not None:
+            notes += self._extras.notes
         return notes
 
-    def write(self, frame: Frame | av.VideoFrame) -> None:
+    def write(self, frame: Frame | av.VideoFrame, alpha: np.ndarray | None = None) -> None:
         """Append a picture in `info.pix_fmt` and stored orientation, with its `pts` in `info.time_base`.
+
+        Args:
+          frame: the picture; its `duration`, if set, says how long the last one is shown.
+          alpha: its opacity uint16 `[h, w]` up to `color.OPAQUE`; a `Frame` brings its own.
 
         Raises:
           KeySyncError: the encoder or the disk refuses it.
           ValueError: its timestamp is not after the one before.
         """
         picture = frame.av_frame if isinstance(frame, Frame) else frame
+        alpha = frame.alpha if isinstance(frame, Frame) and alpha is None else alpha
         if self._held is not None:
-            self._step = _pts(picture) - _pts(self._held)
+            held, held_alpha = self._held
+            self._step = _pts(picture) - _pts(held)
             if self._step <= 0:
-                raise ValueError(f"frame at pts {picture.pts} comes after pts {self._held.pts}")
-            self._encode(self._held, self._step)
-        self._held = picture
+                raise ValueError(f"frame at pts {picture.pts} comes after pts {held.pts}")
+            self._encode(held, held_alpha, self._step)
+        self._held = picture, alpha
 
     def close(self) -> None:
         """Finish the file and put it in its place."""
         try:
             if self._held is None:
                 raise KeySyncError(f"{self.path}: no frame was written")
-            self._encode(self._held, self._held.duration or self._step)
+            last, alpha = self._held
+            self._encode(last, alpha, last.duration or self._step)
             self._held = None
             self._mux(lambda: self._stream.encode(None), last=True)
+            end = self._end * self._tick
             if self._soundtrack is not None:
-                end = self._end if self._duration is None else self._audio_start + self._duration
-                self._soundtrack.finish(end)
+                self._soundtrack.finish(end if self._duration is None else self._audio_start + self._duration)
                 self._soundtrack.close()
+            if self._extras is not None:
+                self._extras.finish(end)
+                self._extras.close()
             self._container.close()
-            os.replace(self._temporary, self.path)
+            os.replace(self._temporary, self._target)
         except (av.error.FFmpegError, OSError) as error:
             self.abort()
             raise KeySyncError(f"{self.path}: could not be completed ({error.strerror})") from error
@@ -236,8 +242,9 @@ class VideoWriter:
 
     def abort(self) -> None:
         """Throw away what was written; harmless after `close`."""
-        if self._soundtrack is not None:
-            self._soundtrack.close()
+        for part in (self._soundtrack, self._extras):
+            if part is not None:
+                part.close()
         try:
             self._container.close()
         except (av.error.FFmpegError, OSError):
@@ -245,24 +252,18 @@ class VideoWriter:
         finally:
             self._temporary.unlink(missing_ok=True)
 
-    def _encode(self, picture: av.VideoFrame, duration: int) -> None:
-        info = self.info
-        stamp = _pts(picture)
-        if picture.format.name != self.encoding.pix_fmt:
-            same_layout = picture.format.name.replace("yuvj", "yuv") == self.encoding.pix_fmt
-            if same_layout:
-                picture = color.relabel(picture, self.encoding.pix_fmt)
-            else:
-                picture = picture.reformat(format=self.encoding.pix_fmt, threads=color.SWSCALE_THREADS)
-            picture.pts = stamp
-        picture.time_base = info.time_base
+    def _encode(self, picture: av.VideoFrame, alpha: np.ndarray | None, duration: int) -> None:
+        info, encoding = self.info, self.encoding
+        stamp = _pts(picture) * self._finer - self._zero
+        if picture.format.name != encoding.pix_fmt:
+            picture = convert(picture, info.planes, encoding.pix_fmt, encoding.color_space, alpha)
+        picture.pts, picture.time_base = stamp, self._tick
         picture.pict_type = PictureType.NONE  # else the encoder repeats the decoder's choice of key frames
-        self._durations[stamp] = duration
+        self._durations[stamp] = duration * self._finer
         if not self.frames_written:
-            self._begin = stamp * info.time_base
-            self._hdr_lost = any(picture.side_data.get(name) is not None for name in _HDR_SIDE_DATA)
-        self._end = (stamp + duration) * info.time_base
-        if self.path.suffix.lower() == ".mkv" and (stamp * info.time_base * 1000).denominator != 1:
+            self._begin = stamp
+        self._end = stamp + duration * self._finer
+        if self._muxer in _MILLISECONDS and (stamp * self._tick * 1000).denominator != 1:
             self._rounded = True
         self.frames_written += 1
         self._mux(lambda: self._stream.encode(picture))
@@ -280,21 +281,31 @@ class VideoWriter:
                     self._mux_one(self._packet)
                 self._packet = packet
             if last and self._packet is not None:
-                if self.path.suffix.lower() != ".mkv":
-                    # .mp4 and .mov take the length of a track from decoding times, whose last step is the last packet's duration.
-                    length = round((self._end - self._begin) / self.info.time_base)
-                    self._packet.duration = max(1, length - (_dts(self._packet) - self._first_dts))
+                if self._muxer not in _MILLISECONDS:
+                    self._place_last(self._packet)
                 self._mux_one(self._packet)
         except (av.error.FFmpegError, OSError) as error:
             what = f"{self.encoding.codec}, {self.info.width}x{self.info.height} {self.encoding.pix_fmt}"
             raise KeySyncError(f"{self.path}: could not be written ({error.strerror}; {what})") from error
 
+    def _place_last(self, packet: av.Packet) -> None:
+        """Let a track of .mp4 or .mov be as long as its pictures are shown.
+
+        Its length counts from decoding times and ends with the last packet's duration. The last packet decoded need not be the last
+        picture shown, so it keeps its own duration, and is decoded as much earlier as the track would be longer.
+        """
+        wanted = self._first_dts + (self._end - self._begin) - packet.duration
+        earliest = _dts(packet) if self._last_dts is None else self._last_dts + 1
+        packet.dts = max(earliest, min(wanted, _pts(packet)))
+
     def _mux_one(self, packet: av.Packet) -> None:
-        reached = _dts(packet) * self.info.time_base
+        self._last_dts = _dts(packet)
+        reached = self._last_dts * self._tick
         self._container.mux(packet)
         if self._soundtrack is not None:
-            limit = reached if self._duration is None else min(reached, self._audio_start + self._duration)
-            self._soundtrack.advance(limit)
+            self._soundtrack.advance(reached if self._duration is None else min(reached, self._audio_start + self._duration))
+        if self._extras is not None:
+            self._extras.advance(reached)
 
 
 def _pts(item: av.VideoFrame | av.Packet) -> int:

@@ -47,12 +47,14 @@ def test_times_and_durations_survive_exactly(tmp_path, rate, extension):
 
 
 def test_variable_rate_late_start_and_last_duration_survive(tmp_path):
-    pts = [777 + stamp for stamp in (0, 400, 1111, 1500, 3999, 4000, 4410, 9000)]
-    clips.make_clip(tmp_path / "a.mp4", pts, Fraction(1, 12800), last_duration=2222, options={"bf": "0"})
+    """The output begins with the first picture; between pictures nothing changes."""
+    pts = [0, 400, 1111, 1500, 3999, 4000, 4410, 9000]
+    late = [777 + stamp for stamp in pts]
+    clips.make_clip(tmp_path / "a.mp4", late, Fraction(1, 12800), last_duration=2222, options={"bf": "0"})
     rewrite(tmp_path / "a.mp4", tmp_path / "b.mp4")
     assert [frame.pts for frame in video.read(tmp_path / "b.mp4")] == pts
     info = video.probe(tmp_path / "b.mp4")
-    assert (info.start_time, info.duration_s) == (Fraction(777, 12800), approx((9000 + 2222) / 12800))
+    assert (info.start_time, info.duration_s) == (0, approx((9000 + 2222) / 12800))
 
 
 def test_ticks_that_are_not_one_over_an_integer_keep_their_times(tmp_path):
@@ -112,7 +114,7 @@ def test_lossless_planes_come_back_bit_exact(tmp_path, pix_fmt, codec, options, 
             assert np.array_equal(a, b) and np.array_equal(b, c)
 
 
-@pytest.mark.parametrize("pix_fmt, codec", [("yuv420p", "h264"), ("yuv422p10le", "h264"), ("yuv420p10le", "hevc"), ("yuv444p", "h264")])
+@pytest.mark.parametrize("pix_fmt, codec", [("yuv420p", "h264"), ("yuv422p10le", "h264"), ("yuv420p10le", "hevc")])
 def test_default_encoding_keeps_the_format_at_high_quality(tmp_path, pix_fmt, codec):
     clips.make_clip(tmp_path / "a.mkv", [40 * i for i in range(6)], Fraction(1, 1000), (96, 64), pix_fmt, "ffv1", {})
     _, planes = rewrite(tmp_path / "a.mkv", tmp_path / "b.mp4")
@@ -190,7 +192,7 @@ def test_nothing_is_left_when_something_fails(tmp_path):
 
 
 def test_output_is_refused_before_any_work(tmp_path):
-    with pytest.raises(UsageError, match=r"\.webp.*\.mp4, \.mov, \.mkv"):
+    with pytest.raises(UsageError, match=r"\.webp.*\.mp4, \.m4v, \.mov, \.mkv, \.webm"):
         writer.check_output(tmp_path / "a.webp")
     with pytest.raises(KeySyncError, match="does not exist"):
         writer.check_output(tmp_path / "nowhere" / "a.mp4")
@@ -327,8 +329,8 @@ def test_sound_begins_with_the_pictures_of_a_late_start(tmp_path, extension):
     write_wav(tmp_path / "a.wav", clips.click_track(16000, 1, 3.0), 16000)
     out, _ = rewrite(tmp_path / "late.mp4", tmp_path / f"b{extension}", audio=tmp_path / "a.wav")
     assert "1.000 s of 3.000 s" in out.audio_note
-    sound, rate = assert_clicks(tmp_path / f"b{extension}", start=0.8)
-    assert np.abs(sound[: int(0.79 * rate)]).max() < 1e-3 and abs(len(sound) / rate - 1.8) < 0.07
+    sound, rate = assert_clicks(tmp_path / f"b{extension}")
+    assert video.probe(tmp_path / f"b{extension}").start_time == 0 and abs(len(sound) / rate - 1.0) < 0.07
 
 
 def test_sound_longer_than_the_video_is_cut_and_shorter_is_not(clip, tmp_path):
