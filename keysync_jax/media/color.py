@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import av
 import cv2
@@ -109,9 +110,7 @@ def alpha_of(frame: av.VideoFrame) -> np.ndarray:
         deep = any(component.bits > 8 for component in frame.format.components)
         frame = frame.reformat(format="gbrap16le" if deep else "gbrap", threads=SWSCALE_THREADS)
     bits = frame.format.components[3].bits
-    plane = frame.planes[3]
-    dtype = np.dtype(np.uint8 if bits == 8 else np.uint16)
-    rows = np.frombuffer(plane, dtype).reshape(plane.height, plane.line_size // dtype.itemsize)[:, : plane.width].astype(np.uint32)
+    rows = _rows(frame.planes[3], bits).astype(np.uint32)
     top = 2**bits - 1
     return ((rows * OPAQUE + top // 2) // top).astype(np.uint16)
 
@@ -119,11 +118,15 @@ def alpha_of(frame: av.VideoFrame) -> np.ndarray:
 def with_alpha(frame: av.VideoFrame, alpha: np.ndarray) -> av.VideoFrame:
     """A picture in a planar format with a transparency, given its opacity as `alpha_of` gives it."""
     frame.make_writable()
-    plane, bits = frame.planes[3], frame.format.components[3].bits
-    dtype = np.dtype(np.uint8 if bits == 8 else np.uint16)
-    rows = np.frombuffer(plane, dtype).reshape(plane.height, plane.line_size // dtype.itemsize)
-    rows[:, : plane.width] = (alpha.astype(np.uint32) * (2**bits - 1) + OPAQUE // 2) // OPAQUE
+    bits = frame.format.components[3].bits
+    _rows(frame.planes[3], bits)[...] = (alpha.astype(np.uint32) * (2**bits - 1) + OPAQUE // 2) // OPAQUE
     return frame
+
+
+def _rows(plane: Any, bits: int) -> np.ndarray:
+    """View `[h, w]` of a plane's samples; `plane` has a buffer, which PyAV's stubs do not say."""
+    dtype = np.dtype(np.uint8 if bits == 8 else np.uint16)
+    return np.frombuffer(plane, dtype).reshape(plane.height, plane.line_size // dtype.itemsize)[:, : plane.width]
 
 
 def plane_format(pix_fmt: str, color_space: int, color_range: int, width: int, height: int) -> PlaneFormat:

@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import av.error
+import av.stream
 
 from keysync_jax.media.encoding import CONTAINERS
 from keysync_jax.media.soundtrack import Soundtrack
@@ -54,7 +55,7 @@ class Extras:
             self._add_streams()
             if keep_audio:
                 self._add_sound(extension)
-            self._packets = self._demuxed()
+            self._packets: Iterator[Any] = self._demuxed()
             self._waiting = next(self._packets, None)
         except BaseException:
             self.close()
@@ -72,7 +73,7 @@ class Extras:
             sound.advance(until)
         while self._waiting is not None:
             packet = self._waiting
-            if packet.pts * packet.time_base - self._info.start_time >= until:
+            if packet.pts * Fraction(packet.time_base) - self._info.start_time >= until:
                 return
             self._write(packet)
             self._waiting = next(self._packets, None)
@@ -93,7 +94,7 @@ class Extras:
     def _add_chapters(self) -> None:
         moved = []
         for chapter in self._input.chapters():
-            tick = Fraction(chapter["time_base"])
+            tick: Fraction = chapter["time_base"] or Fraction(1, 1000)
             zero = round(self._info.start_time / tick)
             if (end := chapter["end"] - zero) > 0:
                 moved.append({**chapter, "start": max(0, chapter["start"] - zero), "end": end})
@@ -104,7 +105,7 @@ class Extras:
         """The timecode of the output's time zero; "" where the source has none."""
         info = self._info
         film = self._input.streams[info.stream]
-        places = [(stream.metadata, stream.start_time, stream.time_base) for stream in self._input.streams.data]
+        places: list[tuple[Any, Any, Any]] = [(stream.metadata, stream.start_time, stream.time_base) for stream in self._input.streams.data]
         places += [(film.metadata, film.start_time, film.time_base), (self._input.metadata, film.start_time, film.time_base)]
         for metadata, start, tick in places:
             code = next((value for key, value in metadata.items() if key.lower() == "timecode"), "")
@@ -173,7 +174,7 @@ class Extras:
             self._sounds.append(sound)
             self.notes.append(f"the source's own sound {number} is kept as a further track: {sound.note}")
 
-    def _demuxed(self) -> Iterator[av.Packet]:
+    def _demuxed(self) -> Iterator[Any]:
         streams = [self._input.streams[index] for index in self._kept]
         if not streams:
             return
@@ -186,7 +187,7 @@ class Extras:
             if packet.size and packet.pts is not None:
                 yield packet
 
-    def _write(self, packet: av.Packet) -> None:
+    def _write(self, packet: Any) -> None:
         made, codec, given = self._kept[packet.stream.index]
         tick = Fraction(packet.time_base)
         stamp = packet.pts - round(self._info.start_time / tick)

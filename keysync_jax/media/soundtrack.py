@@ -15,6 +15,7 @@ from fractions import Fraction
 
 import av
 import av.error
+import av.stream
 import numpy as np
 import soxr
 

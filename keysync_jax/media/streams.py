@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import av
 import av.error
+import av.stream
+import av.video.stream
 
 from keysync_jax.core.errors import KeySyncError, UsageError
 

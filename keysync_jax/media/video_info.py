@@ -152,7 +152,7 @@ def _first_picture(container, stream, decoder) -> av.VideoFrame | None:
 
 
 def _describe(path, container, stream, first: av.VideoFrame, choice: str, decoder: str) -> VideoInfo:
-    time_base = _fraction(stream.time_base)
+    time_base = _time_base(stream)
     side_data = first.side_data.get("DISPLAYMATRIX")
     matrix = tuple(np.frombuffer(side_data, np.int32).tolist()) if side_data is not None else ()
     orientation = Orientation.from_matrix(matrix)

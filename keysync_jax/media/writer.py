@@ -294,7 +294,8 @@ class VideoWriter:
         Its length counts from decoding times and ends with the last packet's duration. The last packet decoded need not be the last
         picture shown, so it keeps its own duration, and is decoded as much earlier as the track would be longer.
         """
-        wanted = self._first_dts + (self._end - self._begin) - packet.duration
+        own = packet.duration or 0
+        wanted = self._first_dts + (self._end - self._begin) - own
         earliest = _dts(packet) if self._last_dts is None else self._last_dts + 1
         packet.dts = max(earliest, min(wanted, _pts(packet)))
 
