@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from keysync_jax.batch.job_list import Job, check_outputs
 from keysync_jax.batch.ledger import CLAIMED, DONE, FAILED, OPEN, REVIEW, Entry, Item, Ledger, item_name
 from keysync_jax.batch.owner import Owner
 from keysync_jax.batch.worker import Work, WorkerSpec
-from keysync_jax.core.errors import UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 
 # How the items are worked on, once the ledger knows them: (spec, ledger of this process, told of the counts).
 Engine = Callable[[WorkerSpec, Ledger, Callable[[Progress], Any]], None]
@@ -95,6 +96,10 @@ def run_batch(
             counts = ledger.counts(names)
             if counts[OPEN] or counts[CLAIMED]:
                 (engine or local(1))(spec, ledger, tell)
+        except (KeyboardInterrupt, KeySyncError):
+            with contextlib.suppress(KeySyncError):  # a full disk; `--status` writes them later
+                batch_report.write_reports(folder, ledger)
+            raise
         finally:
             folder.sweep()
         status, entries = batch_report.write_reports(folder, ledger)

@@ -15,6 +15,7 @@ from keysync_jax.batch import gate
 from keysync_jax.batch.faults import MachineFault, out_of_device_memory
 from keysync_jax.batch.inputs import content_digest, length_s
 from keysync_jax.batch.job_list import Job
+from keysync_jax.batch.own_rows import OwnRows
 from keysync_jax.batch.worker import Outcome, Task
 from keysync_jax.converters import model_directory
 from keysync_jax.core import assets
@@ -69,7 +70,7 @@ class DubWork:
     """Dubs items; opened in each worker.
 
     Attributes:
-      together: as many clips as a call of the devices has windows; on one device with a microbatch of one, each fills it by itself.
+      together: as many clips as there are devices, so that short ones fill them; one device is filled by each clip alone.
     """
 
     def __init__(self, settings: DubSettings):
@@ -77,7 +78,7 @@ class DubWork:
         self._settings = settings
         self._pipelines = {settings.microbatch: self._pipeline(settings.microbatch)}
         devices = self._pipelines[settings.microbatch].mesh.devices.size
-        self.together = max(1, min(_MOST_TOGETHER, settings.microbatch * devices))
+        self.together = min(_MOST_TOGETHER, devices)
         self.check()
         self._slowest: float | None = None  # seconds for a second of video
 
@@ -136,6 +137,7 @@ class DubWork:
         pipeline = self._pipelines[microbatch]
         results: list[Outcome | Exception | None] = [None] * len(tasks)
         begun: dict[int, _Begun] = {}
+        generated = PhaseProgress()
         with contextlib.ExitStack() as stack:
             for place, task in enumerate(tasks):
                 try:
@@ -143,17 +145,18 @@ class DubWork:
                 except Exception as error:  # of this item, which fails alone
                     results[place] = error
             try:
-                two_stage.generate(pipeline.samplers, [each.job.clip for each in begun.values()], PhaseProgress())
+                stages: dict[str, Any] = {name: OwnRows(each, each.config, microbatch) for name, each in pipeline.samplers.items()}
+                two_stage.generate(stages, [each.job.clip for each in begun.values()], generated)
             except Exception as error:  # of them all: a device that ran out of memory
                 return [result or error for result in results]
             for place, each in begun.items():
                 try:
-                    results[place] = self._finish(tasks[place], each, microbatch)
+                    results[place] = self._finish(tasks[place], each, microbatch, generated.seconds)
                 except Exception as error:
                     results[place] = error
         return [result or RuntimeError("the item was not worked on") for result in results]
 
-    def _finish(self, task: Task, begun: _Begun, microbatch: int) -> Outcome:
+    def _finish(self, task: Task, begun: _Begun, microbatch: int, generated: Mapping[str, float]) -> Outcome:
         result = begun.job.compose()
         report = result.report
         values = {
@@ -165,7 +168,7 @@ class DubWork:
             "microbatch": microbatch,
             "devices": report["devices"],
             "inputs": {"video": content_digest(task.job.video), "audio": content_digest(task.job.audio)},
-            "phases": report["seconds"],
+            "phases": {**report["seconds"], **generated},  # those of the networks are of all clips that went through them together
         }
         if microbatch != self._settings.microbatch:
             values["halved"] = f"from a microbatch of {self._settings.microbatch}, for want of device memory"
@@ -177,7 +180,7 @@ class DubWork:
             values["figures"] = {name: round(value, 4) for name, value in figures.items()}
             values["missed"] = list(missed)
             review = list(missed.values())
-        took = sum(report["seconds"].values()) / max(values["video_seconds"], 0.04)
+        took = sum(values["phases"].values()) / max(values["video_seconds"], 0.04)
         self._slowest = max(self._slowest or 0.0, took)
         return Outcome(review, values, report, strip)
 

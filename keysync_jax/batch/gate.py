@@ -90,7 +90,7 @@ def measure(
         openings[before.index] = math.nan if face is None else float(mouth_ratio(face.landmarks))
         if before.index in shown:
             thumbnails.append(_thumbnail(has, landmarks))
-    figures = {"painted": _painted_share(report)} | pictures.figures()
+    figures = {"painted": painted_share(report)} | pictures.figures()
     figures |= voice_figures(openings, analysis.times, audio.load_audio(voice).samples)
     return Measured(figures, _strip(thumbnails))
 
@@ -156,7 +156,7 @@ def _painted(report: Mapping[str, Any]) -> list[int]:
     return frames
 
 
-def _painted_share(report: Mapping[str, Any]) -> float:
+def painted_share(report: Mapping[str, Any]) -> float:
     """Of the frames before the voice's end, those that were painted; 1 where there are none."""
     ended = sum(
         part["frames"][1] - part["frames"][0]
