@@ -25,7 +25,7 @@ def add_dub(verbs) -> None:
         "  keysync dub talk.mp4 voice.wav -o dubbed.mp4 --model DIR --report report.json\n"
         "  keysync dub talk.mov voice.m4a -o dubbed.mkv --model hub:owner/name --lossless",
     )  # fmt: skip
-    p.add_argument("video", metavar="VIDEO", help="any container, size, rate, rotation; constant or variable frame rate")
+    p.add_argument("video", metavar="VIDEO", help="any container, size, rate, rotation; also a photo, or a folder or pattern of pictures")
     p.add_argument("audio", metavar="AUDIO", help="the new voice: an audio file, or a video whose track is used")
     p.add_argument("-o", "--output", required=True, metavar="OUT", help="output file: .mp4, .m4v, .mov, .mkv or .webm")
     p.add_argument("--report", metavar="JSON", help="write what was done to each shot, timings and settings")

@@ -16,7 +16,7 @@ _FINE = 64  # it is averaged from
 _WIDTH = 2.6  # of what it shows, in distances between the outer eye corners
 _ABOVE = 1.4  # of that, in the same unit, above the eye line: brow, forehead and hair
 _MOUTH = 13  # rows from here on move with speech and say nothing
-ALIKE = 0.55  # likeness from which two faces of one shot are one person
+ALIKE = 0.6  # likeness from which two faces of one shot are one person
 
 
 def appearance_of(rgb: np.ndarray, landmarks: np.ndarray) -> np.ndarray:

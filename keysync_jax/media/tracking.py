@@ -37,7 +37,7 @@ PERSISTENCE = 0.2
 MAX_RETURN_RATIO = 2.5
 # A portrait on a wall, a poster: seen in so many frames, its landmarks, less place and size, move by less than this part of its size.
 STILL = 0.004
-STILL_FRAMES = 8
+STILL_FRAMES = 15
 # Savitzky-Golay filter: a parabola through 7 frames (three on either side). It is symmetric, so nothing lags, and a face that moves
 # steadily or accelerates steadily is not displaced at all.
 SMOOTHING_WINDOW = 7

@@ -89,3 +89,55 @@ def test_no_face_anywhere_is_refused(tmp_path):
     path = write(tmp_path / "d.mp4", [view(20)] * 5)
     with pytest.raises(KeySyncError, match="no face found in any of 5 frames"):
         analyse(path, Scripted([[]] * 5))
+
+
+def test_a_video_without_a_face_may_pass(tmp_path):
+    seen = analyse(write(tmp_path / "d.mp4", [view(20)] * 5), Scripted([[]] * 5), no_face="pass")
+    assert not seen.has_face and seen.shots[0].crop is None and any("no face in any frame" in note for note in seen.notes)
+
+
+class Recording(Scripted):
+    """Says what it was shown."""
+
+    def detect(self, rgb):
+        self.shape = rgb.shape
+        return super().detect(rgb)
+
+
+@pytest.mark.parametrize("aspect, shown", [(Fraction(16, 11), (120, 233)), (Fraction(8, 9), (135, 160))])
+def test_faces_are_looked_for_in_the_shape_that_is_shown(tmp_path, aspect, shown):
+    path = tmp_path / "e.mp4"
+    with av.open(str(path), "w") as writer:
+        stream = writer.add_stream("libx264", rate=25, options={"qp": "0"})
+        stream.width, stream.height = 160, 120
+        stream.codec_context.sample_aspect_ratio = aspect
+        for _ in range(5):
+            writer.mux(stream.encode(av.VideoFrame.from_ndarray(view(20), format="rgb24")))
+        writer.mux(stream.encode())
+    backend = Recording([[face(x=90)]] * 5)
+    (shot,) = analyse(path, backend).shots
+    assert backend.shape[:2] == shown
+    # Landmarks are the stored picture's; the square is one as it is shown.
+    x = shot.faces.landmarks[2, :, 0]
+    assert x.min() == pytest.approx(90 * 160 / shown[1], abs=0.1) and np.ptp(x) == pytest.approx(60 * 160 / shown[1], abs=0.1)
+    x0, y0, x1, y1 = shot.crop.box
+    assert (x1 - x0) * float(aspect) == pytest.approx(y1 - y0)
+
+
+def test_a_dissolve_ends_a_run_and_is_left_alone(tmp_path):
+    old, new = view(20).astype(float), view(130)[::-1, ::-1].astype(float)
+    new[:60] *= 0.3
+    weights = np.clip((np.arange(50) - 18) / 12, 0, 1)
+    path = write(tmp_path / "f.mp4", [((1 - w) * old + w * new).astype(np.uint8) for w in weights])
+    seen = analyse(path, Scripted([[face()]] * 50))
+    assert len(seen.shots) == 2 and abs(seen.shots[1].start - 24) <= 2
+    (first,), (second,) = (shot.faces.runs for shot in seen.shots)
+    (blend,) = seen.dissolved
+    assert first == (0, blend.start) and seen.shots[1].start + second[0] == blend.stop
+    assert 18 <= blend.start < 22 and 27 < blend.stop <= 31
+
+
+def test_several_faces_are_said_with_their_places(tmp_path):
+    seen = analyse(write(tmp_path / "g.mp4", [view(20)] * 10), Scripted([[face(x=10), face(x=90, size=50)]] * 10))
+    (note,) = seen.notes
+    assert "2 faces" in note and "40,70" in note and "115,65" in note and "--face" in note

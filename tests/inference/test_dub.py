@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import clips
 import numpy as np
 import pytest
 
@@ -191,3 +192,18 @@ def test_stages_trained_with_different_masks_are_refused(pipeline, talker, tmp_p
     with pytest.raises(KeySyncError, match=r"different masks \(box and mouth\).*--mask"):
         pipeline(talker / "clip.mp4", talker / "voice.wav", tmp_path / "out.mov")
     assert not (tmp_path / "out.mov").exists()
+
+
+def test_a_video_without_a_face_is_written_with_the_new_voice_when_asked(pipeline, talker, tmp_path):
+    clip = tmp_path / "wall.mp4"
+    clips.make_clip(clip, range(0, 12 * 512, 512), size=(128, 96))
+    with pytest.raises(KeySyncError, match="--no-face pass"):
+        pipeline(clip, talker / "voice.wav", tmp_path / "out.mp4")
+    result = pipeline(clip, talker / "voice.wav", tmp_path / "out.mp4", options=DubOptions(lossless=True, no_face="pass"))
+    assert result.report["frames_dubbed"] == 0 and any("no face in any frame" in note for note in result.report["notes"])
+    assert result.report["shots"][0]["face_box"] is None and result.report["shots"][0]["crops"] == []
+    for (t, before), (u, after) in zip(_frames(clip), _frames(tmp_path / "out.mp4"), strict=True):
+        assert t == u and np.array_equal(before, after)
+    assert audio.load_audio(tmp_path / "out.mp4").samples.any()
+    with pytest.raises(UsageError, match="--no-face maybe"):
+        DubOptions(no_face="maybe")
