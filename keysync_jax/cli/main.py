@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ exit status: 0 done, 1 failed, 2 wrong usage.   keysync VERB --help explains a v
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = _with_dashed_names(sys.argv[1:] if argv is None else list(argv))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does: a file name or a dash that the terminal's encoding lacks must not fail a job that is done.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -74,6 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{paths[0] if paths else 'a gs:// path'} needs gcsfs, which is not installed; pip install gcsfs", 1)
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "stopped", 1)
+
+
+def _with_dashed_names(argv: list[str]) -> list[str]:
+    """File names that begin with a dash as paths, which no parser takes for options."""
+    words = list(argv)
+    for index, word in enumerate(argv):
+        names_output = index > 0 and argv[index - 1] in ("-o", "--output", "--report")
+        if re.fullmatch(r"-[^/]*\.\w+", word) and (names_output or os.path.lexists(word)):
+            words[index] = os.path.join(os.curdir, word)
+    return words
 
 
 def _lacks(error: BaseException | None, package: str) -> bool:

@@ -6,8 +6,12 @@ and what is not blended comes out as it went in.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol, Self
@@ -15,11 +19,12 @@ from typing import Any, NamedTuple, Protocol, Self
 import av
 import numpy as np
 
-from keysync_jax.core.errors import UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.inference.sequences import PictureSequence, is_sequence
 from keysync_jax.media import audio, color, completeness, video
 from keysync_jax.media.completeness import Shortfall
 from keysync_jax.media.orientation import Orientation
+from keysync_jax.media.streams import refuse_address
 from keysync_jax.media.video import Frame, VideoInfo
 
 _PIX_FMT = "gbrp"
@@ -62,7 +67,7 @@ class VideoFile:
     """A file.
 
     Args:
-      path: where it is.
+      path: where it is; "-" and pipes are read into a scratch file first.
       video_stream: position among its video streams, from 0; default the one that players show.
       allow_damaged: take a file that breaks off for what is there of it.
 
@@ -76,7 +81,8 @@ class VideoFile:
     """
 
     def __init__(self, path: str | os.PathLike, video_stream: int | None = None, allow_damaged: bool = False):
-        self.info = video.probe(path, video_stream)
+        name, self._spool = _local_file(path)
+        self.info = video.probe(name, video_stream)
         self.shortfall: Shortfall | None = None
         self._allow_damaged = allow_damaged
         self._checked = False
@@ -168,6 +174,7 @@ class Voice(NamedTuple):
 
     sound: audio.AudioClip
     path: str | None
+    spool: tempfile.TemporaryDirectory | None = None  # holds what came through a pipe for as long as this object lives
 
 
 def open_video(
@@ -186,6 +193,7 @@ def open_video(
         if fps is None:
             raise UsageError("frames need fps, their number per second")
         return FrameArray(source, fps)
+    refuse_address(source)
     if is_sequence(source) and fps is None:
         return PictureSequence(source)
     if fps is not None:
@@ -210,7 +218,31 @@ def open_voice(
         return Voice(audio.from_samples(source, rate), None)
     if rate is not None:
         raise UsageError(f"rate is for samples in an array; {source} has its own")
-    return Voice(audio.load_audio(source, number=audio_stream, channel=channel), os.fspath(source))
+    name, spool = _local_file(source)
+    return Voice(audio.load_audio(name, number=audio_stream, channel=channel), name, spool)
+
+
+def _local_file(path: str | os.PathLike) -> tuple[str, tempfile.TemporaryDirectory | None]:
+    """A file that can be read more than once: the file itself, or what came through "-" or a pipe, in a folder that vanishes again.
+
+    Raises:
+      KeySyncError: nothing came, or no space for it.
+    """
+    name = os.fspath(path)
+    if name != "-" and (not os.path.exists(name) or os.path.isfile(name) or os.path.isdir(name)):
+        return name, None
+    if name == "-" and sys.stdin.isatty():
+        raise UsageError("-: nothing is piped in; give a file, or pipe one into the command")
+    spool = tempfile.TemporaryDirectory(prefix="keysync-")
+    target = os.path.join(spool.name, "piped")
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as source, open(target, "wb") as file:
+            shutil.copyfileobj(source, file)
+    except OSError as error:
+        raise KeySyncError(f"{name}: cannot be read into a scratch file ({error.strerror})") from error
+    if not os.path.getsize(target):
+        raise KeySyncError(f"{name}: nothing came through; a pipe can be read once, so give video and voice from two places")
+    return target, spool
 
 
 def array_info(width: int, height: int, rate: Fraction = Fraction(25)) -> VideoInfo:
