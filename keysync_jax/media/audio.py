@@ -46,6 +46,7 @@ _STARTS_AT_ZERO = {"flac", "wav", "w64", "aiff"}
 GAP_TOLERANCE_S = Fraction(1, 50)
 # Steps beyond these are a restart of the clock (joined streams), not silence or overlap.
 LONGEST_GAP_S, _LONGEST_OVERLAP_S = 60, 1
+_LONGEST_REPEAT_S = Fraction(1, 4)  # a longer overlap that leads back to the file's beginning is a restart, too
 # Opus states up to 80 ms of encoder delay, AAC about 50.
 _LONGEST_ENCODER_DELAY_S = Fraction(1, 10)
 _MOST_NOTES = 5
@@ -339,6 +340,7 @@ class Clock:
         self._started = False
         self._shift = Fraction(0)  # added to stated times after a restart of the clock
         self._next = Fraction(0)  # where the next sample belongs if the stream is continuous
+        self._first = Fraction(0)  # what the first frame states
         self._mended: list[str] = []
         self.start = Fraction(0)  # of the file
 
@@ -347,10 +349,11 @@ class Clock:
         stated = self._next if frame.pts is None or frame.time_base is None else frame.pts * Fraction(frame.time_base) + self._shift
         if not self._started:
             self._started = True
+            self._first = stated
             self.start, gap = self._file_start(stated)
             self._next = self.start
         else:
-            gap = self._mend(stated - self._next)
+            gap = self._mend(stated - self._next, begins_anew=abs(stated - self._shift - self._first) < _LONGEST_REPEAT_S)
         silence, skip = max(round(gap * frame.sample_rate), 0), min(max(round(-gap * frame.sample_rate), 0), samples)
         self._next += Fraction(silence + samples - skip, frame.sample_rate)
         return silence, skip
@@ -360,12 +363,17 @@ class Clock:
         more = len(self._mended) - _MOST_NOTES
         return self._mended[:_MOST_NOTES] + ([f"and {more} more such places"] if more > 0 else [])
 
-    def _mend(self, gap: Fraction) -> Fraction:
-        """The gap (or, negative, overlap) in seconds that is to be acted on, which is noted."""
+    def _mend(self, gap: Fraction, begins_anew: bool) -> Fraction:
+        """The gap (or, negative, overlap) in seconds that is to be acted on, which is noted.
+
+        Args:
+          gap: by how much a frame comes after the end of the one before.
+          begins_anew: the frame states about the time at which the file began, as the first one of a joined file does.
+        """
         if abs(gap) <= GAP_TOLERANCE_S:
             return Fraction(0)
         at = f"at {float(self._next - self.start):.3f} s"
-        if not -_LONGEST_OVERLAP_S <= gap <= LONGEST_GAP_S:
+        if not -_LONGEST_OVERLAP_S <= gap <= LONGEST_GAP_S or begins_anew and gap < -_LONGEST_REPEAT_S:
             self._mended.append(f"{at} the clock restarts; continued without a gap")
             self._shift -= gap
             return Fraction(0)

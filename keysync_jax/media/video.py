@@ -34,6 +34,7 @@ from keysync_jax.media.video_info import VideoInfo, make_decoder, probe
 
 # A timestamp that falls back by more than this is a restart of the clock (joined transport streams); less is a repeated stamp.
 _CLOCK_RESTART_S = 1
+_SHORT_RESTART_S = Fraction(1, 4)  # also a restart, where it leads back to the beginning: short files that were joined
 _KEYFRAME_GAP_S = 0.5  # keyframes noted are at least this far apart: every picture of some codecs is one
 # Seconds before a keyframe at which seeking aims: formats that seek by decoding time overshoot by the delay of reordered pictures.
 _SEEK_BACK_S = (0, 1, 4)
@@ -243,17 +244,21 @@ class VideoReader:
         step = self._step = max(1, round(1 / (info.average_rate * info.time_base)))
         self._shifted = False
         restart = int(_CLOCK_RESTART_S / info.time_base)
-        last, shift = None, 0
+        again = int(_SHORT_RESTART_S / info.time_base)
+        last, shift, first = None, 0, None
         self.keyframes.clear()
         for index, picture in enumerate(self._decoded(threaded, origin), origin.index if origin else 0):
-            stored, can_begin = picture.pts, picture.key_frame
+            stored, can_begin, begins_anew = picture.pts, picture.key_frame, False
             stamp = picture.pts if picture.pts is not None else picture.dts
             if stamp is None:
                 stamp = 0 if last is None else last + step
                 self._note("frame without a timestamp, placed one frame time after the one before", stamp * info.time_base)
             else:
+                first = stamp if first is None else first
+                # Back at the beginning, and not by a mere repetition.
+                begins_anew = last is not None and abs(stamp - first) < again < last - stamp - shift
                 stamp += shift
-            if last is not None and stamp < last - restart:
+            if last is not None and (stamp < last - restart or begins_anew):
                 shift += last + step - stamp
                 stamp = last + step
                 self._shifted = True

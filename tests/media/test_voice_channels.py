@@ -130,6 +130,14 @@ def test_channels_and_rate_may_change_on_the_way(tmp_path, extension, second):
         assert gaps[0] == pytest.approx(0.55, abs=0.005) and gaps[2] == pytest.approx(0.55, abs=0.005)
 
 
+def test_short_parts_that_were_joined_are_heard_whole(tmp_path):
+    """The second part's clock begins where the first one's did, less than a second back."""
+    parts = [aac(tmp_path / f"{n}.ts", 0.5 * np.sin(np.arange(int(0.8 * 48000)) * 0.05), 48000, "mono") for n in range(2)]
+    (tmp_path / "joined.ts").write_bytes(b"".join(parts))
+    clip = audio.load_audio(tmp_path / "joined.ts")
+    assert len(clip.samples) == pytest.approx(1.6 * RATE, abs=0.1 * RATE) and any("clock restarts" in note for note in clip.notes)
+
+
 def test_of_several_audio_streams_one_can_be_chosen(tmp_path):
     with av.open(str(tmp_path / "a.mkv"), "w") as out:
         tracks = [out.add_stream("pcm_s16le", rate=RATE, layout="mono") for _ in range(2)]
