@@ -18,10 +18,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # As every command does: processes started by a test compute what the test computes, and both are faster.
 cpu.prepare()
 # Compiling is what the tests spend their time with. For a training step of tests/helpers/tiny.py it takes 45 s of a core as users have it,
-# 19 s without LLVM's optimisations, and 12 s if XLA's older emitters make the loops too; that step then takes as long as before. The tests
-# in these rooms leave the optimisations out. `KEYSYNC_TESTS_COMPILE=full` compiles everything as users do.
+# 19 s without LLVM's optimisations, and 12 s if XLA's older emitters make the loops too; that step then takes as long as before. All
+# tests but those of these rooms and files leave the optimisations out. `KEYSYNC_TESTS_COMPILE=full` compiles everything as users do.
 _HURRY = os.environ.get("KEYSYNC_TESTS_COMPILE") != "full"
-_OPTIMISED_ROOMS = ("inference", "batch", "demo")  # what a dub promises is tested as it is compiled for users
+_OPTIMISED = ("batch", "demo", "test_dub")  # what a dub promises is tested as it is compiled for users
 _EMITTERS = "xla_cpu_use_fusion_emitters"
 if _HURRY and _EMITTERS not in os.environ.get("XLA_FLAGS", "") and importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_EMITTERS}=false"  # XLA ends the process over a flag it does not know
@@ -36,10 +36,10 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_in_a_hurry(request):
-    """Programs of a module and of processes that it starts are compiled without LLVM's optimisations, but in `_OPTIMISED_ROOMS`."""
+    """Programs of a module and of processes that it starts are compiled without LLVM's optimisations, but in `_OPTIMISED`."""
     import jax  # reads the variables above when it is imported
 
-    hurry = _HURRY and request.path.parent.name not in _OPTIMISED_ROOMS
+    hurry = _HURRY and not {request.path.parent.name, request.path.stem} & set(_OPTIMISED)
     before = jax.config.values["jax_disable_most_optimizations"]
     with pytest.MonkeyPatch.context() as patch:
         if hurry:

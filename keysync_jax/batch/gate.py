@@ -16,12 +16,11 @@ import numpy as np
 from PIL import Image
 
 from keysync_jax.batch.gate_figures import PictureFigures, follow_figures, movement, open_in_silence
-from keysync_jax.core.clock import FRAME_RATE, SAMPLES_PER_FRAME
+from keysync_jax.core.clock import FRAME_RATE, SAMPLES_PER_FRAME, model_frame
 from keysync_jax.evaluation.lip_metrics import loudness_db
 from keysync_jax.evaluation.video_metrics import mouth_ratio
 from keysync_jax.inference.analysis import Analysis
 from keysync_jax.inference.clip_io import open_video
-from keysync_jax.inference.timeline import model_frame
 from keysync_jax.media import audio
 from keysync_jax.media.faces import Face, FaceBackend, box_iou
 
