@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections import Counter
+import os
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 # How long an item may take, seconds: before anything is known, an hour and an hour a second of video (a CPU at full size); after that ten
 # times as long as the slowest item so far, second for second.
 _START_S, _UNKNOWN_PER_S, _SLACK = 3600.0, 3600.0, 10.0
+# Options that the search for faces does not read; items that differ in nothing else share what was found in a video.
+_NOT_LOOKED_AT = ("seed", "steps", "audio_scale", "identity_scale", "guidance", "mask", "reference_windows", "crf", "lossless")
+_LOOKS_KEPT = 4  # of videos, a few hundred bytes a frame
 _MOST_TOGETHER = 8  # clips whose latents lie on the disk at once
 
 
@@ -81,6 +85,7 @@ class DubWork:
         self.together = min(_MOST_TOGETHER, devices)
         self.check()
         self._slowest: float | None = None  # seconds for a second of video
+        self._looks: OrderedDict[str, Analysis] = OrderedDict()
 
     def limit_s(self, job: Job) -> float:
         """See `worker.Work`; a clip that cannot be probed fails soon by itself."""
@@ -141,7 +146,7 @@ class DubWork:
         with contextlib.ExitStack() as stack:
             for place, task in enumerate(tasks):
                 try:
-                    begun[place] = stack.enter_context(_begin(pipeline, task))
+                    begun[place] = stack.enter_context(self._begin(pipeline, task))
                 except Exception as error:  # of this item, which fails alone
                     results[place] = error
             try:
@@ -155,6 +160,22 @@ class DubWork:
                 except Exception as error:
                     results[place] = error
         return [result or RuntimeError("the item was not worked on") for result in results]
+
+    @contextlib.contextmanager
+    def _begin(self, pipeline: KeySyncPipeline, task: Task) -> Iterator[_Begun]:
+        """A job that has been through all phases before the networks."""
+        job = task.job
+        with pipeline.open_job(job.video, job.audio, str(task.target), options=DubOptions(**job.options)) as dub:
+            read = {name: value for name, value in job.options.items() if name not in _NOT_LOOKED_AT}
+            key = digest(content_digest(job.video), os.path.abspath(job.video), read)
+            analysis = dub.look(self._looks.get(key))
+            self._looks[key] = analysis
+            self._looks.move_to_end(key)
+            while len(self._looks) > _LOOKS_KEPT:
+                self._looks.popitem(last=False)
+            dub.listen()
+            dub.encode()
+            yield _Begun(dub, analysis)
 
     def _finish(self, task: Task, begun: _Begun, microbatch: int, generated: Mapping[str, float]) -> Outcome:
         result = begun.job.compose()
@@ -209,17 +230,6 @@ def open_dub_work(settings: DubSettings) -> DubWork:
 class _Begun(NamedTuple):
     job: DubJob
     analysis: Analysis
-
-
-@contextlib.contextmanager
-def _begin(pipeline: KeySyncPipeline, task: Task) -> Iterator[_Begun]:
-    """A job that has been through all phases before the networks."""
-    job = task.job
-    with pipeline.open_job(job.video, job.audio, str(task.target), options=DubOptions(**job.options)) as dub:
-        analysis = dub.look()
-        dub.listen()
-        dub.encode()
-        yield _Begun(dub, analysis)
 
 
 def _skipped(report: Mapping[str, Any]) -> dict[str, int]:

@@ -153,13 +153,16 @@ class DubJob:
         """The windows to generate, after `encode`."""
         return _after(self._work, "encode").clip
 
-    def look(self) -> Analysis:
+    def look(self, known: Analysis | None = None) -> Analysis:
         """Finds shots, faces and times: the first pass over the source.
+
+        Args:
+          known: what an earlier job found in the same source with the same options; it is taken, and nothing is looked for.
 
         Raises:
           KeySyncError: unreadable video, or no usable face anywhere in it.
         """
-        self._analysis = look(self._source, self._options, self._progress)
+        self._analysis = look(self._source, self._options, self._progress) if known is None else known
         return self._analysis
 
     def listen(self) -> None:

@@ -63,6 +63,7 @@ def test_twelve_items_come_back_or_say_why_not(clips, tiny_model, tmp_path, caps
     assert len(rows) == 12 and {rows[name]["state"] for name, *_ in good} <= {"done", "review"}
     for name, (*_, reason) in broken.items():
         assert rows[name]["state"] == "failed" and reason in rows[name]["reason"] and f"failed  {name}" in shown
+    assert ["look" in rows[name]["phases"] for name, *_ in good] == [True, False, False, True]  # a video that items share is looked at once
     assert rows["0a"]["frames_dubbed"] == FRAMES and rows["0a"]["consent"] == "signed by 0a" and rows["0a"]["figures"]["painted"] == 1
     assert len({row["key"] for row in rows.values() if "key" in row}) == 4
     assert len({(out / f"{name}.mkv").read_bytes() for name, *_ in good}) == 4
