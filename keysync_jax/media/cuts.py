@@ -18,7 +18,7 @@ from keysync_jax.media.shots import MIN_CHANGE, NEIGHBOURS, Jump, ShotDetector, 
 
 _UPPER_FACE = slice(17, 36)  # brows and nose: what speech does not move, blinks neither
 # A head that goes on: what its place differs by, in face sizes, from where its own motion takes it within so many steps.
-_ALONG, _ALONG_STEPS = 0.05, 5
+_ALONG, _ALONG_STEPS = 0.06, 5
 _CHANGE_PER_STEP = 1.8  # and what the picture changes by for each of these steps, over the median around it
 _SAME_SIZE = math.log(1.1)
 # A face that is suddenly another: by size, place (in face sizes) or look; and so many times as much as around it.

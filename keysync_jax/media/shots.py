@@ -31,7 +31,7 @@ MIN_CHANGE = 2.0  # smallest change that can be a cut, in 8-bit levels (mean ove
 NEIGHBOURS = 8  # different pictures on either side that count as "around"
 # How often a change must exceed the median change around it, and the largest but one (which rules out the ends of fades and pans, and
 # dropped pictures); of a slow camera's, which move by more from one to the next, less often.
-RATIO_MEDIAN, RATIO_LARGE = 5.0, 2.8
+RATIO_MEDIAN, RATIO_LARGE = 5.0, 3.2
 SLOW_RATIO_MEDIAN, SLOW_RATIO_LARGE = 2.0, 1.55
 HELD_RATIO_MEDIAN, HELD_RATIO_LARGE = 3.5, 2.2  # between the two
 FRAME_S = 0.04  # time that one step takes in a usual video
