@@ -27,10 +27,9 @@ CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", "
 DEFAULT_CRF = 16.0  # visually transparent; the whole picture is encoded once more, so it must not show
 DEFAULT_PRESET = "fast"  # quality at a given CRF hardly depends on it; "medium" costs half as much again
 # The rate may be this many times the source's. The source's artefacts have to be coded, too, so the same rate would show.
-_RATE_CAP = 1.25
-_CAP_SECONDS = 4  # over which the rate may vary
-# Codecs that spend several bits where H.264 spends this many times as many.
-_RATE_FACTOR = {"hevc": 1.1, "av1": 1.1, "vp9": 1.1}
+_RATE_CAP = 1.15
+# Seconds over which the rate may vary. What the buffer holds at the beginning comes on top, so short clips have a shorter one.
+_CAP_SECONDS, _CAP_SHARE, _LEAST_CAP_SECONDS = 2.0, 0.2, 0.4
 # Sources whose rate says nothing about what the pictures need: every picture stands alone, or nothing is lost.
 _NO_RATE = {
     "mjpeg",
@@ -287,7 +286,7 @@ def _rated(chosen: Encoding, info: VideoInfo, crf: float | None, lossless: bool,
         # The macroblock tree of x264 gives other bytes from run to run on CPUs with AVX-512 (seen at 160x96 and 320x240).
         options |= {"preset": "veryfast" if lossless else preset, "mbtree": "0"}
         options |= {"qp": "0"} if lossless else {"crf": f"{quality:g}"}
-        options |= {"maxrate": str(cap), "bufsize": str(_CAP_SECONDS * cap)} if cap else {}
+        options |= {"maxrate": str(cap), "bufsize": str(_buffer(info, cap))} if cap else {}
         params = [each for each in (info.mastering.x264_params(),) if each]
         if info.interlaced and info.height % 4 == 0:
             options["flags"] = "+ildct+ilme"
@@ -296,7 +295,7 @@ def _rated(chosen: Encoding, info: VideoInfo, crf: float | None, lossless: bool,
     if chosen.codec == "libx265":
         # With a limit to its rate x265 repeats its bytes only when it encodes one picture at a time.
         rate = "lossless=1" if lossless else f"crf={quality:g}"
-        rate += f":vbv-maxrate={cap // 1000}:vbv-bufsize={_CAP_SECONDS * cap // 1000}" if cap else ""
+        rate += f":vbv-maxrate={cap // 1000}:vbv-bufsize={_buffer(info, cap) // 1000}" if cap else ""
         params = f"log-level=none:info=0:frame-threads={1 if cap else 2}:{rate}{info.mastering.x265_params()}"
         return replace(chosen, options=options | {"preset": "veryfast" if lossless else preset, "x265-params": params}, tag="hvc1")
     if chosen.codec == "libvpx-vp9":
@@ -316,7 +315,13 @@ def rate_cap(info: VideoInfo) -> int | None:
     """Bits per second that the pictures may take; None where the source's rate is not known or says nothing."""
     if info.bit_rate is None or info.codec in _NO_RATE:
         return None
-    return round(_RATE_CAP * _RATE_FACTOR.get(info.codec, 1.0) * info.bit_rate)
+    return round(_RATE_CAP * info.bit_rate)
+
+
+def _buffer(info: VideoInfo, cap: int) -> int:
+    """Bits by which the rate may run ahead."""
+    seconds = min(_CAP_SECONDS, max(_LEAST_CAP_SECONDS, _CAP_SHARE * (info.duration_s or _CAP_SECONDS / _CAP_SHARE)))
+    return round(seconds * cap)
 
 
 def _tagged(chosen: Encoding, info: VideoInfo) -> Encoding:
