@@ -75,6 +75,7 @@ class Encoding:
       notes: what changes, one line each.
       color_space: H.273 matrix of what is written.
       color_range: 1 limited, 2 full, 0 where the source does not say.
+      one_thread: pictures are encoded one after the other: with a limited rate x264 gives other bytes from run to run on several threads.
     """
 
     codec: str
@@ -84,6 +85,7 @@ class Encoding:
     notes: tuple[str, ...] = ()
     color_space: int = 2
     color_range: int = 0
+    one_thread: bool = False
 
     @property
     def keeps_alpha(self) -> bool:
@@ -291,12 +293,11 @@ def _rated(chosen: Encoding, info: VideoInfo, crf: float | None, lossless: bool,
         if info.interlaced and info.height % 4 == 0:
             options["flags"] = "+ildct+ilme"
             params.append("bff=1" if info.bottom_first else "tff=1")
-        return replace(chosen, options=options | ({"x264-params": ":".join(params)} if params else {}))
+        return replace(chosen, options=options | ({"x264-params": ":".join(params)} if params else {}), one_thread=cap is not None)
     if chosen.codec == "libx265":
-        # With a limit to its rate x265 repeats its bytes only when it encodes one picture at a time.
-        rate = "lossless=1" if lossless else f"crf={quality:g}"
-        rate += f":vbv-maxrate={cap // 1000}:vbv-bufsize={_buffer(info, cap) // 1000}" if cap else ""
-        params = f"log-level=none:info=0:frame-threads={1 if cap else 2}:{rate}{info.mastering.x265_params()}"
+        # A mean rate repeats its bytes on several threads, where a limited one would not.
+        rate = "lossless=1" if lossless else f"bitrate={cap // 1000}" if cap else f"crf={quality:g}"
+        params = f"log-level=none:info=0:frame-threads=2:{rate}{info.mastering.x265_params()}"
         return replace(chosen, options=options | {"preset": "veryfast" if lossless else preset, "x265-params": params}, tag="hvc1")
     if chosen.codec == "libvpx-vp9":
         options |= {"deadline": "good", "cpu-used": "4", "row-mt": "1"}

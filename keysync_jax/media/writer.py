@@ -151,7 +151,7 @@ class VideoWriter:
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = info.width, info.height, encoding.pix_fmt
         context.time_base = self._tick
-        context.thread_count, context.thread_type = _THREADS, "FRAME"
+        context.thread_count, context.thread_type = 1 if encoding.one_thread else _THREADS, "FRAME"
         context.sample_aspect_ratio = info.sample_aspect_ratio
         context.colorspace, context.color_range = encoding.color_space, encoding.color_range
         context.color_primaries, context.color_trc = info.color_primaries, info.color_transfer

@@ -181,7 +181,7 @@ def test_the_rate_is_limited_by_the_sources(tmp_path):
     assert 700_000 <= cap <= 1_500_000
     chosen = encoding.choose_encoding(info, ".mp4").options
     assert (chosen["crf"], chosen["maxrate"]) == ("16", str(cap))
-    assert f"vbv-maxrate={cap // 1000}" in encoding.choose_encoding(info, ".mp4", codec="hevc").options["x265-params"]
+    assert f"bitrate={cap // 1000}" in encoding.choose_encoding(info, ".mp4", codec="hevc").options["x265-params"]
     for same in ({"crf": 20}, {"lossless": True}):
         assert "maxrate" not in encoding.choose_encoding(info, ".mp4", **same).options
     # What an intra codec spends says nothing about what the pictures need.
