@@ -286,7 +286,7 @@ def _choose(people: list[_Person], selection: Selection, frame_size: tuple[int, 
     if selection.kind in ("left", "right"):
         sign = 1 if selection.kind == "left" else -1
         return min(steady, key=lambda person: sign * float(np.mean([face.center[0] for face in person.faces])))
-    point = (frame_size[0] / 2, frame_size[1] / 2) if selection.kind == "center" else selection.point
+    point = selection.point or (frame_size[0] / 2, frame_size[1] / 2)  # "center" has no point of its own
     return min(steady, key=lambda person: float(np.mean([_distance(face, point) for face in person.faces])))
 
 
