@@ -42,6 +42,7 @@ class FileLedger(Ledger):
         self._items, self._claims, self._results, self._new = (folder / name for name in ("items", "claims", "results", "new"))
         self._known: dict[str, Item] = {}
         self._finished: set[str] = set()
+        self._ended: dict[str, str] = {}
         self._offset, self._read = 0.0, -_CLOCK_S
         with self._faults():
             for each in (self._items, self._claims, self._results, self._new):
@@ -62,6 +63,7 @@ class FileLedger(Ledger):
                     self._next(name, self._last(name) + 1, {"state": _RETRY})
                     (self._results / f"{name}.json").unlink(missing_ok=True)
                     self._finished.discard(name)
+                    self._ended.pop(name, None)
 
     def claim(self, owner: Owner, names: Collection[str], limit: int = 1) -> list[Claim]:
         claims: list[Claim] = []
@@ -126,10 +128,22 @@ class FileLedger(Ledger):
 
     def counts(self, names: Collection[str] | None = None) -> dict[str, int]:
         counts = dict.fromkeys(base.STATES, 0)
-        for entry in self.entries():
-            if names is None or entry.item.name in names:
-                counts[entry.state] += 1
+        with self._faults():
+            lasts, finished = self._lasts(), set(self._names(self._results))
+            self._ended = {name: state for name, state in self._ended.items() if name in finished}
+            for item in self._in_order():
+                if names is None or item.name in names:
+                    counts[self._state(item.name, item.name in finished, lasts.get(item.name, 0))] += 1
         return counts
+
+    def _state(self, name: str, finished: bool, last: int) -> str:
+        """A finished item's result is read once, an unfinished one's last claim every time: thousands are asked after twice a second."""
+        if finished and name not in self._ended and (result := self._result(name)) is not None:
+            self._ended[name] = result["state"]
+        if finished:
+            return self._ended.get(name, OPEN)
+        held = self._read_claim(name, last) if last else {"state": _RELEASED}
+        return CLAIMED if held["state"] == _HELD and not self._is_free(name, last, held) else OPEN
 
     def _in_order(self) -> list[Item]:
         for name in self._names(self._items):
@@ -146,7 +160,8 @@ class FileLedger(Ledger):
         lasts: dict[str, int] = {}
         for entry in os.scandir(self._claims):
             name, _, number = entry.name.rpartition(".")
-            lasts[name] = max(lasts.get(name, 0), int(number))
+            if number.isdigit():  # NFS has files of its own there for a while
+                lasts[name] = max(lasts.get(name, 0), int(number))
         return lasts
 
     def _last(self, name: str) -> int:
