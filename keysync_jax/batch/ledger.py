@@ -26,7 +26,7 @@ MAX_DEATHS = 2  # of workers, with this item in hand
 MAX_LAPSES = 4  # claims that ended with their driver: a machine that goes down under an item takes the driver along
 
 OPEN, CLAIMED, DONE, REVIEW, FAILED = "open", "claimed", "done", "review", "failed"
-STATES = (OPEN, CLAIMED, DONE, REVIEW, FAILED)
+STATES: tuple[str, ...] = (OPEN, CLAIMED, DONE, REVIEW, FAILED)
 FINISHED = (DONE, REVIEW, FAILED)
 
 

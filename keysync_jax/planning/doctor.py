@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
+import av.codec
+import av.error
 import jax
 import jax.numpy as jnp
 
