@@ -24,6 +24,7 @@ _SAME_SIZE = math.log(1.1)
 # A face that is suddenly another: by size, place (in face sizes) or look; and so many times as much as around it.
 _OTHER_SIZE, _OTHER_PLACE, _OTHER_LOOK = math.log(1.12), 0.42, 0.25
 _OTHER_CHANGE = 8.0  # levels that the picture changes by, where the look alone says so
+_FROZEN_PLACE = 0.8  # a head gets further while the picture is frozen
 _OTHER_RATIO = 2.5
 _LEAST_RATIO = 1.3  # of the picture's change to the large ones around it, where the face has changed
 _CERTAIN = 25.0  # levels: whatever a head does along its way, this is no motion of it
@@ -72,7 +73,9 @@ def _is_cut(k: int, jumps: Sequence[Jump], steps: Sequence[_FaceStep | None], de
         return False
     if same_view(jump.change, before, after):
         return False
-    return step is None or jump.after_freeze or jump.slow or not _goes_on(k, jumps, step, detections)
+    if step is not None and jump.after_freeze:
+        return step.likeness < appearance.ALIKE  # the same person, somewhere else by now
+    return step is None or jump.slow or not _goes_on(k, jumps, step, detections)
 
 
 def _other_face(k: int, jumps: Sequence[Jump], steps: Sequence[_FaceStep | None]) -> bool:
@@ -82,11 +85,12 @@ def _other_face(k: int, jumps: Sequence[Jump], steps: Sequence[_FaceStep | None]
         return False
     around = [steps[n] for n in range(max(0, k - NEIGHBOURS), min(len(jumps), k + NEIGHBOURS + 1)) if n != k]
     sizes, ways = ([getattr(other, name) for other in around if other is not None] for name in ("size", "moved"))
+    place = _FROZEN_PLACE if jump.after_freeze else _OTHER_PLACE
     if step.likeness < _OTHER_LOOK and jump.change >= _OTHER_CHANGE:
         return True
     return any(
         value >= least and value >= _OTHER_RATIO * _large(others)
-        for value, least, others in ((step.size, _OTHER_SIZE, sizes), (step.moved, _OTHER_PLACE, ways))
+        for value, least, others in ((step.size, _OTHER_SIZE, sizes), (step.moved, place, ways))
     )
 
 
