@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import av
 import av.codec
@@ -154,7 +154,7 @@ def _codecs() -> Iterator[Finding]:
         yield Finding(OK, "codecs", f"PyAV {av.__version__}: {', '.join(_ENCODERS)}; reads {', '.join(_DECODERS)}")
 
 
-def _codec(name: str, mode: str) -> bool:
+def _codec(name: str, mode: Literal["r", "w"]) -> bool:
     try:
         av.codec.Codec(name, mode)
     except (ValueError, av.error.FFmpegError):  # PyAV's own error for a name it does not know is a ValueError
