@@ -1,4 +1,4 @@
-"""`constraints/py3XX.txt`: the versions that were run, in step with what pyproject.toml allows."""
+"""`constraints/py3XX.txt`: exact versions of an install, in step with what pyproject.toml allows."""
 
 import re
 import tomllib
@@ -29,7 +29,7 @@ def requirements(python: str) -> list[Requirement]:
     ]
 
 
-def test_there_is_a_file_for_each_python_that_was_run():
+def test_there_is_a_file_for_each_python_that_was_installed():
     assert {"py311.txt", "py312.txt"} <= {file.name for file in FILES}
 
 

@@ -7,10 +7,8 @@ started again and passes over what is finished. What kills its worker a second t
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -24,7 +22,7 @@ from typing import NamedTuple
 
 from keysync_jax.core import cpu
 from keysync_jax.core.errors import KeySyncError, UsageError, in_one_line
-from keysync_jax.core.processes import end_with_parent
+from keysync_jax.core.processes import end_with_parent, is_there, started
 
 MAX_DEATHS = 2
 _IDLE_DEATHS = 3  # in a row, of workers that have nothing in hand
@@ -64,7 +62,7 @@ class Marks:
             threading.Thread(target=self._watch, name=_WATCH, daemon=True).start()
 
     def _watch(self) -> None:
-        while _alive(self._pipeline):
+        while is_there(self._pipeline):
             time.sleep(_LOOK_S)
         os._exit(1)
 
@@ -86,7 +84,7 @@ class Marks:
         names = []
         for path in Path(self._folder).iterdir():
             name, _, pid = path.name.rpartition(".")
-            if not _alive(int(pid)):
+            if not is_there(int(pid)):
                 names.append(name)
         return tuple(sorted(names))
 
@@ -126,24 +124,12 @@ def run_supervised(run: Callable[[Collection[str], str], object], put_aside: Cal
 
 def _run_once(run: Callable[[Collection[str], str], object], aside: Collection[str], folder: str) -> Died | None:
     """None if the pipeline ended well."""
-    context = multiprocessing.get_context("spawn")
-    reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_pipeline, args=(writer, run, aside, folder))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process, which ends the other
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    writer.close()
-    try:
-        said = reader.recv()
-    except EOFError:
-        process.join()
-        return Died(f"the pipeline's process ended with {process.exitcode}", Marks(folder).of_the_dead())
-    finally:
-        process.kill()
-        process.join()
-        reader.close()
+    with started(_pipeline, run, aside, folder) as (process, reader):
+        try:
+            said = reader.recv()
+        except EOFError:
+            process.join()
+            return Died(f"the pipeline's process ended with {process.exitcode}", Marks(folder).of_the_dead())
     if isinstance(said, _Failed):
         raise (UsageError if said.usage else KeySyncError if said.ours else RuntimeError)(said.words)
     return said
@@ -173,13 +159,3 @@ def _pipeline(writer: Connection, run: Callable[[Collection[str], str], object],
     writer.send(said)
     writer.close()
     os._exit(0)  # Beam's threads need not be waited for; its workers end with this process
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

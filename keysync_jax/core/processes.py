@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from keysync_jax.core import cpu
@@ -43,9 +45,34 @@ def run_apart(function: Callable[..., Iterator[Any]], *args: Any, deadline: floa
         return
     if time.monotonic() >= deadline:
         raise OutOfTimeError("not begun, the time is used up")
+    with started(_answer, function, args, daemon=True) as (process, reader):
+        try:
+            while reader.poll(max(0.0, deadline - time.monotonic())):
+                found = reader.recv()
+                if found is None:
+                    return
+                if isinstance(found, FailedError):
+                    raise found
+                yield found
+            raise OutOfTimeError("stopped, the time is used up")
+        except EOFError:
+            process.join(max(0.0, deadline - time.monotonic()))
+            code = process.exitcode or 0
+            raise FailedError(f"its process ended: {f'exit status {code}' if code >= 0 else signal.strsignal(-code)}") from None
+
+
+@contextlib.contextmanager
+def started(target: Callable[..., object], *args: Any, daemon: bool = False) -> Iterator[tuple[SpawnProcess, Connection]]:
+    """A process that runs `target(writer, *args)`, and what reads what it writes; it is killed when the block ends.
+
+    Args:
+      target: importable, as its arguments must be picklable.
+      args: of the target, after the writing end.
+      daemon: it starts no processes of its own.
+    """
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(writer, function, args), daemon=True)
+    process = context.Process(target=target, args=(writer, *args), daemon=daemon)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process, which ends the other
     try:
         process.start()
@@ -53,22 +80,22 @@ def run_apart(function: Callable[..., Iterator[Any]], *args: Any, deadline: floa
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     writer.close()
     try:
-        while reader.poll(max(0.0, deadline - time.monotonic())):
-            found = reader.recv()
-            if found is None:
-                return
-            if isinstance(found, FailedError):
-                raise found
-            yield found
-        raise OutOfTimeError("stopped, the time is used up")
-    except EOFError:
-        process.join(max(0.0, deadline - time.monotonic()))
-        code = process.exitcode or 0
-        raise FailedError(f"its process ended: {f'exit status {code}' if code >= 0 else signal.strsignal(-code)}") from None
+        yield process, reader
     finally:
         process.kill()
         process.join()
         reader.close()
+
+
+def is_there(pid: int) -> bool:
+    """Whether this machine has a process of that number; one that has ended counts until it is collected."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # not ours to signal, so it is there
+        return True
+    return True
 
 
 def _answer(writer: Connection, function: Callable[..., Iterator[Any]], args: tuple) -> None:

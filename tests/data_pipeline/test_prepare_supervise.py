@@ -21,7 +21,7 @@ def test_a_killed_worker_is_noticed_and_its_item_put_aside_after_the_second_time
     assert [name for name, _ in told] == ["killer"] and "died 2 times" in told[0][1]
     assert (tmp_path / "a").exists() and (tmp_path / "z").exists()
     error = capfd.readouterr().err
-    assert error.count("keysync: a worker died") == 2 and "killer" in error and "137" in error or "-9" in error
+    assert error.count("keysync: a worker died") == 2 and "killer" in error and ("137" in error or "-9" in error)
 
 
 def test_an_error_of_the_pipeline_is_told(tmp_path):

@@ -314,16 +314,12 @@ CASES = {
     "gray": Case(_coded("gray.mkv", "ffv1", "gray"), _PLAYS),
     "4:4:4": Case(_coded("444.mkv", "libx264", "yuv444p"), _PLAYS),
     "transparent, webm": Case(
-        _transparent(
-            "alpha.webm", "libvpx-vp9", "yuva420p", options={"crf": "20", "b": "0", "deadline": "realtime"}, tags={"alpha_mode": "1"}
-        ),
+        _WEBM_ALPHA,
         {"exit": 0, "alpha": True, "codec": ("vp9",)},
         ".webm",
     ),  # fmt: skip
     "transparent, webm to mov": Case(
-        _transparent(
-            "alpha.webm", "libvpx-vp9", "yuva420p", options={"crf": "20", "b": "0", "deadline": "realtime"}, tags={"alpha_mode": "1"}
-        ),
+        _WEBM_ALPHA,
         {"exit": 0, "alpha": True, "codec": ("prores",)},
         ".mov",
     ),  # fmt: skip

@@ -79,7 +79,7 @@ def dub_and_measure(studio: Studio, name: str, case: Case, model: str) -> dict[s
             status = keysync([str(word) for word in words])
         except SystemExit as stop:
             status = int(stop.code or 0)
-        except Exception:
+        except Exception:  # a traceback is what one row shows; the others go on
             traceback.print_exc()
             status = 1
     # What is said of a file is not its name.
