@@ -44,9 +44,16 @@ def compiled_in_a_hurry(request):
     with pytest.MonkeyPatch.context() as patch:
         if hurry:
             patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", hurry)
+        _compile_in_a_hurry(jax, hurry)
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    _compile_in_a_hurry(jax, before)
+
+
+def _compile_in_a_hurry(jax, hurry: bool) -> None:
+    """Programs that stand from another module were compiled the other way, and JAX would run them again: they are forgotten."""
+    if hurry != jax.config.values["jax_disable_most_optimizations"]:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", hurry)
 
 
 @pytest.fixture(scope="session")
