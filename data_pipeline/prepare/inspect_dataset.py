@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ _DRAWN_SIDE = 384  # pixels of a picture on which landmarks are drawn
 
 
 def summary(root: str | os.PathLike) -> dict[str, Any]:
-    """Figures of a finished dataset: splits, columns, scores, terms.
+    """Figures of a finished dataset: splits, columns, scores, terms, landmark networks.
 
     Raises:
       KeySyncError: no finished dataset there.
@@ -60,8 +61,10 @@ def summary(root: str | os.PathLike) -> dict[str, Any]:
     for clip in store.clips:
         key = f"source {clip.source or '?'}, licence {clip.licence or '?'}, consent {clip.consent or '?'}"
         terms[key] = terms.get(key, 0) + 1
+    faces = Counter(clip.extra.get("faces", "not recorded") for clip in store.clips)
     return {
         "path": os.fspath(root), "crop": list(store.crop_size), "splits": splits, "columns": columns, "scores": measured, "terms": terms,
+        "faces": dict(sorted(faces.items())),
         "info": {name: dict(g.group.info) for name, g in store.groups.items()},
     }  # fmt: skip
 
@@ -140,6 +143,7 @@ def print_summary(root: str | os.PathLike, clip_id: str | None = None, as_json: 
         "column": values["columns"],
         "score": [{"score": k, **v} for k, v in values["scores"].items()],
         "terms": [{"terms": k, "clips": v} for k, v in values["terms"].items()],
+        "faces": [{"landmarks by": k, "clips": v} for k, v in values["faces"].items()],
     }
     for rows in tables.values():
         if not rows:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,17 +35,19 @@ _SHARDS_PER_WORKER = 12  # starting a local process takes longer than writing fe
 
 
 class Summary(NamedTuple):
-    """What a run did: clips and hours now in the dataset, what was dropped in this run's inputs, and where the report is."""
+    """What a run did: clips and hours now in the dataset, what was dropped in this run's inputs, where the report is, and a warning."""
 
     clips: int
     hours: float
     dropped: int
     report: str
     seconds: float
+    warning: str = ""
 
     def __str__(self) -> str:
         length = f"{self.hours:.2f} h" if self.hours >= 1 else f"{60 * self.hours:.1f} min"
-        return f"{self.clips} clips, {length}; {self.dropped} dropped; report: {self.report} ({self.seconds:.0f} s)"
+        told = f"{self.clips} clips, {length}; {self.dropped} dropped; report: {self.report} ({self.seconds:.0f} s)"
+        return f"{told}\n{self.warning}" if self.warning else told
 
 
 def prepare(
@@ -89,7 +92,7 @@ def prepare(
         folders.remove_leftovers()
         _look_and_encode(jobs, items, curation, plan, folders, flags, quiet)
         analyses = {item.id: folders.analyses.load(item.id) for item in items}
-        clips, dropped = gather(items, analyses, folders)
+        clips, dropped = gather(items, analyses, folders, curation.faces)
         write_dead_letter(output, dropped)
 
         def shard_flags(tasks: int) -> list[str]:
@@ -107,7 +110,16 @@ def prepare(
     index = layout.read_clips(output)
     frames = sum(clip.num_frames for clip in index)
     where = os.fspath(epath.Path(output) / "report.html")
-    return Summary(len(index), frames / FRAME_RATE / 3600, len(dropped), where, time.monotonic() - began)
+    return Summary(len(index), frames / FRAME_RATE / 3600, len(dropped), where, time.monotonic() - began, mixed(index))
+
+
+def mixed(index: Sequence[Clip]) -> str:
+    """A warning where the landmarks, and so the masks, of a dataset come from several networks; clips of older versions don't say."""
+    found = Counter(faces for clip in index if (faces := clip.extra.get("faces", "sidecar")) != "sidecar")
+    if len(found) < 2:
+        return ""
+    counted = " and ".join(f"{count} by {faces}" for faces, count in sorted(found.items()))
+    return f"WARNING: landmarks of {counted}: masks of the two differ, so prepare all clips with one --faces"
 
 
 def _look_and_encode(
@@ -130,8 +142,8 @@ def _with_splits(clips: Sequence[Clip], output: str | os.PathLike, target: Outpu
     return assign_splits(clips, target.split_fractions, target.seed, existing)
 
 
-def gather(items: Sequence[Item], analyses: dict[str, Entry | None], folders: Folders) -> tuple[list[Clip], list[Drop]]:
-    """Clips to write and everything that was left out, from the work folder, both in order of id."""
+def gather(items: Sequence[Item], analyses: dict[str, Entry | None], folders: Folders, faces: str) -> tuple[list[Clip], list[Drop]]:
+    """Clips to write and everything that was left out, from the work folder, both in order of id; `faces` is the landmark backend."""
     clips, dropped = [], []
     for item in items:
         analysis = analyses[item.id]
@@ -140,7 +152,7 @@ def gather(items: Sequence[Item], analyses: dict[str, Entry | None], folders: Fo
         failed = state.drops(folders.encoded.load(item.id))
         bad = {drop.clip for drop in failed}
         # The manifest may have changed (speaker, terms) without the video: it is taken from the item, not from the stored one.
-        clips += [state.index_clip(item, c, analysis.values["facts"]) for c in state.candidates(analysis) if c.id not in bad]
+        clips += [state.index_clip(item, c, analysis.values["facts"], faces) for c in state.candidates(analysis) if c.id not in bad]
         dropped += state.drops(analysis) + failed
     return sorted(clips, key=lambda c: c.id), sorted(dropped, key=lambda d: (d.item, d.clip, d.stage))
 

@@ -134,9 +134,10 @@ def check_dataset(output: str | os.PathLike, groups: Iterable[Group]) -> None:
             check_settings(layout.read_group(directory, finished=False).group, group, directory)
 
 
-def index_clip(item: Item, candidate: Candidate, facts: Mapping[str, Any]) -> Clip:
-    """The clip index's entry, without a split unless the manifest gives one."""
-    extra = {"crop": list(candidate.crop), "first_frame": candidate.first, "item": item.id, **item.extra}
+def index_clip(item: Item, candidate: Candidate, facts: Mapping[str, Any], faces: str) -> Clip:
+    """The clip index's entry, without a split unless the manifest gives one; `extra["faces"]` says whose its landmarks are."""
+    made = {"faces": "sidecar" if item.landmarks else faces, "crop": list(candidate.crop), "first_frame": candidate.first, "item": item.id}
+    extra = made | item.extra
     return Clip(
         id=candidate.id, num_frames=candidate.num_frames, split=item.split, speaker=item.speaker, source=item.source, video=item.name,
         start_time=candidate.first / FRAME_RATE, licence=item.licence, consent=item.consent, scores=candidate.scores, extra=extra,

@@ -20,12 +20,13 @@ from tiny_shards import tree
 
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline import dataset_layout as layout
+from keysync_jax.data_pipeline.clip_index import Clip
 from keysync_jax.data_pipeline.prepare import analyse as analyse_stage
 from keysync_jax.data_pipeline.prepare import work
 from keysync_jax.data_pipeline.prepare.groups import plan_features
 from keysync_jax.data_pipeline.prepare.inspect_dataset import draw_clip, summary
 from keysync_jax.data_pipeline.prepare.manifest import read_inputs
-from keysync_jax.data_pipeline.prepare.run import prepare
+from keysync_jax.data_pipeline.prepare.run import mixed, prepare
 from keysync_jax.data_pipeline.prepare.settings import Curation, Output
 from keysync_jax.data_pipeline.source.clips import FrameStore
 from keysync_jax.data_pipeline.source.mixture import DatasetChoice
@@ -319,12 +320,20 @@ def test_report_and_inspect(place, tmp_path):
         assert words in page, words
     figures = summary(place / "whole")
     assert sum(s["clips"] for s in figures["splits"].values()) == kept
+    assert figures["faces"] == {"sidecar": kept}  # as drawn talkers bring them
     clip = layout.read_clips(place / "whole")[0].id
     draw_clip(place / "whole", clip, tmp_path / "clip.png")
     pixels = _pixels(tmp_path / "clip.png")
     assert pixels.shape[1] > 1000 and ((pixels[..., 0] - pixels[..., 1]) > 60).mean() > 0.02  # the tinted mask is there
     with pytest.raises(KeySyncError, match="no clip"):
         draw_clip(place / "whole", "nobody", tmp_path / "x.png")
+
+
+def test_landmarks_of_two_networks_in_one_dataset_are_noticed():
+    """Clips of older versions don't say, and a landmark file is the user's own: neither is taken for another network."""
+    by = [Clip(str(i), 5, extra={"faces": name} if name else {}) for i, name in enumerate(("mediapipe", "sidecar", "mediapipe", ""))]
+    assert mixed(by) == ""
+    assert "1 by fan and 2 by mediapipe" in mixed([*by, Clip("9", 5, extra={"faces": "fan"})])
 
 
 def test_names_that_are_odd_or_impossible_stop_nothing(place, tmp_path):

@@ -62,7 +62,7 @@ def run(version: str, python: str, folder: Path, constraints: bool) -> dict:
             return row | {"status": f"{name} failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}"}
     listed = json.loads(subprocess.check_output([bin_ / "python", "-m", "pip", "list", "--format", "json"], text=True))
     versions = {entry["name"].lower().replace("_", "-"): entry["version"] for entry in listed}
-    figures = json.loads((tree / "demo" / "figures.json").read_text())
+    figures = json.loads((tree / "demo" / "figures.json").read_text())["figures"]
     row |= {"jax": versions["jax"], "figures": figures, "seconds": round(time.monotonic() - begin), "status": "passed"}
     if constraints:
         own = ("keysync-jax", "pip", "setuptools")
