@@ -6,6 +6,8 @@ import os
 import av
 import numpy as np
 import pytest
+import tiny
+import tiny_talker_model
 
 from keysync_jax import KeySyncPipeline
 from keysync_jax.batch import dub_work
@@ -18,6 +20,12 @@ from keysync_jax.inference.options import DubOptions
 from keysync_jax.media.audio import save_wav
 
 FRAMES = 10
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The tests' smallest network: what is tested here is what becomes of items, whatever paints them."""
+    return tiny_talker_model.make(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +50,7 @@ def clips(tmp_path_factory):
     return folder
 
 
-def test_twelve_items_come_back_or_say_why_not(clips, tiny_model, tmp_path, capsys):
+def test_twelve_items_come_back_or_say_why_not(clips, model, tmp_path, capsys):
     good = [("0a", "0.mp4", "a.wav", 5), ("0a9", "0.mp4", "a.wav", 9), ("0b", "0.mp4", "b.wav", 5), ("1b9", "1.mp4", "b.wav", 9)]
     broken = {
         "text": ("text.mp4", "a.wav", 5, "text.mp4"), "gone": ("gone.mp4", "a.wav", 5, "does not exist"),
@@ -54,7 +62,7 @@ def test_twelve_items_come_back_or_say_why_not(clips, tiny_model, tmp_path, caps
     rows = "".join(f"{name},{video},{voice},{seed},{name}.mkv,signed by {name}\n" for name, video, voice, seed in every)
     (clips / "jobs.csv").write_text("id,video,audio,seed,output,consent\n" + rows)
     out = tmp_path / "out"
-    words = ["batch", str(clips / "jobs.csv"), "-o", str(out), "--model", str(tiny_model), "--lossless", "--quiet"]
+    words = ["batch", str(clips / "jobs.csv"), "-o", str(out), "--model", str(model), "--lossless", "--quiet"]
     assert main([*words, "--dry-run"]) == 1 and not out.exists()
     assert "0.40 s of video -> 0a.mkv" in capsys.readouterr().out
     assert main(words) == 1
@@ -69,14 +77,14 @@ def test_twelve_items_come_back_or_say_why_not(clips, tiny_model, tmp_path, caps
     assert len({(out / f"{name}.mkv").read_bytes() for name, *_ in good}) == 4
     alone = tmp_path / "alone.mkv"
     options = DubOptions(seed=9, lossless=True)
-    KeySyncPipeline.from_pretrained(tiny_model)(clips / "1.mp4", clips / "b.wav", alone, options=options)
+    KeySyncPipeline.from_pretrained(model)(clips / "1.mp4", clips / "b.wav", alone, options=options)
     assert alone.read_bytes() == (out / "1b9.mkv").read_bytes()
     assert main(["batch", "--status", str(out)]) == 0
     assert "12 items: " in capsys.readouterr().out
 
 
-def test_out_of_device_memory_begins_again_at_half_the_microbatch(clips, tiny_model, tmp_path, monkeypatch):
-    work = DubWork(DubSettings(str(tiny_model), microbatch=4, gated=False))
+def test_out_of_device_memory_begins_again_at_half_the_microbatch(clips, model, tmp_path, monkeypatch):
+    work = DubWork(DubSettings(str(model), microbatch=4, gated=False))
     calls = []
 
     def generate(samplers, given, progress):
@@ -87,7 +95,7 @@ def test_out_of_device_memory_begins_again_at_half_the_microbatch(clips, tiny_mo
         for clip in given:
             for stretch in clip.stretches:
                 for frame in range(stretch.plan.num_frames_out):
-                    stretch.write(frame, np.zeros((16, 16, 4), np.float32))
+                    stretch.write(frame, np.zeros((tiny.LATENT, tiny.LATENT, 4), np.float32))
             clip.finished = True
 
     monkeypatch.setattr(dub_work.two_stage, "generate", generate)
