@@ -7,8 +7,8 @@
     keysync train --config ablation_audio:wav2vec2_interpolation --workdir runs/wav2vec2_interpolation ...
 
 Presets `hubert`, `wavlm`, `wav2vec2` and `whisper`, each also with `_interpolation`. Tokens have 768 numbers (the base models, and
-Whisper small); for others set `--config.stage.audio_feature_dim=N`. Dubbing runs HuBERT and WavLM itself; models of the other two are
-judged on prepared data.
+Whisper small); for others set `--config.stage.audio_feature_dim=N`. Dubbing runs all but Whisper itself; a model of that
+one is judged on prepared data.
 """
 
 import dataclasses

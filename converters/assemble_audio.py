@@ -7,7 +7,7 @@ from typing import Any
 
 from keysync_jax.config import SpeechEncoderConfig, StageConfig
 from keysync_jax.converters.assemble_stage import refuse
-from keysync_jax.converters.containers import Source
+from keysync_jax.converters.containers import Source, open_sources
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.converters.parts import Part, audio_part_name
 from keysync_jax.core.differences import compare
@@ -15,7 +15,16 @@ from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models.speech import registry
 
 
-def assemble(source: Source, options: Any, used: set[str]) -> Part:
+class _Strict:
+    """Options by which no tensor may be missing or too many."""
+
+    allow_missing = allow_unexpected = ()
+
+
+NOTHING_ALLOWED = _Strict()
+
+
+def assemble(source: Source, options: Any, used: set[str]) -> Part[SpeechEncoderConfig]:
     """The part of a speech encoder's source, under its published names.
 
     Raises:
@@ -46,8 +55,24 @@ def read(source: Source) -> tuple[SpeechEncoderConfig, Tensors]:
         config = registry.config_from_hf(source.config, source.preprocessor, source.path)
     if config.kind != encoder.name:
         raise KeySyncError(f"{source.path} holds {source.kind} tensors, but its config.json says {config.kind}")
-    tensors = source.tensors.renamed({key: form.rename(key, config) for key in source.tensors})
+    tensors = source.tensors.select(key for key in source.tensors if not key.startswith(form.unused))
+    tensors = tensors.renamed({key: form.rename(key, config) for key in tensors})
     return encoder.settle(config, tensors), tensors
+
+
+def open_encoder(name: str, path: str) -> tuple[Part[SpeechEncoderConfig], tuple[str, ...]]:
+    """The speech encoder of that name in a file or folder of published weights, and the files that hold its tensors.
+
+    Raises:
+      KeySyncError: there is none, or it does not fit its configuration.
+    """
+    found = [source for source in open_sources(path) if source.kind in registry.published() or isinstance(source.own, SpeechEncoderConfig)]
+    parts = [assemble(source, NOTHING_ALLOWED, set()) for source in found]
+    wanted = audio_part_name(name)
+    if not parts or parts[0].name != wanted:
+        kind = parts[0].name.removeprefix("audio/") if parts else None
+        raise KeySyncError(f"{path} holds {f'{kind} weights' if kind else 'no speech encoder'}; give the weights of {name}")
+    return parts[0], found[0].files
 
 
 def without_weights(stages: Sequence[StageConfig], parts: Mapping[str, Part]) -> list[Part]:

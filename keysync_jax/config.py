@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 # Speech encoders by name. Each is the file `speech/NAME.py`, whose record says everything else about it (`speech.registry`).
-AUDIO_ENCODERS = ["hubert", "wavlm", "log_mel"]
+AUDIO_ENCODERS = ["hubert", "wavlm", "wav2vec2", "beats", "log_mel"]
 # Those that run in PyTorch alone: `keysync prepare` computes columns of their tokens, which a stage can be trained on; it cannot dub.
-COLUMN_ENCODERS = ["wav2vec2", "whisper"]
+COLUMN_ENCODERS = ["whisper"]
 
 # Rules of guidance (`diffusion.guidance`), and the numbers that each reads: of a stage its `audio_scale` and `identity_scale`, the others
 # of its `GuidanceConfig`.

@@ -23,6 +23,7 @@ from keysync_jax.data_pipeline.records import AUDIO_PREFIX, LANDMARKS, LATENT, S
 from keysync_jax.media import video
 from keysync_jax.media.crop import Crop, extract
 from keysync_jax.models.speech import registry
+from keysync_jax.models.table import to_flax
 
 # Frames the VAE sees at once. Part of what the same bytes mean: XLA may choose other kernels for another size.
 MICROBATCH = 4
@@ -79,9 +80,14 @@ class Encoders:
     def _speech(self, name: str):
         if name in registry.COLUMNS:
             return registry.COLUMNS[name].open(self._plan.weights[name])
+        from keysync_jax.converters import assemble_audio
         from keysync_jax.encoders.audio_features import AudioFeatures
 
-        return AudioFeatures(self._plan.encoders[name], self._directory().params(f"audio/{name}") if registry.has_weights(name) else {})
+        config = self._plan.encoders[name]
+        if name in self._plan.weights:
+            part, _ = assemble_audio.open_encoder(name, self._plan.weights[name])
+            return AudioFeatures(config, to_flax(registry.audio_table(config), part.tensors, self._plan.weights[name]))
+        return AudioFeatures(config, self._directory().params(f"audio/{name}") if registry.has_weights(name) else {})
 
     def _directory(self):
         from keysync_jax.converters import model_directory

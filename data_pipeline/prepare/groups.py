@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from keysync_jax.config import SpeechEncoderConfig, VAEConfig, to_dict
-from keysync_jax.converters import model_directory
+from keysync_jax.converters import assemble_audio, model_directory
 from keysync_jax.core.clock import SAMPLE_RATE, SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.dataset_layout import BASE, Group, make_group
@@ -106,9 +106,13 @@ def plan_features(model: str, output: Output, crop_size: int | None) -> FeatureP
     for name in output.columns:
         if name in own:
             continue  # an encoder that the model itself holds
-        groups.append(_optional(name, output, crop_size, cells))
         if name in registry.ENCODERS:
-            encoders[name] = _without_weights(name)
+            encoders[name], identity = _encoder(name, output)
+            column = audio_column(name, encoders[name].hidden_size)
+            made = {column.name: _encoder_info(encoders[name], identity)}
+            groups.append(_group((column,), crop_size, output, column.name, made))
+        else:
+            groups.append(_optional(name, output, crop_size, cells))
     return FeaturePlan(model, vae, encoders, tuple(groups), dict(output.weights), output.jpeg_quality, output.seed)
 
 
@@ -120,10 +124,6 @@ def _optional(name: str, output: Output, crop_size: int, cells: int) -> Group:
     if name == "sound":
         column = Column(SOUND, "int16", (SAMPLES_PER_FRAME,))
         return _group((column,), crop_size, output, name, {SOUND: {"rate": SAMPLE_RATE, "channels": 1}})
-    if name in registry.ENCODERS:
-        config = _without_weights(name)
-        column = audio_column(name, config.hidden_size)
-        return _group((column,), crop_size, output, column.name, {column.name: _encoder_info(config, "")})
     if name in registry.COLUMNS:
         if name not in output.weights:
             raise UsageError(f"column {name!r} needs local weights: --column-weights {name}=DIR (a Hugging Face folder)")
@@ -140,12 +140,18 @@ def _optional(name: str, output: Output, crop_size: int, cells: int) -> Group:
     return _group((Column("occluder", "bool", (cells, cells)),), crop_size, output, name, {"occluder": made})
 
 
-def _without_weights(name: str) -> SpeechEncoderConfig:
-    """The configuration of an encoder that the model directory does not hold."""
+def _encoder(name: str, output: Output) -> tuple[SpeechEncoderConfig, str]:
+    """The configuration of an encoder that the model directory does not hold, and what tells its weights from others."""
+    if path := output.weights.get(name):
+        part, files = assemble_audio.open_encoder(name, path)
+        return part.config, digest([file_digest(file) for file in files])
     config = registry.ENCODERS[name].column
     if config is None:
-        raise UsageError(f"column {name!r} needs weights, which the model directory lacks; add {name} to it with keysync convert")
-    return config
+        raise UsageError(
+            f"column {name!r} needs weights, which the model directory lacks; add {name} to it with keysync convert, "
+            f"or give them: --column-weights {name}=PATH"
+        )
+    return config, ""
 
 
 def _group(

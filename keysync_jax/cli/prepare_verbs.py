@@ -44,7 +44,11 @@ def add_prepare(verbs) -> None:
     out = p.add_argument_group("output")
     out.add_argument("--columns", metavar="LIST", help=f"of {','.join(optional_columns())} (default jpeg,sound,log_mel)")
     out.add_argument(
-        "--column-weights", action="append", default=[], metavar="NAME=PATH", help=f"weights of {', '.join(COLUMN_ENCODERS)} or occluder"
+        "--column-weights",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help=f"local weights of {', '.join(COLUMN_ENCODERS)}, occluder, or a speech encoder that the model lacks (beats=BEATs.pt)",
     )
     out.add_argument("--shard-mb", type=number, metavar="MB", help="size of a shard (default 256)")
     out.add_argument("--splits", metavar="LIST", help="shares of speakers (default train=0.9,validation=0.05,test=0.05)")

@@ -49,11 +49,15 @@ class TokenWindow(NamedTuple):
     keep_to: int
 
 
-def plan_windows(tokens: int, length: int, context: int) -> list[TokenWindow]:
+def plan_windows(tokens: int, length: int, context: int, group: int = 1) -> list[TokenWindow]:
     """Windows of exactly `length` tokens, evenly spread over `tokens`, or one shorter window.
 
-    Consecutive windows overlap by at least 2 * context and the cut lies in the middle of the overlap.
+    Consecutive windows overlap by at least 2 * context and the cut lies in the middle of the overlap. All are whole groups of tokens.
     """
+    if group > 1:
+        return [
+            TokenWindow(*(group * place for place in window)) for window in plan_windows(tokens // group, length // group, context // group)
+        ]
     if tokens <= length:
         return [TokenWindow(0, tokens, 0, tokens)]
     steps = -(-(tokens - length) // (length - 2 * context))
@@ -126,13 +130,14 @@ class AudioFeatures(Generic[C]):
         self.config = config
         self._encoder = registry.record_of(config)
         self._geometry = self._encoder.geometry(config)
-        hop, receptive, _ = self._geometry
-        if hop * TOKENS_PER_FRAME != SAMPLES_PER_FRAME or receptive > SAMPLES_PER_FRAME:
+        hop, receptive, _, group = self._geometry
+        if hop * TOKENS_PER_FRAME != SAMPLES_PER_FRAME or (group == 1 and receptive > SAMPLES_PER_FRAME):
             raise KeySyncError(
                 f"the {config.kind} encoder reads {receptive} samples for a token every {hop}; two tokens per frame of {SAMPLES_PER_FRAME} "
                 f"samples need one every {SAMPLES_PER_FRAME // TOKENS_PER_FRAME} that reads no more than a frame (conv_kernel, conv_stride)"
             )
-        self._window, self._context = (round(s * SAMPLE_RATE / self._geometry.hop) for s in (window_seconds, context_seconds))
+        # In tokens; whole groups, which are never cut.
+        self._window, self._context = (round(s * SAMPLE_RATE / (hop * group)) * group for s in (window_seconds, context_seconds))
         if self._window <= 2 * self._context or self._context < 0:
             raise KeySyncError(f"a window of {window_seconds} s is too short for {context_seconds} s of context on both sides")
         self._module = self._encoder.module(config, dtype)
@@ -177,7 +182,7 @@ class AudioFeatures(Generic[C]):
         out = np.empty((total, self.config.hidden_size), np.float32)
         blocks = self._feature_blocks(prepared, total)
         held, first = next(blocks), 0  # features [first, first + len(held)) of the clip
-        for window in plan_windows(total, self._window, self._context):
+        for window in plan_windows(total, self._window, self._context, self._geometry.group):
             parts = [held[window.start - first :]]
             first = window.start
             while first + sum(map(len, parts)) < window.stop:
@@ -195,9 +200,10 @@ class AudioFeatures(Generic[C]):
     def _feature_blocks(self, prepared: np.ndarray, total: int) -> Iterator[np.ndarray]:
         """The convolutional features in order, in blocks of at most BLOCK_TOKENS: `[n, C]`."""
         moments = self._moments(prepared)
-        hop, receptive, left = self._geometry
-        for start in range(0, total, BLOCK_TOKENS):
-            block = _slice(prepared, start * hop - left, (BLOCK_TOKENS - 1) * hop + receptive)
+        hop, receptive, left, group = self._geometry
+        size = BLOCK_TOKENS // group * group
+        for start in range(0, total, size):
+            block = _slice(prepared, start * hop - left, (size - group) * hop + receptive)
             with jax.default_matmul_precision(self._precision):
                 features = _features(self._module, self._variables, block[None], moments)
             yield np.asarray(features[0, : total - start])

@@ -1,4 +1,4 @@
-"""The columns that PyTorch computes: wav2vec2 and Whisper tokens, and masks that SAM 2 follows. Slow because of its imports:
+"""The columns of networks in PyTorch's formats: wav2vec2 and Whisper tokens, and masks that SAM 2 follows. Slow because of its imports:
 
 pip install 'keysync-jax[torch,data]' && pip install --no-deps sam2==1.1.0
 pytest -m slow -n 0 tests/data_pipeline/test_prepare_torch.py
@@ -10,6 +10,7 @@ import json
 import numpy as np
 import pytest
 
+from keysync_jax.converters import assemble_audio
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.prepare.groups import plan_features
 from keysync_jax.data_pipeline.prepare.manifest import read_inputs
@@ -20,8 +21,10 @@ from keysync_jax.data_pipeline.source.mixture import DatasetChoice
 from keysync_jax.data_pipeline.source.sample import SourceConfig, WindowReader
 from keysync_jax.data_pipeline.source.windows import InterpolationWindows
 from keysync_jax.data_pipeline.synthetic.dataset import SynthSettings, synth_dataset
-from keysync_jax.models.speech import torch_encoder
+from keysync_jax.encoders.audio_features import AudioFeatures
+from keysync_jax.models.speech import registry, torch_encoder
 from keysync_jax.models.speech.registry import COLUMNS
+from keysync_jax.models.table import to_flax
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +63,12 @@ def whisper(tmp_path_factory):
     return path
 
 
+def encoder_of(folder):
+    """wav2vec2 as this package runs it."""
+    part, _ = assemble_audio.open_encoder("wav2vec2", str(folder))
+    return AudioFeatures(part.config, to_flax(registry.audio_table(part.config), part.tensors))
+
+
 def voice(seconds, seed=0):
     rng = np.random.default_rng(seed)
     return (0.2 * np.sin(np.cumsum(0.05 + 0.02 * rng.standard_normal(round(16000 * seconds))))).astype(np.float32)
@@ -69,9 +78,8 @@ def test_wav2vec2_tokens_are_what_transformers_gives(wav2vec2):
     import torch
     import transformers
 
-    assert torch_encoder.look(COLUMNS["wav2vec2"], str(wav2vec2))[0] == 32
     samples = voice(2.0)
-    tokens = COLUMNS["wav2vec2"].open(str(wav2vec2))(samples)
+    tokens = encoder_of(wav2vec2)(samples)
     assert tokens.shape == (50, 2, 32) and tokens.dtype == np.float32
     processed = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)(samples, sampling_rate=16000, return_tensors="pt").input_values
     with torch.inference_mode():
@@ -84,8 +92,8 @@ def test_wav2vec2_tokens_are_what_transformers_gives(wav2vec2):
 @pytest.mark.parametrize("samples", [640 * 7, 640 * 7 - 200, 640 * 7 + 1])
 def test_frames_are_counted_as_everywhere(wav2vec2, whisper, samples):
     frames = -(-samples // 640)
-    for kind, folder, width in (("wav2vec2", wav2vec2, 32), ("whisper", whisper, 24)):
-        tokens = COLUMNS[kind].open(str(folder))(voice(1.0)[:samples])
+    for encode, width in ((encoder_of(wav2vec2), 32), (COLUMNS["whisper"].open(str(whisper)), 24)):
+        tokens = encode(voice(1.0)[:samples])
         assert tokens.shape == (frames, 2, width) and np.isfinite(tokens).all()
 
 
@@ -151,8 +159,8 @@ def test_both_columns_in_a_dataset(talkers, tiny_model, wav2vec2, whisper, tmp_p
     clip = store.clips[0]
     stored = store.read(clip, list(range(FRAMES)), ["audio_wav2vec2", "audio_whisper", "samples"])
     samples = np.concatenate(stored["samples"]).astype(np.float32) / 32768
-    for name, folder in (("wav2vec2", wav2vec2), ("whisper", whisper)):
-        tokens = COLUMNS[name].open(str(folder))(samples)
+    for name, encode in (("wav2vec2", encoder_of(wav2vec2)), ("whisper", COLUMNS["whisper"].open(str(whisper)))):
+        tokens = encode(samples)
         np.testing.assert_allclose(np.stack(stored[f"audio_{name}"]).astype(np.float32), tokens, atol=0.02)
         reader = WindowReader(SourceConfig((DatasetChoice(str(tmp_path / "data")),), InterpolationWindows(), audio_encoder=name))
         batch = reader.read([reader.sample(0, 0, 1)])

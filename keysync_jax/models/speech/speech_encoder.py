@@ -18,15 +18,19 @@ C = TypeVar("C", bound=SpeechEncoderConfig)
 
 
 class Geometry(NamedTuple):
-    """Which samples a token sees: `[hop * i - left, hop * i - left + receptive)` for token i."""
+    """Which samples a token sees: `[hop * i - left, hop * i - left + receptive)` for token i.
+
+    With a `group` above one the tokens of a moment come together, so many at once, and all see the samples of its first.
+    """
 
     hop: int
     receptive: int
     left: int = 0
+    group: int = 1
 
     def tokens(self, samples: int) -> int:
         """Number of tokens of a waveform with that many samples."""
-        return max(0, (samples + 2 * self.left - self.receptive) // self.hop + 1)
+        return self.group * max(0, (samples + 2 * self.left - self.receptive) // (self.hop * self.group) + 1)
 
 
 class Moments(NamedTuple):
@@ -54,6 +58,7 @@ class Published(Generic[C]):
       recognise: whether tensors of these names, with these values of a `config.json` beside them (empty without one), are in this form.
       rename: (a tensor's name, configuration) -> its name in the encoder's table.
       config: (values of the `cfg` inside the file, its name) -> configuration; None where a transformers `config.json` lies beside it.
+      unused: how the names of tensors begin that belong to a task's head, not to the encoder; they are left out.
     """
 
     kind: str
@@ -61,6 +66,7 @@ class Published(Generic[C]):
     recognise: Callable[[Collection[str], Mapping[str, Any]], bool]
     rename: Callable[[str, C], str]
     config: Callable[[Mapping[str, Any], str], C] | None = None
+    unused: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

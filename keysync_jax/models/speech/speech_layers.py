@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,27 @@ from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.models.speech.speech_encoder import FirstConvolution, Geometry, Moments
 
 Array = jax.Array
+
+
+class Transformer(Protocol):
+    """What the transformer layers read of a configuration."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def conv_pos(self) -> int: ...
+    @property
+    def conv_pos_groups(self) -> int: ...
+    @property
+    def num_buckets(self) -> int: ...
+    @property
+    def max_distance(self) -> int: ...
+    @property
+    def layer_norm_first(self) -> bool: ...
+
+
 NORM_EPS = 1e-5  # of the norms inside the convolution stack, whatever the configuration says about the others
 
 
@@ -102,7 +124,7 @@ class PositionalConv(nn.Module):
     The weight is `g * v / |v|`, the norm taken over channels separately for each kernel position.
     """
 
-    config: AudioEncoderConfig
+    config: Transformer
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -128,7 +150,7 @@ class PositionalConv(nn.Module):
 class RelativeBias(nn.Module):
     """Learned attention bias per head and distance bucket; parameter `embedding` `[buckets, heads]`."""
 
-    config: AudioEncoderConfig
+    config: Transformer
 
     @nn.compact
     def __call__(self, length: int) -> Array:
@@ -141,33 +163,35 @@ class RelativeBias(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention, for WavLM with a relative position bias.
+    """Multi-head self-attention, for WavLM and BEATs with a relative position bias.
 
-    One layer owns the bias (`owns_bias`) and hands it to the next. `gated` layers scale it per head and query with a gate of their
-    input (`grep_linear`, `grep_a`), whether or not there is a bias to scale: the checkpoints always carry the gate's parameters.
+    A layer that is handed no bias makes it of its own table (`owns_bias`) and hands it to the next. `gated` layers scale it per head and
+    query with a gate (`grep_linear`, `grep_a`) of their input, or of the projected query (`gate_reads_query`), whether or not there is a
+    bias to scale: the checkpoints always carry the gate's parameters.
     """
 
-    config: AudioEncoderConfig
+    config: Transformer
     owns_bias: bool = False
     gated: bool = False
     dtype: jnp.dtype = jnp.float32
+    gate_reads_query: bool = False
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, bias: Array | None = None) -> tuple[Array, Array | None]:
         """x `[B, N, D]`, mask `[B, N]` of keys that exist, bias `[H, N, N]` -> (`[B, N, D]`, the ungated bias for the next layer)."""
         config = self.config
         heads = (*x.shape[:2], config.num_heads, config.hidden_size // config.num_heads)
-        if self.owns_bias:
+        if self.owns_bias and (bias is None or self.is_initializing()):
             bias = RelativeBias(config, name="relative_attention_bias")(x.shape[1])
         q, k, v = (nn.Dense(config.hidden_size, dtype=self.dtype, name=f"{n}_proj")(x).reshape(heads) for n in "qkv")
-        gate = self._gate(x.reshape(heads)) if self.gated else 1.0
+        gate = self._gate(q if self.gate_reads_query else x.reshape(heads)) if self.gated else 1.0
         scaled = None if bias is None else gate * bias[None]
         # Sequences are at most one window, where the plain form (softmax in float32) is the fast one.
         y = jax.nn.dot_product_attention(q, k, v, bias=scaled, mask=mask[:, None, None, :], implementation="xla")
         return nn.Dense(config.hidden_size, dtype=self.dtype, name="out_proj")(y.reshape(x.shape)), bias
 
     def _gate(self, x: Array) -> Array:
-        """Layer input per head `[B, N, H, d]` -> scale of the bias `[B, H, N, 1]`, float32."""
+        """Layer input, or query, per head `[B, N, H, d]` -> scale of the bias `[B, H, N, 1]`, float32."""
         y = nn.Dense(8, dtype=self.dtype, name="grep_linear")(x).astype(jnp.float32)
         a = self.param("grep_a", nn.initializers.ones, (1, self.config.num_heads, 1, 1))
         y = nn.sigmoid(y.reshape(*y.shape[:-1], 2, 4).sum(axis=-1))  # [B, N, H, 2]
@@ -197,7 +221,7 @@ Layer = Callable[[Array, Array, Array | None], tuple[Array, Array | None]]
 
 
 def transformer(
-    config: AudioEncoderConfig,
+    config: Transformer,
     x: Array,
     mask: Array,
     position: Callable[[Array], Array],

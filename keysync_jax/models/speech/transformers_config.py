@@ -10,11 +10,12 @@ from typing import Any
 
 from keysync_jax.config import AudioEncoderConfig
 from keysync_jax.core.errors import KeySyncError
+from keysync_jax.models.speech.speech_layers import Transformer
 from keysync_jax.models.table import Entry, conv, fold, norm, raw
 
 # Weight norm as torch's parametrization stores it -> as it was published.
 _PARAMETRIZATION = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
-_TASK_MODELS = ("hubert.", "wavlm.")  # where a task model keeps its encoder
+_TASK_MODELS = ("hubert.", "wavlm.", "wav2vec2.")  # where a task model keeps its encoder
 _SIZES = {
     "hidden_size": ("hidden_size", 768),
     "num_layers": ("num_hidden_layers", 12),
@@ -80,7 +81,7 @@ def convolution(config: AudioEncoderConfig, index: int, conv_key: str, norm_key:
         yield from norm(norm_key, config.conv_dim[index])
 
 
-def positional(config: AudioEncoderConfig, key: str) -> Iterator[Entry]:
+def positional(config: Transformer, key: str) -> Iterator[Entry]:
     """The convolutional position embedding, whose weight is stored as direction and length."""
     width = config.hidden_size
     yield Entry(f"{key}.bias", fold(f"{key}.bias", "bias"), (width,), "same")

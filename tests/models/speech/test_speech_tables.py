@@ -126,7 +126,7 @@ def test_preprocessor_decides_about_normalisation():
 @pytest.mark.parametrize(
     ("read", "values", "message"),
     [
-        (registry.config_from_hf, {"model_type": "wav2vec2"}, "'wav2vec2'; a HuBERT or WavLM"),
+        (registry.config_from_hf, {"model_type": "whisper"}, "'whisper'; a HuBERT or WavLM or wav2vec2"),
         (registry.config_from_hf, {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         (registry.config_from_hf, {"conv_pos_batch_norm": True}, "conv_pos_batch_norm is True"),
         (registry.config_from_hf, {"model_type": "wavlm", "add_adapter": True}, "add_adapter is True"),
