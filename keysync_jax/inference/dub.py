@@ -39,6 +39,7 @@ from keysync_jax.inference.phases import PhaseProgress
 from keysync_jax.inference.timeline import Run, make_run
 from keysync_jax.inference.window_plan import WindowPlan, WindowSizes, make_plan
 from keysync_jax.media import audio as audio_io
+from keysync_jax.media import burned_text
 from keysync_jax.media import crop as cropping
 from keysync_jax.media.compositing import Compositor
 from keysync_jax.media.encoding import choose_encoding
@@ -136,6 +137,7 @@ class DubJob:
         self._analysis: Analysis | None = None
         self._features: dict[str, np.ndarray] | None = None
         self._work: _Work | None = None
+        self._text = burned_text.TextWatch()
         self._scratch = contextlib.ExitStack()
 
     def __enter__(self) -> DubJob:
@@ -194,7 +196,7 @@ class DubJob:
             self._scratch.callback(store.close)
         row = {source: i for i, source in enumerate(sources)}
         with self._progress.phase("encode", len(sources)) as advance:
-            crops = self._crops(analysis, set(sources), keyframe.resolution)
+            crops = self._crops(analysis, regions, keyframe.resolution)
             latents = self._model.vae.encode(crops, self._options.seed) if sources else ()
             for source, latent in zip(sources, latents, strict=True):
                 known[row[source]] = latent
@@ -244,11 +246,13 @@ class DubJob:
         parent = None if self._output is None else Path(self._output).resolve().parent
         return Path(self._scratch.enter_context(tempfile.TemporaryDirectory(prefix=".keysync-", dir=parent)))
 
-    def _crops(self, analysis: Analysis, wanted: set[int], size: int) -> Iterator[tuple[int, np.ndarray]]:
+    def _crops(self, analysis: Analysis, regions: Mapping[int, np.ndarray], size: int) -> Iterator[tuple[int, np.ndarray]]:
+        self._text = burned_text.TextWatch()
         for frame in self._source.read():
-            if frame.index in wanted:
-                image = cropping.extract(frame.rgb(), analysis.shot_of(frame.index).view(frame.index), size)
-                yield frame.index, image.astype(np.float32) / 127.5 - 1
+            if frame.index in regions:
+                rgb, view = frame.rgb(), analysis.shot_of(frame.index).view(frame.index)
+                self._text.update(frame.index, rgb, burned_text.around(regions[frame.index], view))
+                yield frame.index, cropping.extract(rgb, view, size).astype(np.float32) / 127.5 - 1
 
     def _open_sink(self, analysis: Analysis) -> VideoSink:
         if self._output is None:
@@ -273,7 +277,7 @@ class DubJob:
             voice=self._voice.sound,
             num_audio_frames=work.num_audio_frames,
             audio_note=sink.audio_note,
-            output_notes=sink.notes,
+            output_notes=[*sink.notes, *_text_notes(self._text.ranges, analysis)],
             options=self._options,
             steps=self._steps,
             stages=self._stages,
@@ -284,6 +288,14 @@ class DubJob:
         frames = np.stack(sink.frames) if isinstance(sink, FrameCollector) else None
         where = None if self._output is None else Path(self._output)
         return DubResult(where, report, dub_report.summary(report, self._output or "frames"), frames)
+
+
+def _text_notes(found: Sequence[burned_text.TextRange], analysis: Analysis) -> list[str]:
+    if not found:
+        return []
+    last = analysis.num_frames - 1
+    spans = ", ".join(f"{float(analysis.times[start]):.1f}–{float(analysis.times[min(stop, last)]):.1f} s" for start, stop in found)
+    return [f"text in the picture (subtitles?) crosses the mouth's region at {spans} and is painted over there; take a source without it"]
 
 
 def mask_of(stages: Mapping[str, StageConfig], options: DubOptions) -> MaskConfig:

@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 import tiny_talker_model
+from PIL import Image, ImageDraw, ImageFont
 
 from keysync_jax import KeySyncPipeline
 from keysync_jax.core.errors import KeySyncError, UsageError
@@ -125,6 +126,19 @@ def test_arrays_and_files_are_the_same_job(pipe, clip, voice, tmp_path):
     heard = audio.load_audio(mixed.output).samples
     np.testing.assert_allclose(heard[:5000], voice[:5000], atol=2**-15)  # half a step of 16 bits, and soxr has nothing to do
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mov", "mixed.mkv", "out.mkv", "voice.wav"]
+
+
+def test_subtitles_over_the_mouth_are_said(pipe, clip, voice):
+    plain = pipe(clip.frames, voice, fps=25, rate=16000).report
+    x0, y0, x1, y1 = plain["shots"][0]["face_box"]
+    frames = []
+    for frame in clip.frames:
+        image = Image.fromarray(frame)
+        font = ImageFont.load_default(0.1 * (y1 - y0))
+        ImageDraw.Draw(image).text(((x0 + x1) / 2, y0 + 0.75 * (y1 - y0)), "and so it was", "white", font, anchor="mm")
+        frames.append(np.asarray(image))
+    said = pipe(np.stack(frames), voice, fps=25, rate=16000).report["notes"]
+    assert any("text in the picture" in note for note in said) and not any("text" in note for note in plain["notes"])
 
 
 def test_other_rates_of_frames_and_samples(pipe, clip, voice):
