@@ -43,6 +43,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures")
     parser.add_argument("--before", type=Path, help="figures of another version")
     args = parser.parse_args()
+    if not video.probe(args.clip).has_audio:
+        parser.error(f"{args.clip} has no sound; give a clip with a voice")
     args.output.mkdir(parents=True, exist_ok=True)
     studio = Studio(args.clip, args.output)
     before = json.loads(args.before.read_text()) if args.before else {}
