@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "constraints").glob("py3*.txt"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EXTRAS = ("data", "dev")  # what README's commands install
+EXTRAS = ("data", "dev", "docs")  # what README's commands install; dev takes docs with it
 
 
 def pins(file: Path) -> dict[str, str]:
@@ -21,7 +21,7 @@ def pins(file: Path) -> dict[str, str]:
 def requirements(python: str) -> list[Requirement]:
     """What README's commands ask for by name on that Python."""
     lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS for line in PROJECT["optional-dependencies"][extra])]
-    found = map(Requirement, lines)
+    found = [each for each in map(Requirement, lines) if each.name != PROJECT["name"]]
     return [
         each
         for each in found
