@@ -15,6 +15,7 @@ from keysync_jax.models.layout import unet_layout
 from keysync_jax.models.table import Entry, Table, conv, linear, norm, prefixed, raw
 
 __all__ = [
+    "audio_linear",
     "is_frozen",
     "resblock_table",
     "stage_config_from_sgm",
@@ -27,8 +28,13 @@ __all__ = [
 ]
 
 # Modules of the reference's engine, and how the keys of their tensors begin.
-UNET, VAE, AUDIO_LINEAR = "model.diffusion_model", "first_stage_model", "conditioner.embedders.2.linear"
+UNET, VAE, LPIPS = "model.diffusion_model", "first_stage_model", "loss_fn.lpips"
 UNET_PREFIX, VAE_PREFIX = f"{UNET}.", f"{VAE}."
+
+
+def audio_linear(config: StageConfig) -> str:
+    """Where the checkpoint has the audio projection: behind the embedders of the latents, of KeySync's mask, of KeyFace's emotion."""
+    return f"conditioner.embedders.{2 if config.system == 'keysync' else 1 + 2 * bool(config.emotion_dim)}.linear"
 
 
 def is_frozen(torch_key: str) -> bool:
@@ -55,7 +61,10 @@ def stage_table(config: StageConfig, latent_shape: tuple[int, int] | None = None
         table += raw("model.learned_mask", (config.unet.out_channels, *(latent_shape or (config.latent_size,) * 2)), "chw")
     if config.audio_linear:
         width = config.audio_feature_dim * (2 if config.audio_merge == "concat" else 1)
-        table += linear(AUDIO_LINEAR, width, config.unet.context_dim)
+        # One module for all of them: the path does not follow the embedder's number.
+        path = ("conditioner", "embedders_2", "linear")
+        entries = linear(audio_linear(config), width, config.unet.context_dim)
+        table += [entry._replace(flax_path=(*path, entry.flax_path[-1])) for entry in entries]
     return table
 
 

@@ -13,6 +13,7 @@ from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.core.errors import KeySyncError
 
 Arguments = Mapping[str, Any]
+_DEFAULT_WRAPPER = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
 
 # Memory, initialisation or freezing only: the forward pass does not depend on them.
 _UNET_NO_EFFECT = ("use_checkpoint", "dropout", "fine_tuning_method", "unfreeze_blocks", "num_heads_upsample", "extra_ff_mix_layer")
@@ -189,13 +190,16 @@ def stage_config_from_sgm(engine: Arguments, num_frames: int = 14) -> tuple[Stag
       KeySyncError: a wrapper, embedder or argument that is not built here, by name.
     """
     unet = unet_config_from_sgm(engine["network_config"]["params"], num_frames)
-    audio = [e for e in engine["conditioner_config"]["params"]["emb_models"] if e["target"].endswith(".WhisperAudioEmbedder")]
+    embedders = engine["conditioner_config"]["params"]["emb_models"]
+    audio = [e for e in embedders if e["target"].endswith(".WhisperAudioEmbedder")]
     if len(audio) != 1:
         raise KeySyncError(f"DiffusionEngine: {len(audio)} audio embedders; exactly one WhisperAudioEmbedder is supported")
     embedder = audio_embedder_arguments(audio[0].get("params", {}))
     if embedder["features"] not in (None, unet.context_dim):
         raise KeySyncError(f"WhisperAudioEmbedder: linear_dim {embedder['features']} is not the U-Net's context_dim {unet.context_dim}")
-    wrapper, latent_shape = wrapper_from_sgm(engine["network_wrapper"]["target"], engine["network_wrapper"].get("params", {}))
+    wrapper, latent_shape = wrapper_from_sgm(*_wrapper(engine))
+    if embedders.index(audio[0]) != 2:  # KeySync's mask stands between the latents and the audio
+        wrapper |= {"system": "keyface", "emotion_dim": emotion_from_sgm(embedders)}
     size: dict[str, Any] = {"latent_size": latent_shape[0], "resolution": 8 * latent_shape[0]} if latent_shape else {}
     config = StageConfig(
         unet=unet,
@@ -210,18 +214,46 @@ def stage_config_from_sgm(engine: Arguments, num_frames: int = 14) -> tuple[Stag
     return config, latent_shape
 
 
+def _wrapper(engine: Arguments) -> tuple[str, Arguments]:
+    """Target and arguments of an engine's network wrapper; the reference's default where it names none."""
+    given = engine.get("network_wrapper") or {"target": _DEFAULT_WRAPPER}
+    return given["target"], given.get("params", {})
+
+
+def emotion_from_sgm(embedders: Sequence[Arguments]) -> int:
+    """Width of the sinusoids of valence and of arousal; 0 for a conditioner that reads neither.
+
+    Raises:
+      KeySyncError: other scalars than these two, in another order, or of unequal width.
+    """
+    scalars = [e for e in embedders if e["target"].endswith(".ConcatTimestepEmbedderND")]
+    if not scalars:
+        return 0
+    names, widths = [e["input_key"] for e in scalars], {e["params"]["outdim"] for e in scalars}
+    if names != ["valence", "arousal"] or len(widths) > 1 or not all(e["params"].get("is_temporal") for e in scalars):
+        raise KeySyncError(
+            f"ConcatTimestepEmbedderND of {', '.join(names)}: only valence, then arousal, of one width per frame is supported"
+        )
+    return widths.pop()
+
+
 def wrapper_from_sgm(target: str, arguments: Arguments) -> tuple[dict[str, Any], tuple[int, int] | None]:
     """Fields of `StageConfig` that a network wrapper decides, and the (height, width) of its learned filler.
 
     Raises:
-      KeySyncError: another wrapper than DubbingWrapper and InterpolationWrapper, or an argument that is not built here.
+      KeySyncError: another wrapper than DubbingWrapper, OpenAIWrapper and InterpolationWrapper, or an argument that is not built here.
     """
     name = target.rsplit(".", 1)[-1]
     if name == "DubbingWrapper":
         _refuse_unknown(name, arguments, {"compile_model", "mask_input"})  # neither changes the result
         return {"stage": "keyframe"}, None
+    if name == "OpenAIWrapper":  # joins the latents by channel as DubbingWrapper does
+        _refuse_unknown(name, arguments, {"compile_model", "fix_image_leak", "add_embeddings", "ada_aug_percent"})
+        off = (False, None, 0, 0.0)
+        _require(name, arguments, {"fix_image_leak": off, "add_embeddings": off, "ada_aug_percent": off})
+        return {"stage": "keyframe", "system": "keyface"}, None
     if name != "InterpolationWrapper":
-        raise KeySyncError(f"network wrapper {target} is not supported; DubbingWrapper and InterpolationWrapper are")
+        raise KeySyncError(f"network wrapper {target} is not supported; DubbingWrapper, OpenAIWrapper and InterpolationWrapper are")
     known = {"compile_model", "im_size", "n_channels", "starting_mask_method", "add_mask", "fix_image_leak"}
     _refuse_unknown(name, arguments, known)
     _require(name, arguments, {"fix_image_leak": (False,), "n_channels": (4,)})

@@ -40,6 +40,7 @@ GUIDANCES = {
 SVD_LATENT_SCALE = 0.18215
 
 # Every list of choices that commands and recipes read.
+SYSTEMS = ("keysync", "keyface")  # what a stage belongs to: dubbing of a masked mouth, animation of a whole face
 STAGES = ("keyframe", "interpolation")  # of diffusion, in the order in which they run
 MASK_KINDS = ["box", "full", "mouth", "heart", "face"]  # drawn by `media.masks`, whose `register` adds to them
 FACE_BACKENDS = ("mediapipe", "fan")  # landmark detectors, opened by `media.faces`; the first is the default
@@ -310,9 +311,18 @@ class StageConfig:
     identity_scale: float = 2.0
     num_steps: int = 10
     guidance: GuidanceConfig = GuidanceConfig()
+    # "keysync": what the mask leaves of the source is known; "keyface": no mask, the whole picture is generated.
+    system: str = "keysync"
+    emotion_dim: int = 0  # width of the sinusoids that valence, and arousal, become in front of the audio in `label_emb`; 0: none is read
 
     def __post_init__(self):
         _choice(self, "stage", STAGES)
+        _choice(self, "system", SYSTEMS)
+        if self.emotion_dim % 2 or self.emotion_dim < 0 or (self.emotion_dim and self.unet.adm_in_channels != 2 * self.emotion_dim):
+            raise KeySyncError(
+                f"StageConfig: emotion_dim {self.emotion_dim} must be even, and unet.adm_in_channels twice as much, "
+                f"not {self.unet.adm_in_channels}"
+            )
         _choice(self, "audio_merge", ("mean", "concat", "add"))
         _choice(self, "filler", ("zeros", "ones", "random", "fixed_zeros", "fixed_ones", "none"))
         names, known = self.audio_encoders, (*AUDIO_ENCODERS, *COLUMN_ENCODERS)

@@ -27,9 +27,12 @@ import numpy as np
 
 from keysync_jax.config import StageConfig
 from keysync_jax.diffusion.conditions import Conditions
+from keysync_jax.models.layers import sinusoidal_embedding
 from keysync_jax.models.stage import StageModel
 
 Array = jax.Array | np.ndarray
+
+EMOTION = ("valence", "arousal")  # in this order, in front of the audio
 
 
 def batch_shapes(config: StageConfig) -> dict[str, tuple[int, ...]]:
@@ -40,12 +43,17 @@ def batch_shapes(config: StageConfig) -> dict[str, tuple[int, ...]]:
     - `mask [T, h, w, 1]`: 1 = regenerate, 0 = known. A batch without it has no known region: everything is generated.
     - `identity [h, w, C]` (keyframe stage): scaled latent of the person's picture; or one per frame.
     - `endpoints [2, h, w, C]` (interpolation stage): scaled latents of the first and the last frame.
-    - `vector [T, V]`, or one for all frames `[V]`, if the network reads one (`unet.adm_in_channels`): extra conditioning of the time
-      embedding.
+    - `valence [T]` and `arousal [T]` in [-1, 1], if the stage reads them (`emotion_dim`).
+    - `vector [T, V]`, or one for all frames `[V]`, if the network reads another one (`unet.adm_in_channels`): extra conditioning of the
+      time embedding.
     """
     frames, (h, w), channels = config.num_frames, (config.latent_size, config.latent_size), config.unet.out_channels
     shapes = {"known": (frames, h, w, channels), "audio": (frames, 2, config.audio_feature_dim), "mask": (frames, h, w, 1)}
     shapes |= {"identity": (h, w, channels)} if config.stage == "keyframe" else {"endpoints": (2, h, w, channels)}
+    if config.system == "keyface":  # nothing of the source is known; in training `known` is the target
+        del shapes["mask"]
+    if config.emotion_dim:
+        return shapes | {name: (frames,) for name in EMOTION}
     return shapes | ({"vector": (frames, config.unet.adm_in_channels)} if config.unet.adm_in_channels else {})
 
 
@@ -59,6 +67,8 @@ def conditions(model: StageModel, variables: Mapping[str, Any], batch: Mapping[s
     """
     latents = batch["identity"] if model.config.stage == "keyframe" else join_frames(batch["endpoints"])
     given = {name: jnp.asarray(batch[name]) for name in ("known", "mask", "vector") if name in batch}
+    if model.config.emotion_dim:
+        given["vector"] = emotion_vector(*(jnp.asarray(batch[name]) for name in EMOTION), model.config.emotion_dim)
     return Conditions(
         jnp.asarray(raw_latents(latents, model.config.latent_scale)),
         model.apply(variables, batch["audio"], method="embed_audio"),
@@ -66,6 +76,14 @@ def conditions(model: StageModel, variables: Mapping[str, Any], batch: Mapping[s
         given.get("mask"),
         given.get("vector"),
     )
+
+
+def emotion_vector(valence: jax.Array, arousal: jax.Array, width: int) -> jax.Array:
+    """Valence and arousal `[..., T]` in [-1, 1] as the time embedding reads them, `[..., T, 2 * width]` float32.
+
+    Each becomes cosines, then sines, of `width / 2` frequencies from 1 down to 1/10000: smooth, and monotone in the sines.
+    """
+    return jnp.concatenate([sinusoidal_embedding(value, width) for value in (valence, arousal)], axis=-1)
 
 
 def raw_latents(scaled: Array, latent_scale: float) -> Array:

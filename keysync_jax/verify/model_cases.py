@@ -378,6 +378,9 @@ def _condition(
             target, embedding = arguments.get("cond_type") or "audio_emb", _embed_audio(arguments, weights, key, value)
             if draw is not None:
                 embedding = np.asarray(zero_where_dropped(jnp.asarray(embedding), jnp.asarray(draw)))
+        elif kind == "ConcatTimestepEmbedderND":
+            target, embedding = "vector", np.asarray(layers.sinusoidal_embedding(jnp.asarray(value).ravel(), arguments["outdim"]))
+            embedding = np.concatenate([out[target], embedding], axis=-1) if target in out else embedding
         elif kind == "IdentityEncoder":
             target, embedding = arguments["cond_type"], value
         else:
@@ -386,6 +389,7 @@ def _condition(
     return out
 
 
+@runner("keyface_conditioner")
 @runner("conditioner")
 def conditioner(case: Case) -> Tensors:
     zero = tuple(case.meta["force_uc_zero_embeddings"])
@@ -407,5 +411,6 @@ def conditioner(case: Case) -> Tensors:
             add(f"{stage}_pixels.c", _condition(embedders, case.weights, stage, pixels))
     batch = batch_of("train")
     keep = {"cond_frames": batch["bernoulli_cond_frames"], "audio_emb": batch["bernoulli_audio"]}
-    add("train", _condition(case.config["train"], case.weights, "keyframe", batch, keep=keep))
+    embedders = case.config.get("train", case.config["keyframe"])
+    add("train", _condition(embedders, case.weights, "keyframe", batch, keep=keep))
     return out
