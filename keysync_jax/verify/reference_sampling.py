@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ class Trajectory(NamedTuple):
 
 
 def sample(
-    network: Network, noise: jax.Array, sigmas: np.ndarray, conditions: Conditions, guidance: Guidance
+    network: Network | Mapping[str, Network], noise: jax.Array, sigmas: np.ndarray, conditions: Conditions, guidance: Guidance
 ) -> tuple[jax.Array, Trajectory]:
     """`sampler.sample` with every state."""
     step = sampler.euler_step(network, conditions, guidance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from keysync_jax.diffusion import schedules, sigma_sampling
 from keysync_jax.diffusion.conditions import Conditions, drop, without
 from keysync_jax.diffusion.inpainting import Network, denoise
 from keysync_jax.diffusion.loss import Decoder, LossConfig, Losses, PixelTargets, noised, prediction_loss
+from keysync_jax.diffusion.preconditioning import v_weighting
 from keysync_jax.models import conditioning, table
 from keysync_jax.models.stage import StageModel
 from keysync_jax.models.vae import VAE
@@ -26,6 +28,8 @@ from keysync_jax.verify.reference_sampling import sample as sample_states
 
 # The reference's names of the conditions that can be left out, and ours.
 _CONDITIONS = {"cond_frames": "identity", "audio_emb": "audio"}
+# Of a stage that knows a part of the source: its latents and the mask.
+_KNOWN = {"known": "gt_list", "mask": "masks_list"}
 # With `cut_audio` the reference keeps this many features of the interpolation stage's audio.
 _CUT_AUDIO = 768
 # Smallest tolerance of the stored gradients; the norms come without tolerances of their own.
@@ -78,27 +82,29 @@ def build_engine(case: Case, num_frames: int) -> Engine:
     )
 
 
+@runner("keyface_sampler_keyframes")
 @runner("sampler_keyframes")
 def run_sampler_keyframes(case: Case) -> dict[str, np.ndarray]:
     inputs, num_frames = case.inputs, case.meta["num_frames"]
     engine = build_engine(case, num_frames)
     identity = to_images(inputs["embeddings"])
-    sample = _compiled_sampler(case, engine)
+    sample = compiled_sampler(case, engine)
     out: dict[str, Any] = {}
     latents = []
     for i, audio in enumerate(inputs["audio_list"]):
-        gt, masks, noise = (to_images(inputs[name][i])[None] for name in ("gt_list", "masks_list", "noise"))
-        batch = {"identity": identity, "audio": audio[None], "known": gt, "mask": masks}
+        batch = {"identity": identity, "audio": audio[None]}
+        batch |= {ours: to_images(inputs[name][i])[None] for ours, name in _KNOWN.items() if name in inputs}
+        batch |= {name: inputs[f"{name}_list"][i][None] for name in conditioning.EMOTION if f"{name}_list" in inputs}
         conditions = engine.conditions(engine.params, batch)
-        result, tensors = sample(engine.params, noise, conditions)
+        result, tensors = sample(engine.params, to_images(inputs["noise"][i])[None], conditions)
         latents.append(np.asarray(result[0]))
         out |= {f"mid.w{i}.{name}": value for name, value in tensors.items()}
     out["out.samples_z"] = from_video(np.stack(latents))
     decode_jitted = jax.jit(engine.decode)
     raw = [window / np.float32(engine.scale) for window in latents]
-    images = [_decode(decode_jitted, window, case.meta["decoding_t"]) for window in raw]
+    images = [decode_frames(decode_jitted, window, case.meta["decoding_t"]) for window in raw]
     out["out.samples_x"] = from_images(np.concatenate(images))
-    out["out.samples_x_all"] = from_images(_decode(decode_jitted, raw[-1], None))
+    out["out.samples_x_all"] = from_images(decode_frames(decode_jitted, raw[-1], None))
     return out
 
 
@@ -115,21 +121,21 @@ def run_sampler_interpolation(case: Case) -> dict[str, np.ndarray]:
         audio = audio[..., :_CUT_AUDIO]
     known, mask = (np.moveaxis(inputs[name], 2, -1) for name in ("gt_chunks", "masks_chunks"))
     conditions = engine.conditions(engine.params, {"endpoints": endpoints, "audio": audio, "known": known, "mask": mask})
-    result, tensors = _compiled_sampler(case, engine, case.meta["chunk_size"])(
+    result, tensors = compiled_sampler(case, engine, case.meta["chunk_size"])(
         engine.params, to_video(inputs["noise"], num_frames), conditions
     )
     latents = np.array(result)
     latents[:, 0], latents[:, -1] = endpoints[:, 0], endpoints[:, 1]
     flat = latents.reshape(-1, *latents.shape[2:])
-    images = _decode(jax.jit(engine.decode), flat / np.float32(engine.scale), case.meta["decoding_t"])
+    images = decode_frames(jax.jit(engine.decode), flat / np.float32(engine.scale), case.meta["decoding_t"])
     return {
         "out.samples_z": from_images(flat),
         "out.samples_x": from_images(images),
-        "out.vid": from_images(_merge(images.reshape(*latents.shape[:2], *images.shape[1:]))),
+        "out.vid": from_images(merged_video(images.reshape(*latents.shape[:2], *images.shape[1:]))),
     } | {f"mid.{name}": value for name, value in tensors.items()}
 
 
-def _merge(segments: np.ndarray) -> np.ndarray:
+def merged_video(segments: np.ndarray) -> np.ndarray:
     """Segments `[W, T, H, W, 3]` in [-1, 1] to one 8-bit video; the frame that two segments share is averaged."""
     unit = np.clip((segments + 1) / 2, 0, 1)
     shared = (unit[:-1, -1] + unit[1:, 0]) / 2
@@ -138,7 +144,7 @@ def _merge(segments: np.ndarray) -> np.ndarray:
     return (frames * 255).astype(np.uint8)
 
 
-def _compiled_sampler(case: Case, engine: Engine, videos_per_call: int | None = None):
+def compiled_sampler(case: Case, engine: Engine, videos_per_call: int | None = None):
     """`(params, noise, conditions) -> (latents, tensors to compare)` with the case's sampler settings."""
     settings = engine.sampling
     sigmas = schedules.ays_sigmas(settings["num_steps"], case.meta["strength"])
@@ -159,22 +165,26 @@ def _compiled_sampler(case: Case, engine: Engine, videos_per_call: int | None = 
         for name, given in (("c", conditions), ("uc", without(conditions, *dropped))):
             tensors[f"{name}.concat"] = from_images(given.concat)
             tensors[f"{name}.crossattn"] = np.asarray(given.crossattn)
+            if given.vector is not None:
+                tensors[f"{name}.vector"] = np.asarray(given.vector).reshape(-1, given.vector.shape[-1])
         return latents, tensors
 
     return sample
 
 
-def _decode(decode: Decoder, raw: np.ndarray, at_a_time: int | None) -> np.ndarray:
+def decode_frames(decode: Decoder, raw: np.ndarray, at_a_time: int | None) -> np.ndarray:
     """Raw latents `[N, h, w, 4]` to images `[N, H, W, 3]`, `at_a_time` consecutive frames together (None: all)."""
     size = at_a_time or len(raw)
     return np.concatenate([decode(jnp.asarray(raw[i : i + size][None]))[0] for i in range(0, len(raw), size)])
 
 
+@runner("keyface_loss")
 @runner("loss")
 def run_loss(case: Case) -> dict[str, np.ndarray]:
     inputs, num_frames = case.inputs, case.meta["num_video_frames"]
     engine = build_engine(case, num_frames)
-    latents, noise, masks, frames = (jnp.asarray(to_images(inputs[name])) for name in ("latents", "noise", "masks", "original_frames"))
+    latents, noise, frames = (jnp.asarray(to_images(inputs[name])) for name in ("latents", "noise", "original_frames"))
+    masks = jnp.asarray(to_images(inputs["masks"])) if "masks" in inputs else None
     batch, keep = _training_batch(case, num_frames)
     # NumPy divides by the latent scale; a compiled program may multiply by its inverse, which is another last digit.
     identity = drop(engine.conditions(engine.params, batch), keep).concat
@@ -191,7 +201,8 @@ def run_loss(case: Case) -> dict[str, np.ndarray]:
         return denoised, vjp(cotangent)[0]
 
     trainable = sorted(entry.torch_key for entry in engine.entries if not sgm.is_frozen(entry.torch_key))
-    case.check_equal("parameters trained by the released scripts", trainable, sorted(case.json("trainable_after_to_freeze.json")))
+    if (case.folder / "trainable_after_to_freeze.json").is_file():
+        case.check_equal("parameters trained by the released scripts", trainable, sorted(case.json("trainable_after_to_freeze.json")))
     stored_norms = case.json("grad_norms.json")
     out: dict[str, Any] = {}
     for variant, settings in case.config["loss"].items():
@@ -208,6 +219,7 @@ def run_loss(case: Case) -> dict[str, np.ndarray]:
             config=_loss_config(settings, engine.scale),
             decode=engine.decode,
             pixels=PixelTargets(jnp.asarray(chosen, jnp.int32), frames[:, chosen]),
+            lpips=functools.partial(_mean_distance, v_weighting(sigma)),
         )
         denoised, _ = pull(engine.params, sigma, jnp.zeros_like(latents))
         (_, losses), cotangent = jax.jit(jax.value_and_grad(lambda d, f=of_prediction: _mean_first(f(d)), has_aux=True))(denoised)
@@ -219,7 +231,9 @@ def run_loss(case: Case) -> dict[str, np.ndarray]:
             "out.sigmas": sigma,
             "out.model_output": from_video(denoised),
         }
-        out |= {f"out.{variant}.loss.pixel_{name}": value for name, value in losses.pixels.items()}
+        # The reference lists its perceptual term before it is weighted, the others after.
+        unweighted = {"lpips": 1 / settings.get("weight_pixel", 1.0)}
+        out |= {f"out.{variant}.loss.pixel_{name}": value * unweighted.get(name, 1.0) for name, value in losses.pixels.items()}
         named = dict(table.to_torch(engine.entries, gradients))
         out |= {f"out.grad.{variant}.{key}": value for key, value in named.items()}
         expected = stored_norms[variant]
@@ -236,12 +250,23 @@ def _training_batch(case: Case, num_frames: int) -> tuple[dict[str, Any], dict[s
     frames, keep = to_images(inputs["cond_frames"]), inputs["bernoulli_cond_frames"]
     batch = {
         "endpoints" if frames.ndim == 5 else "identity": frames, "audio": inputs["audio_emb"], "known": to_images(inputs["latents"]),
-        "mask": to_images(inputs["masks"]),
     }  # fmt: skip
+    batch |= {"mask": to_images(inputs["masks"])} if "masks" in inputs else {}
+    batch |= {name: inputs[name] for name in conditioning.EMOTION if name in inputs}
     return batch, {
         "audio": inputs["bernoulli_audio"],
         "identity": keep if keep.size == len(frames) else keep.reshape(-1, num_frames),
     }
+
+
+def _mean_distance(weight: jax.Array, images: jax.Array, source: jax.Array) -> jax.Array:
+    """The cases' stand-in for LPIPS, squared differences of images at half the size, as the reference weights it: `[N]`.
+
+    It multiplies the mean distance by the mean weight, where the mean of the products is meant; divided by each row's weight here, since
+    the loss multiplies by it.
+    """
+    difference = nn.avg_pool(images - source, (2, 2), strides=(2, 2))
+    return jnp.mean(jnp.square(difference)) * jnp.mean(weight) / jnp.repeat(weight, len(images) // len(weight))
 
 
 def _mean_first(losses: Losses) -> tuple[jax.Array, Losses]:
