@@ -54,8 +54,9 @@ def from_checkpoint(
         config = source.own
     else:
         config = shapes.stage_config(tensors, name, options.head_channels, **settings)
+        mask = f", {config.mask.kind} mask" if config.system == "keysync" else ""
         notes.append(
-            f"{source.path} does not say what it was trained with; assumed: {config.audio_encoder} features, {config.mask.kind} mask, "
+            f"{source.path} does not say what it was trained with; assumed: {config.audio_encoder} features{mask}, "
             f"attention heads of {config.unet.num_head_channels}, {config.resolution} pixels"
         )
     table = sgm.stage_table(config)
@@ -67,6 +68,10 @@ def from_checkpoint(
         expected |= {e.torch_key: e.torch_shape for e in part_table(vae_config, ("decoder",))}
     elif vae:
         notes.append(f"{source.path} has no VAE decoder; its part gets the one of {vae.tensors.source}")
+    lpips = {key for key in tensors if key.startswith(f"{sgm.LPIPS}.")}
+    if lpips:
+        notes.append(f"{source.path}: {len(lpips)} tensors of the perceptual loss that it was trained with were left out")
+        tensors = tensors.select(key for key in tensors if key not in lpips)
     copies = optional_copies(tensors, vae_config) & set(tensors)
     if copies:
         notes.append(f"{source.path}: {len(copies)} optional VAE copies were recognised and left out")
@@ -85,6 +90,29 @@ def from_checkpoint(
         notes.append(f"{source.path}: drawn at random: {some(drawn)}")
     complete = [*table, *(part_table(vae_config, ("decoder",)) if vae_config else ())]
     return Part(name, config, merged.select(e.torch_key for e in complete), source.random, tuple(drawn))
+
+
+def weak_network(source: Source, name: str, good: Part[StageConfig], notes: list[str]) -> Part[StageConfig]:
+    """The part of a worse network: of a checkpoint, the U-Net and the learned filler, under whatever module they are; the rest is ignored.
+
+    Raises:
+      KeySyncError: tensors that are missing or mis-shaped for the network that it is a worse version of.
+    """
+    own = {_network_key(key): key for key in source.tensors}
+    found = source.tensors.select(theirs for key, theirs in own.items() if key).renamed({theirs: key for key, theirs in own.items() if key})
+    table = sgm.network_table(good.config)
+    refuse(source.path, compare(found.shapes, {e.torch_key: e.torch_shape for e in table}))
+    if ignored := len(source.tensors) - len(found):
+        notes.append(f"{source.path}: {ignored} tensors beside the network were left out; it reads conditions as the good one does")
+    return Part(name, good.config, found.select(e.torch_key for e in table), source.random)
+
+
+def _network_key(key: str) -> str:
+    """A tensor of a network by its name in an engine; "" for any other."""
+    for module in (sgm.UNET.removeprefix("model."), "learned_mask"):
+        if (place := key.find(module)) >= 0 and not key.startswith(_SVD_EMBEDDERS):
+            return f"model.{key[place:]}"
+    return ""
 
 
 def refuse(path: str, differences: Differences) -> None:
@@ -127,6 +155,7 @@ def from_svd(
     """
     tensors = svd_unet(source, options)
     plain = _diffusers_config(source) if source.kind != "svd" else shapes.unet_config(tensors, options.head_channels)
+    settings = {"audio_encoder": shapes.RELEASED_ENCODERS["keysync"][name], **{k: v for k, v in settings.items() if v is not None}}
     config = StageConfig(stage=name, unet=shapes.with_audio(plain, name), **settings)
     table = sgm.stage_table(config)
     expected = {e.torch_key: e.torch_shape for e in table}

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from keysync_jax.config import StageConfig
+from keysync_jax.config import WEAK_PARTS, StageConfig
 from keysync_jax.converters import diffusers, hub, safetensors_file, sgm, torch_file
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import DECODER, SELF_DESCRIPTION, PartConfig, described
@@ -26,6 +27,7 @@ from keysync_jax.models.speech import registry
 _KINDS = {
     "keyframe": "KeySync keyframe checkpoint",
     "interpolation": "KeySync interpolation checkpoint",
+    "interpolation_bad": "worse interpolation network of autoguidance",
     "svd": "Stable Video Diffusion in one file (sgm names)",
     "diffusers_unet": "Stable Video Diffusion U-Net (diffusers)",
     "diffusers_vae": "Stable Video Diffusion VAE (diffusers)",
@@ -41,6 +43,7 @@ _WEIGHT_NAMES = tuple(
     for stem in ("diffusion_pytorch_model", "model", "pytorch_model")
     for end in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 )
+_AUDIO_LINEAR = re.compile(r"conditioner\.embedders\.[123]\.linear\.")  # KeyFace's are 1 and 3
 SIDECAR = "keysync.safetensors"  # beside unet/ and vae/ in our diffusers exports
 
 
@@ -159,7 +162,7 @@ def _open_file(path: epath.Path) -> Source:
     preprocessor = path.parent / "preprocessor_config.json"
     own = described(opened.own, str(path))
     return Source(
-        kind=own.stage if isinstance(own, StageConfig) else recognise(opened.tensors, config),
+        kind=opened.own["part"] if isinstance(own, StageConfig) else _told_by_name(recognise(opened.tensors, config), path),
         path=str(path),
         container=opened.container,
         tensors=opened.tensors,
@@ -169,6 +172,12 @@ def _open_file(path: epath.Path) -> Source:
         own=own,
         random=own is not None and bool(opened.own.get("random")),
     )
+
+
+def _told_by_name(kind: str, path: epath.Path) -> str:
+    """A worse network has the tensors of the good one: the released file's name is all that tells it."""
+    weak = next((name for name, stage in WEAK_PARTS.items() if stage == kind and path.name.startswith(name)), None)
+    return weak or kind
 
 
 class _Opened(NamedTuple):
@@ -293,6 +302,6 @@ def _stage_kind(tensors: Tensors) -> str:
         return "interpolation"
     label = width(f"{unet}label_emb.0.0.weight", 1)
     contexts = {width(key, 1) for key in tensors if key.startswith(unet) and key.endswith("attn2.to_k.weight")}
-    if any(key.startswith("conditioner.embedders.2.linear.") for key in tensors) or (label is not None and contexts == {label}):
+    if any(_AUDIO_LINEAR.match(key) for key in tensors) or (label is not None and contexts == {label}):
         return "keyframe"
     return "svd"

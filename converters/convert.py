@@ -14,13 +14,12 @@ from typing import Any
 from etils import epath
 from rich.console import Console
 
-from keysync_jax.config import MaskConfig, StageConfig, VAEConfig
+from keysync_jax.config import WEAK_PARTS, MaskConfig, StageConfig, VAEConfig
 from keysync_jax.converters import assemble_audio, assemble_stage, assemble_vae, model_directory
 from keysync_jax.converters.byte_progress import byte_progress
 from keysync_jax.converters.containers import Source, open_sources, title
 from keysync_jax.converters.lazy import FLOAT_TYPES
 from keysync_jax.converters.parts import STAGES, Part, PartConfig, audio_part_name
-from keysync_jax.converters.shapes import RELEASED_ENCODERS
 from keysync_jax.converters.staging import check_free
 from keysync_jax.core.differences import some
 from keysync_jax.core.errors import KeySyncError, UsageError
@@ -35,7 +34,9 @@ class Options:
     Attributes:
       allow_missing: tensors that may be missing or mis-shaped (they are drawn at random), or parts that may be left out.
       allow_unexpected: tensors that may be there and are ignored.
-      encoders: stage -> the speech encoder that it was trained with ("hubert+wavlm" for two side by side).
+      encoders: stage -> the speech encoder that it was trained with ("hubert+wavlm" for two side by side); the others are released ones.
+      bad: file with the worse interpolation network that autoguidance leads away from, where its name does not say it
+        (`interpolation_bad…`).
       mask: kind of the mask that the stages were trained with.
       resolution: side of the face crop in pixels; None follows from the learned filler, or is 512.
       head_channels: width of an attention head, for U-Nets that are not SVD's size.
@@ -45,7 +46,8 @@ class Options:
 
     allow_missing: tuple[str, ...] = ()
     allow_unexpected: tuple[str, ...] = ()
-    encoders: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(RELEASED_ENCODERS))
+    encoders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    bad: str | None = None
     mask: str = "box"
     resolution: int | None = None
     head_channels: int | None = None
@@ -96,6 +98,8 @@ def convert(
     # Said before gigabytes are downloaded, compared and hashed, not after.
     check_free(out, force=force, replaceable=model_directory.is_model_directory)
     opened = [source for path in sources for source in open_sources(os.fspath(path))]
+    if settings.bad is not None:
+        opened += [_as_weak(source) for source in open_sources(settings.bad)]
     by_role = _by_role(opened)
     _refuse_contradictions(by_role, options)
     parts, notes, used = _assemble(by_role, settings)
@@ -117,13 +121,21 @@ def convert(
     return Conversion(directory, tuple(notes))
 
 
+def _as_weak(source: Source) -> Source:
+    """A source of an interpolation network as a worse version of it."""
+    weak = next((name for name, stage in WEAK_PARTS.items() if source.kind in (name, stage)), None)
+    if weak is None:
+        raise UsageError(f"--bad {source.path} holds {title(source.kind)}; give an interpolation network")
+    return dataclasses.replace(source, kind=weak)
+
+
 def _settings(options: Options) -> Options:
     if options.dtype not in (None, *FLOAT_TYPES):
         raise UsageError(f"dtype {options.dtype!r}: choose one of {', '.join(FLOAT_TYPES)}")
     unknown = set(options.encoders) - set(STAGES)
     if unknown:
         raise UsageError(f"encoders: {', '.join(sorted(unknown))} is no stage; there are {', '.join(STAGES)}")
-    return dataclasses.replace(options, encoders={**RELEASED_ENCODERS, **options.encoders})
+    return options
 
 
 def _refuse_contradictions(by_role: Mapping[str, Source], given: Mapping[str, Any]) -> None:
@@ -146,6 +158,7 @@ def _refuse_contradictions(by_role: Mapping[str, Source], given: Mapping[str, An
 _ROLES = {
     "keyframe": ("keyframe",),
     "interpolation": ("interpolation",),
+    **{name: (name,) for name in WEAK_PARTS},
     "svd": ("svd_unet", "svd_vae"),
     "diffusers_unet": ("svd_unet",),
     "diffusers_vae": ("svd_vae",),
@@ -171,7 +184,8 @@ def _by_role(opened: Sequence[Source]) -> dict[str, Source]:
             if role == "svd_vae" and role in by_role and assemble_vae.same_encoder(by_role[role], source):
                 continue
             if role in by_role:
-                raise UsageError(f"{by_role[role].path} and {source.path} are both {title(source.kind)}; give one of them")
+                hint = ", or name the worse one of a KeyFace model with --bad" if role in WEAK_PARTS.values() else ""
+                raise UsageError(f"{by_role[role].path} and {source.path} are both {title(source.kind)}; give one of them{hint}")
             by_role[role] = source
     return by_role
 
@@ -187,7 +201,7 @@ def _assemble(by_role: Mapping[str, Source], options: Options) -> tuple[list[Par
     settings = _stage_settings(by_role, config, options)
     stages: list[Part[StageConfig]] = []
     for name in STAGES:
-        stage_settings = {**settings, "audio_encoder": options.encoders[name]}
+        stage_settings = {**settings, "audio_encoder": options.encoders.get(name)}
         if name in by_role:
             stages.append(assemble_stage.from_checkpoint(by_role[name], name, vae, stage_settings, options, notes, used))
         elif training:
@@ -201,7 +215,18 @@ def _assemble(by_role: Mapping[str, Source], options: Options) -> tuple[list[Par
             notes.append(f"{unet_only.path} is not part of the result: both stages come from KeySync checkpoints")
     audio = [assemble_audio.assemble(by_role[kind], options, used) for kind in registry.ENCODERS if kind in by_role]
     audio += assemble_audio.without_weights([part.config for part in stages], {part.name: part for part in audio})
-    return [*stages, *([vae] if vae else []), *audio], notes, used
+    weak = [_weak(by_role[name], name, stages, notes) for name in WEAK_PARTS if name in by_role]
+    for part in stages:
+        if part.config.guidance.kind == "auto" and part.name not in {WEAK_PARTS[each.name] for each in weak}:
+            notes.append(f"the directory has no {part.name}_bad, the worse network of its autoguidance: its keysync animate goes without")
+    return [*stages, *weak, *([vae] if vae else []), *audio], notes, used
+
+
+def _weak(source: Source, name: str, stages: Sequence[Part[StageConfig]], notes: list[str]) -> Part[StageConfig]:
+    good = next((part for part in stages if part.name == WEAK_PARTS[name]), None)
+    if good is None:
+        raise KeySyncError(f"{source.path} is a worse version of an {WEAK_PARTS[name]} network that is not there; give that one, too")
+    return assemble_stage.weak_network(source, name, good, notes)
 
 
 def _stage_settings(by_role: Mapping[str, Source], vae: VAEConfig | None, options: Options) -> dict[str, Any]:

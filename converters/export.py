@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from keysync_jax.config import CONTAINERS, TORCH_FORMATS, StageConfig, VAEConfig
+from keysync_jax.config import CONTAINERS, TORCH_FORMATS, WEAK_PARTS, StageConfig, VAEConfig
 from keysync_jax.converters import diffusers, model_directory, safetensors_file, sgm, torch_write
 from keysync_jax.converters.byte_progress import byte_progress
 from keysync_jax.converters.containers import SIDECAR
@@ -52,7 +52,8 @@ def export(
 ) -> list[str]:
     """Writes a model directory's stages for PyTorch.
 
-    "keysync" writes `keyframe_dub.pt` and `interpolation_dub.pt` as KeySync reads them: `{"module": {name: tensor}}`. "diffusers"
+    "keysync" writes `keyframe_dub.pt` and `interpolation_dub.pt` as KeySync reads them: `{"module": {name: tensor}}`; of a KeyFace model
+    `keyframe.pt`, `interpolation.pt` and `interpolation_bad.pt`. "diffusers"
     writes a Stable Video Diffusion folder per stage (`unet/`, `vae/`), with the audio projection and the learned filler in
     `keysync.safetensors` beside them.
 
@@ -77,7 +78,7 @@ def export(
     """
     console = console or Console(stderr=True)
     directory = model_directory.load(model, complete=False)
-    names = _stages(directory, stages)
+    names = _stages(directory, stages, format)
     copies = _check_options(format, container, vae_copies, dtype)
     stored = FLOAT_TYPES[dtype] if dtype else None
     with staged(output, force=force, replaceable=is_export) as folder:
@@ -85,7 +86,7 @@ def export(
         for name in names:
             tensors = directory.tensors(name).astype(stored)
             if format == "keysync":
-                if copies:
+                if copies and name in STAGES:
                     tensors = tensors.updated(_vae_copies(name, directory.vae, directory.tensors("vae").astype(stored), copies))
                 with byte_progress(console, name, tensors.nbytes) as advance:
                     written.append(_write_keysync(folder, directory, name, tensors, container, advance))
@@ -136,14 +137,15 @@ def export_params(
     _write_file(path, describe(config.stage, config, random=False), tensors, container, None)
 
 
-def _stages(directory: ModelDirectory, stages: Iterable[str] | None) -> list[str]:
+def _stages(directory: ModelDirectory, stages: Iterable[str] | None, format: str) -> list[str]:
+    weak = [name for name in WEAK_PARTS if name in directory.parts] if format == "keysync" else []  # a file like the others there alone
     names = [name for name in STAGES if name in directory.parts] if stages is None else list(stages)
     if not names:
         raise KeySyncError(f"model directory {directory.path} has no stage to export")
     unknown = [name for name in names if name not in STAGES]
     if unknown:
         raise UsageError(f"{', '.join(unknown)} is no stage; there are {', '.join(STAGES)}")
-    return names
+    return names + [name for name in weak if WEAK_PARTS[name] in names]
 
 
 def _check_options(format: str, container: str, vae_copies: bool | Iterable[str], dtype: str | None) -> tuple[str, ...]:
@@ -168,9 +170,9 @@ def _check_options(format: str, container: str, vae_copies: bool | Iterable[str]
 
 
 def _write_keysync(folder: epath.Path, directory: ModelDirectory, name: str, tensors: Tensors, container: str, advance) -> str:
-    if not any(key.startswith(DECODER) for key in tensors):
+    if name in STAGES and not any(key.startswith(DECODER) for key in tensors):
         raise KeySyncError(f"the {name} part has no VAE decoder, which the reference loads from its checkpoint; convert again with one")
-    file = f"{name}_dub.{container}"
+    file = f"{name}{'_dub' if directory.stage(name).system == 'keysync' else ''}.{container}"  # as each system's authors call it
     _write_file(folder / file, _describe(directory, name), tensors, container, advance)
     return file
 

@@ -137,7 +137,7 @@ def _account_stage(source: Source) -> tuple[StageConfig, Differences, int]:
     if any(key.startswith(DECODER) for key in tensors):
         vae = shapes.vae_config(tensors, sgm.VAE_PREFIX, quant_conv=False)
         expected |= {e.torch_key: e.torch_shape for e in part_table(vae, ("decoder",))}
-    copies = assemble_stage.optional_copies(tensors, vae) & set(tensors)
+    copies = assemble_stage.optional_copies(tensors, vae) & set(tensors) | {key for key in tensors if key.startswith(f"{sgm.LPIPS}.")}
     return config, compare(tensors.select(key for key in tensors if key not in copies).shapes, expected), len(copies)
 
 

@@ -3,6 +3,7 @@
     model_index.json                     format version, parts, where they came from
     keyframe/       config.json model.safetensors      the complete KeySync layout, decoder included
     interpolation/  config.json model.safetensors
+    interpolation_bad/  …                               KeyFace: the worse network of autoguidance, its `model.*` tensors alone
     vae/            config.json model.safetensors      encoder, quant_conv and decoder under first_stage_model.
     audio/hubert/   config.json model.safetensors      one folder per speech encoder ("log_mel" has no weights)
 
@@ -23,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from keysync_jax import config as configs
-from keysync_jax.config import AUDIO_ENCODERS, SpeechEncoderConfig, StageConfig, VAEConfig
+from keysync_jax.config import AUDIO_ENCODERS, WEAK_PARTS, SpeechEncoderConfig, StageConfig, VAEConfig
 from keysync_jax.converters import hub, safetensors_file
 from keysync_jax.converters.lazy import Tensors, from_params
 from keysync_jax.converters.parts import (
@@ -51,6 +52,7 @@ from keysync_jax.models.table import Table, to_flax
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "model.safetensors"
 FORMAT, VERSION = "keysync-jax", 1
 C = TypeVar("C", bound=PartConfig)
+_SYSTEMS = {"keysync": "KeySync", "keyface": "KeyFace"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,7 @@ class ModelDirectory:
 
     def table(self, part: str) -> Table:
         """Entries of the parameters of a part; a stage's decoder copy is not among them."""
-        return part_table(self._part(part).config)
+        return part_table(self._part(part).config, name=part)
 
     def tensors(self, part: str) -> Tensors:
         """Every tensor of a part's file, in torch layout and the reference's names; none for a speech encoder without weights.
@@ -256,7 +258,7 @@ def _load_part(root: epath.Path, name: str) -> StoredPart:
     if record.part != name:
         raise KeySyncError(f"{path} describes {record.part!r}, not {name}")
     config = configs.from_dict(config_class(name), record.config, str(path))
-    if isinstance(config, StageConfig) and config.stage != name:
+    if isinstance(config, StageConfig) and config.stage != WEAK_PARTS.get(name, name):
         raise KeySyncError(f"{path} is for the {config.stage} stage, not for {name}")
     if isinstance(config, SpeechEncoderConfig) and audio_part_name(config.kind) != name:
         raise KeySyncError(f"{path} is a {config.kind} encoder; it belongs in {audio_part_name(config.kind)}")
@@ -282,6 +284,15 @@ def check(where: str, parts: Mapping[str, PartConfig], complete: bool = True) ->
             raise KeySyncError(f"model directory {where} has no part {name}; convert again with a source for it")
     vae = parts.get("vae")
     stages = {name: config for name in STAGES if isinstance(config := parts.get(name), StageConfig)}
+    if len(systems := {name: stage.system for name, stage in stages.items()}) > 1 and len(set(systems.values())) > 1:
+        which = " and ".join(f"the {name} stage is {_SYSTEMS[system]}'s" for name, system in systems.items())
+        raise KeySyncError(f"{where}: {which}; they do not belong together")
+    for name, stage in WEAK_PARTS.items():
+        weak, good = parts.get(name), stages.get(stage)
+        if isinstance(weak, StageConfig) and good is not None and (weak.unet, weak.latent_size) != (good.unet, good.latent_size):
+            raise KeySyncError(
+                f"{where}: {name} has another network than {stage}, which it is a worse version of; give one of the same sizes"
+            )
     speech = {name: config for name, config in parts.items() if isinstance(config, SpeechEncoderConfig)}
     for name, stage in stages.items():
         columns = [encoder for encoder in stage.audio_encoders if encoder not in AUDIO_ENCODERS]
@@ -384,7 +395,7 @@ def save_params(
         decoder = from_params(part_table(configurations["vae"], ("decoder",)), params["vae"], "vae")
     parts = []
     for name, config in configurations.items():
-        tensors = from_params(part_table(config), params.get(name, {}), name)
+        tensors = from_params(part_table(config, name=name), params.get(name, {}), name)
         if name in STAGES and decoder is not None:
             tensors = tensors.updated(dict(decoder.lazy_items()))
         parts.append(Part(name, config, tensors, random))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from keysync_jax import config as configs
-from keysync_jax.config import AUDIO_ENCODERS, STAGES, GuidanceConfig, SpeechEncoderConfig, StageConfig, VAEConfig
+from keysync_jax.config import AUDIO_ENCODERS, STAGES, WEAK_PARTS, GuidanceConfig, SpeechEncoderConfig, StageConfig, VAEConfig
 from keysync_jax.converters import sgm
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.models.speech import registry
@@ -28,7 +28,7 @@ class Part(Generic[C]):
     """One part to be written.
 
     Attributes:
-      name: "keyframe", "interpolation", "vae" or "audio/<encoder>".
+      name: "keyframe", "interpolation", "interpolation_bad", "vae" or "audio/<encoder>".
       config: what it is.
       tensors: torch key -> array in the reference's names; empty for an encoder without weights.
       random: whether all of it is drawn at random.
@@ -51,10 +51,10 @@ def audio_part_names(stage: StageConfig) -> tuple[str, ...]:
     return tuple(map(audio_part_name, stage.audio_encoders))
 
 
-def part_table(config: PartConfig, vae_halves: Sequence[str] = ("encoder", "decoder")) -> Table:
-    """Entries of a part's parameters; `vae_halves` chooses among a VAE's."""
+def part_table(config: PartConfig, vae_halves: Sequence[str] = ("encoder", "decoder"), name: str = "") -> Table:
+    """Entries of a part's parameters; `vae_halves` chooses among a VAE's, and the `name` of a weak network leaves out the projection."""
     if isinstance(config, StageConfig):
-        return sgm.stage_table(config)
+        return sgm.network_table(config) if name in WEAK_PARTS else sgm.stage_table(config)
     if isinstance(config, VAEConfig):
         return sgm.vae_table(config, parts=vae_halves)
     return registry.audio_table(config)
@@ -75,15 +75,25 @@ def describe(name: str, config: PartConfig, random: bool) -> dict[str, Any]:
     values = configs.to_dict(config)
     if isinstance(config, StageConfig) and config.guidance == GuidanceConfig():
         del values["guidance"]  # so that versions from before it read the file
+    if isinstance(config, StageConfig):
+        for field in ("system", "emotion_dim"):  # likewise
+            if getattr(config, field) == getattr(StageConfig, field):
+                del values[field]
     return {"part": name, "config": values, "random": random}
 
 
 def config_class(name: str) -> type[PartConfig]:
-    return StageConfig if name in STAGES else VAEConfig if name == "vae" else registry.ENCODERS[name.removeprefix("audio/")].config
+    return (
+        StageConfig
+        if name in (*STAGES, *WEAK_PARTS)
+        else VAEConfig
+        if name == "vae"
+        else registry.ENCODERS[name.removeprefix("audio/")].config
+    )
 
 
 def is_part_name(name: str) -> bool:
-    return name in (*STAGES, "vae") or name in map(audio_part_name, AUDIO_ENCODERS)
+    return name in (*STAGES, *WEAK_PARTS, "vae") or name in map(audio_part_name, AUDIO_ENCODERS)
 
 
 def described(description: Any, where: str) -> PartConfig | None:

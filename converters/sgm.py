@@ -17,6 +17,7 @@ from keysync_jax.models.table import Entry, Table, conv, linear, norm, prefixed,
 __all__ = [
     "audio_linear",
     "is_frozen",
+    "network_table",
     "resblock_table",
     "stage_config_from_sgm",
     "stage_table",
@@ -35,6 +36,11 @@ UNET_PREFIX, VAE_PREFIX = f"{UNET}.", f"{VAE}."
 def audio_linear(config: StageConfig) -> str:
     """Where the checkpoint has the audio projection: behind the embedders of the latents, of KeySync's mask, of KeyFace's emotion."""
     return f"conditioner.embedders.{2 if config.system == 'keysync' else 1 + 2 * bool(config.emotion_dim)}.linear"
+
+
+def network_table(config: StageConfig, latent_shape: tuple[int, int] | None = None) -> Table:
+    """Of those of `stage_table`, the tensors of the network alone, without the audio projection."""
+    return [entry for entry in stage_table(config, latent_shape) if entry.torch_key.startswith("model.")]
 
 
 def is_frozen(torch_key: str) -> bool:

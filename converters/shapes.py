@@ -5,18 +5,23 @@ Everything but two things shows in the shapes: the width of an attention head, a
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from keysync_jax.config import SpeechEncoderConfig, StageConfig, UNetConfig, VAEConfig
+from keysync_jax.config import GuidanceConfig, SpeechEncoderConfig, StageConfig, UNetConfig, VAEConfig
 from keysync_jax.converters.lazy import Tensors
-from keysync_jax.converters.sgm import AUDIO_LINEAR, UNET_PREFIX
+from keysync_jax.converters.sgm import UNET_PREFIX
 from keysync_jax.core.errors import KeySyncError
 
 FILLER = "model.learned_mask"
-# Which encoder's features the released stages read, as their authors say.
-RELEASED_ENCODERS = {"keyframe": "hubert", "interpolation": "wavlm"}
+# Which encoders' features the released stages read, as their authors say, by system.
+RELEASED_ENCODERS = {
+    "keysync": {"keyframe": "hubert", "interpolation": "wavlm"},
+    "keyface": {"keyframe": "wavlm+beats", "interpolation": "wav2vec2+beats"},
+}
+_AUDIO_LINEAR = re.compile(r"conditioner\.embedders\.(\d+)\.linear\.weight")
 _SVD_CHANNELS, _SVD_HEAD = 320, 64
 
 
@@ -97,8 +102,13 @@ def with_audio(plain: UNetConfig, stage: str, add_indicator: bool = True) -> UNe
     return UNetConfig(**values)
 
 
+def system_of(tensors: Tensors) -> str:
+    """Which system a checkpoint belongs to: KeySync's conditioner has a mask before the audio, which is therefore number 2."""
+    return "keyface" if any((found := _AUDIO_LINEAR.fullmatch(key)) and found[1] in ("1", "3") for key in tensors) else "keysync"
+
+
 def stage_config(tensors: Tensors, kind: str, head_channels: int | None = None, **settings: Any) -> StageConfig:
-    """The stage that a KeySync checkpoint holds.
+    """The stage that a KeySync or KeyFace checkpoint holds.
 
     Args:
       tensors: checkpoint in sgm names.
@@ -111,17 +121,24 @@ def stage_config(tensors: Tensors, kind: str, head_channels: int | None = None, 
     """
     plain = unet_config(tensors, head_channels)
     unet = with_audio(plain, kind)
-    values: dict[str, Any] = {"audio_encoder": RELEASED_ENCODERS[kind], "num_frames": unet.num_frames}
-    if (linear := f"{AUDIO_LINEAR}.weight") in tensors:
+    system = system_of(tensors)
+    values: dict[str, Any] = {"audio_encoder": RELEASED_ENCODERS[system][kind], "num_frames": unet.num_frames, "system": system}
+    if linear := next(filter(_AUDIO_LINEAR.fullmatch, tensors), None):
         values["audio_feature_dim"] = _shape(tensors, linear, 2)[1]
     if kind == "interpolation":
         values["add_indicator"] = plain.in_channels > 2 * plain.out_channels
         unet = with_audio(plain, kind, values["add_indicator"])
+        if system == "keyface":
+            values["guidance"] = GuidanceConfig(kind="auto", scale=2.0)
         if FILLER in tensors:
             _, height, width = _shape(tensors, FILLER, 3)
             if height != width:
                 raise KeySyncError(f"{tensors.source}: {FILLER} is {height}x{width}; only square latents are supported")
             values["latent_size"] = height
+    emotion = plain.adm_in_channels - plain.context_dim  # `label_emb` reads valence and arousal in front of the audio
+    if system == "keyface" and emotion > 0 and emotion % 4 == 0:
+        values["emotion_dim"] = emotion // 2
+        unet = dataclasses.replace(unet, adm_in_channels=emotion)
     values |= {name: value for name, value in settings.items() if value is not None}
     return StageConfig(stage=kind, unet=unet, **values)
 

@@ -42,6 +42,8 @@ SVD_LATENT_SCALE = 0.18215
 # Every list of choices that commands and recipes read.
 SYSTEMS = ("keysync", "keyface")  # what a stage belongs to: dubbing of a masked mouth, animation of a whole face
 STAGES = ("keyframe", "interpolation")  # of diffusion, in the order in which they run
+# Parts that hold a worse version of a stage's network, from which autoguidance leads away, and the stage.
+WEAK_PARTS = {"interpolation_bad": "interpolation"}
 MASK_KINDS = ["box", "full", "mouth", "heart", "face"]  # drawn by `media.masks`, whose `register` adds to them
 FACE_BACKENDS = ("mediapipe", "fan")  # landmark detectors, opened by `media.faces`; the first is the default
 COMPUTE_DTYPES = ("float32", "bfloat16")  # of the networks' computation

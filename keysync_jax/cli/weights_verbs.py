@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from keysync_jax.cli.verbs import add_verb
-from keysync_jax.config import AUDIO_ENCODERS, CONTAINERS, EXPORT_FORMATS, MASK_KINDS, MODEL_SIZES, STAGES, STORED_DTYPES
+from keysync_jax.config import AUDIO_ENCODERS, CONTAINERS, EXPORT_FORMATS, MASK_KINDS, MODEL_SIZES, STAGES, STORED_DTYPES, SYSTEMS
 from keysync_jax.core import assets
 from keysync_jax.core.errors import UsageError
 
@@ -27,7 +27,8 @@ def add_convert(verbs) -> None:
     """Add `keysync convert`."""
     p = add_verb(
         verbs, "convert", _convert, "turn PyTorch weights into a model directory (no PyTorch needed)",
-        "  keysync convert keyframe_dub.pt interpolation_dub.pt stable-video-diffusion/ hubert-base/ WavLM-Base+.pt -o model",
+        "  keysync convert keyframe_dub.pt interpolation_dub.pt stable-video-diffusion/ hubert-base/ WavLM-Base+.pt -o model\n"
+        "  keysync convert keyframe.pt interpolation.pt interpolation_bad.pt svd/ WavLM-Base+.pt BEATs.pt wav2vec2-base-960h/ -o keyface",
     )  # fmt: skip
     p.add_argument("sources", nargs="+", metavar="SRC", help="checkpoint files and folders; see docs/convert.md")
     p.add_argument("-o", "--output", required=True, metavar="DIR", help="model directory to write")
@@ -37,6 +38,9 @@ def add_convert(verbs) -> None:
     known = p.add_argument_group("what a checkpoint does not say of itself (defaults are those of the released weights)")
     known.add_argument(
         "--encoder", action="append", default=[], metavar="STAGE=KIND", help=f"speech encoder of a stage: {', '.join(AUDIO_ENCODERS)}"
+    )
+    known.add_argument(
+        "--bad", metavar="FILE", help="KeyFace: the worse interpolation network of its autoguidance, if not called interpolation_bad…"
     )
     known.add_argument("--mask", choices=MASK_KINDS, help="mask that it was trained with")
     known.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the crop that it was trained with")
@@ -50,7 +54,7 @@ def _convert(args) -> int:
     wrong = [text for text in args.encoder if "=" not in text]
     if wrong:
         raise UsageError(f"--encoder {wrong[0]}: write STAGE=KIND, for example interpolation=hubert")
-    options = {"mask": args.mask, "resolution": args.resolution, "head_channels": args.head_channels, "dtype": args.dtype}
+    options = {"bad": args.bad, "mask": args.mask, "resolution": args.resolution, "head_channels": args.head_channels, "dtype": args.dtype}
     convert(
         args.sources, args.output, allow_missing=args.allow_missing, allow_unexpected=args.allow_unexpected, force=args.force,
         encoders=dict(text.split("=", 1) for text in args.encoder), **{name: value for name, value in options.items() if value is not None},
@@ -88,9 +92,10 @@ def add_init(verbs) -> None:
     """Add `keysync init`."""
     p = add_verb(
         verbs, "init", _init, "make a model directory with random weights, to try things out",
-        "  keysync init --size tiny -o tiny",
+        "  keysync init --size tiny -o tiny\n  keysync init --size tiny --mode keyface -o face",
     )  # fmt: skip
     p.add_argument("--size", required=True, choices=MODEL_SIZES, help="tiny: 128-px crop, megabytes; full: the released layout, 14 GB")
+    p.add_argument("--mode", choices=SYSTEMS, default=SYSTEMS[0], help="keysync dubs, keyface animates a picture (default keysync)")
     p.add_argument("-o", "--output", required=True, metavar="DIR")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--force", action="store_true", help="replace an existing model directory")
@@ -99,7 +104,7 @@ def add_init(verbs) -> None:
 def _init(args) -> int:
     from keysync_jax.converters.initialize import initialize
 
-    initialize(args.size, args.output, seed=args.seed, force=args.force)
+    initialize(args.size, args.output, mode=args.mode, seed=args.seed, force=args.force)
     return 0
 
 

@@ -32,7 +32,7 @@ def build(params) -> torch.nn.ModuleDict:
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in table.to_torch(sgm.stage_table(stage), params)}
     names = diffusers.unet_map(stage.unet)
     unet.load_state_dict({name: tensors[PREFIX + key] for name, key in names.items()})
-    linear.load_state_dict({leaf: tensors[f"{sgm.AUDIO_LINEAR}.{leaf}"] for leaf in ("weight", "bias")})
+    linear.load_state_dict({leaf: tensors[f"{sgm.audio_linear(stage)}.{leaf}"] for leaf in ("weight", "bias")})
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(not sgm.is_frozen(PREFIX + names[name]))
     return torch.nn.ModuleDict({"unet": unet, "linear": linear})
@@ -104,7 +104,7 @@ def train(params) -> dict[str, np.ndarray]:
     out = {"losses": np.array(losses), "rates": np.array(rates)}
     for name, p in model.named_parameters():
         part, _, rest = name.partition(".")
-        key = f"{sgm.AUDIO_LINEAR}.{rest}" if part == "linear" else PREFIX + names[rest]
+        key = f"{sgm.audio_linear(setup.CONFIG.stage)}.{rest}" if part == "linear" else PREFIX + names[rest]
         moved = (p.detach().double() - before[name]).numpy()
         out[f"norm/{key}"] = np.linalg.norm(moved)
         if p.requires_grad:
