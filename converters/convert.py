@@ -123,7 +123,8 @@ def convert(
 
 def _as_weak(source: Source) -> Source:
     """A source of an interpolation network as a worse version of it."""
-    weak = next((name for name, stage in WEAK_PARTS.items() if source.kind in (name, stage)), None)
+    fitting = source.kind == "unknown" and any("diffusion_model." in key for key in source.tensors)  # inside a running engine
+    weak = next((name for name, stage in WEAK_PARTS.items() if fitting or source.kind in (name, stage)), None)
     if weak is None:
         raise UsageError(f"--bad {source.path} holds {title(source.kind)}; give an interpolation network")
     return dataclasses.replace(source, kind=weak)

@@ -198,8 +198,11 @@ def stage_config_from_sgm(engine: Arguments, num_frames: int = 14) -> tuple[Stag
     if embedder["features"] not in (None, unet.context_dim):
         raise KeySyncError(f"WhisperAudioEmbedder: linear_dim {embedder['features']} is not the U-Net's context_dim {unet.context_dim}")
     wrapper, latent_shape = wrapper_from_sgm(*_wrapper(engine))
-    if embedders.index(audio[0]) != 2:  # KeySync's mask stands between the latents and the audio
+    masked = any(e["target"].endswith(".IdentityEncoder") for e in embedders)  # hands KeySync's mask and known region on
+    if not masked:
         wrapper |= {"system": "keyface", "emotion_dim": emotion_from_sgm(embedders)}
+    elif wrapper.get("system") == "keyface":
+        raise KeySyncError("OpenAIWrapper reads no mask, but the conditioner hands one on (IdentityEncoder)")
     size: dict[str, Any] = {"latent_size": latent_shape[0], "resolution": 8 * latent_shape[0]} if latent_shape else {}
     config = StageConfig(
         unet=unet,

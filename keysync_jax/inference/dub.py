@@ -34,7 +34,7 @@ from keysync_jax.inference.analysis import Analysis, look
 from keysync_jax.inference.clip_io import FrameCollector, VideoFile, VideoSink, VideoSource, Voice
 from keysync_jax.inference.engine import StageSampler
 from keysync_jax.inference.latent_store import LatentStore
-from keysync_jax.inference.options import DubOptions
+from keysync_jax.inference.options import DubOptions, require_system
 from keysync_jax.inference.phases import PhaseProgress
 from keysync_jax.inference.timeline import Run, make_run
 from keysync_jax.inference.window_plan import WindowPlan, WindowSizes, make_plan
@@ -123,6 +123,7 @@ class DubJob:
     def __init__(self, model: Model, source: VideoSource, voice: Voice, output: str | None, options: DubOptions, progress: PhaseProgress):
         self._model, self._source, self._voice, self._output = model, source, voice, output
         self._options, self._progress = options, progress
+        require_system(model.samplers, "keysync")
         self._stages = {name: options.guided(sampler.config) for name, sampler in model.samplers.items()}
         for name, sampler in model.samplers.items():
             if isinstance(sampler, StageSampler):  # what a person put in its place says itself what it cannot do

@@ -37,9 +37,10 @@ class Window:
       guidance: its scales may differ from window to window; another set of branches is another program.
       latents: scaled. Keyframe stage: identity [h, w, 4]; interpolation: start and end keyframe [2, h, w, 4].
       audio: [T, 2, D], two tokens per frame.
-      known: [T, h, w, 4], scaled latents of the source.
-      mask: [T, h, w, 1], 1 = regenerate.
+      known: [T, h, w, 4], scaled latents of the source; None where nothing of a source is known.
+      mask: [T, h, w, 1], 1 = regenerate; given exactly where `known` is.
       steps: AYS steps (10 means eleven evaluations); each number of steps is a program.
+      emotion: valence and arousal [T] by name, for a stage that reads them.
     """
 
     seed: Any
@@ -50,6 +51,7 @@ class Window:
     known: Any
     mask: Any
     steps: int = dataclasses.field(metadata={"static": True})
+    emotion: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class StageSampler(Microbatcher):
@@ -92,7 +94,9 @@ class StageSampler(Microbatcher):
         shape = (config.num_frames, config.latent_size, config.latent_size, config.unet.out_channels)
         noise = keyed_noise(windows.seed, config.stage, windows.index, shape)
         latents = "identity" if config.stage == "keyframe" else "endpoints"
-        batch = {"audio": windows.audio, "known": windows.known, "mask": windows.mask, latents: windows.latents}
+        batch = {"audio": windows.audio, latents: windows.latents, **windows.emotion}
+        if windows.known is not None:
+            batch |= {"known": windows.known, "mask": windows.mask}
         apply = cast(Callable[..., jax.Array], model.apply)
         networks = {name: functools.partial(apply, {"params": own}) for name, own in params.items()}
         given = conditions(model, {"params": params[MAIN]}, batch)

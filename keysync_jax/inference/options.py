@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 from keysync_jax.config import GUIDANCES, StageConfig
-from keysync_jax.core.errors import UsageError
+from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.media import voice_channels
 
 NO_FACE = ("fail", "pass")  # a video without any face
@@ -62,6 +63,28 @@ class GuidanceOption(NamedTuple):
         scales = {f"{name}_scale": self.numbers[name] for name in ("audio", "identity") if name in self.numbers}
         rest = {name: value for name, value in self.numbers.items() if f"{name}_scale" not in scales}
         return dataclasses.replace(stage, **scales, guidance=dataclasses.replace(stage.guidance, kind=kind, **rest))
+
+
+_VERBS = {"keysync": ("KeySync", "dubs a video", "keysync dub"), "keyface": ("KeyFace", "animates a picture", "keysync animate")}
+
+
+class _Configured(Protocol):
+    @property
+    def config(self) -> StageConfig: ...
+
+
+def require_system(samplers: Mapping[str, _Configured], wanted: str) -> None:
+    """Refuses a stage of the other system, of `config.SYSTEMS`, than the verb is for.
+
+    Raises:
+      KeySyncError: naming the stage and the verb that runs it.
+    """
+    for name, sampler in samplers.items():
+        if (system := sampler.config.system) != wanted:
+            theirs, does, verb = _VERBS[system]
+            raise KeySyncError(
+                f"the model's {name} stage is {theirs}'s, which {does}: run it with {verb}, or give a {_VERBS[wanted][0]} model"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keysync_jax.config import StageConfig
+from keysync_jax.config import WEAK_PARTS, StageConfig
 from keysync_jax.converters import model_directory
 from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.core import assets
 from keysync_jax.core.errors import UsageError
 from keysync_jax.core.files import check_target, write_text
+from keysync_jax.diffusion.guidance import WEAK
 from keysync_jax.encoders.audio_features import AudioFeatures, Hearing
 from keysync_jax.encoders.latents import LatentCoder
 from keysync_jax.inference import preview, stills, two_stage
@@ -229,8 +230,10 @@ class KeySyncPipeline:
 
     def _stage(self, name: str) -> StageSampler:
         directory = self._directory
+        weak = next((part for part, stage in WEAK_PARTS.items() if stage == name and part in directory.parts), None)
+        others = {WEAK: lambda: directory.params(weak)} if weak else None
         return StageSampler(
-            directory.stage(name), lambda: directory.params(name), self.mesh, dtype=self._dtype, microbatch=self._microbatch
+            directory.stage(name), lambda: directory.params(name), self.mesh, dtype=self._dtype, microbatch=self._microbatch, others=others
         )
 
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 import jax
 import numpy as np
 
+from keysync_jax.config import StageConfig
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion.guidance import Guidance
 from keysync_jax.diffusion.sampler import require_finite
@@ -29,18 +30,22 @@ class Stretch:
     Attributes:
       plan: its windows.
       audio: features `[N, 2, D]` by name of the speech encoder.
-      known: from frame numbers to the scaled latents of the source `[n, h, w, 4]`.
+      known: from frame numbers to the scaled latents of the source `[n, h, w, 4]`; None: there is no source, and no mask.
       masks: bool `[h, w]` of each frame, True = regenerate.
       write: takes (frame, scaled latents `[h, w, 4]`) of each frame of the result; called in the second round.
       keyframes: scaled latents `[h, w, 4]` by number of the keyframe, once the first round is over.
+      identity: scaled latent of the person `[h, w, 4]`; None: that of the first frame, as in the KeySync reference.
+      emotion: valence and arousal `[N]` by name, for stages that read them.
     """
 
     plan: WindowPlan
     audio: Mapping[str, np.ndarray]
-    known: Callable[[list[int]], np.ndarray]
-    masks: Sequence[np.ndarray] | np.ndarray
+    known: Callable[[list[int]], np.ndarray] | None
+    masks: Sequence[np.ndarray] | np.ndarray | None
     write: Callable[[int, np.ndarray], None]
     keyframes: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    identity: np.ndarray | None = None
+    emotion: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -77,18 +82,20 @@ class _Task(abc.ABC):
 
     stage: ClassVar[str]
 
-    def window(self, encoder: str) -> Window:
+    def window(self, config: StageConfig) -> Window:
         """The conditions, read when the window's turn comes."""
         clip, stretch, frames = self.clip, self.stretch, list(self.frames)
+        masks = None if stretch.masks is None else np.stack([stretch.masks[frame] for frame in frames])
         return Window(
             seed=np.uint32(clip.seed),
             index=np.int32(clip.first_index + self.index),
             guidance=clip.guidance[self.stage],
             latents=self._latents(),
-            audio=stretch.audio[encoder][frames],
-            known=stretch.known(frames),
-            mask=np.stack([stretch.masks[frame] for frame in frames])[..., None].astype(np.float32),
+            audio=stretch.audio[config.audio_encoder][frames],
+            known=None if stretch.known is None else stretch.known(frames),
+            mask=None if masks is None else masks[..., None].astype(np.float32),
             steps=clip.steps,
+            emotion={name: values[frames] for name, values in stretch.emotion.items()} if config.emotion_dim else {},
         )
 
     def finish(self, latents: np.ndarray) -> None:
@@ -121,7 +128,12 @@ class _KeyframeTask(_Task):
         return (cls(clip, stretch, index, window.frames, window.kept) for index, (stretch, window) in enumerate(planned))
 
     def _latents(self) -> np.ndarray:
-        return self.stretch.known([0])[0]  # the identity is the first frame, as in the reference
+        stretch = self.stretch
+        if stretch.identity is not None:
+            return stretch.identity
+        if stretch.known is None:
+            raise ValueError("a stretch without a source needs its identity")
+        return stretch.known([0])[0]  # the identity is the first frame, as in the reference
 
     def _keep(self, latents: np.ndarray) -> None:
         self.stretch.keyframes.update({number: latents[position] for position, number in self.kept})
@@ -171,7 +183,7 @@ def generate(samplers: Mapping[str, StageSampler], clips: Sequence[Clip], progre
         if (sampler := samplers.get(kind.stage)) is None:
             continue
         tasks = _by_program([task for clip in clips if clip.error is None for task in kind.of(clip)])
-        windows = (task.window(sampler.config.audio_encoder) for task in tasks)
+        windows = (task.window(sampler.config) for task in tasks)
         with progress.phase(phase, len(tasks)) as advance:
             for task, latents in zip(tasks, sampler(windows) if tasks else (), strict=True):
                 task.finish(latents)
