@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from keysync_jax.cli import (
+    animate_verbs,
     batch_verbs,
     bench_verbs,
     data_verbs,
@@ -81,10 +82,13 @@ def _with_dashed_names(argv: list[str]) -> list[str]:
     """File names that begin with a dash as paths, which no parser takes for options."""
     words = list(argv)
     for index, word in enumerate(argv):
+        if index > 0 and argv[index - 1] == "--emotion" and re.match(r"-[\d.]", word):  # two numbers, the first one negative
+            words[index - 1 : index + 1] = ["--emotion=" + word, ""]
+            continue
         names_output = index > 0 and argv[index - 1] in ("-o", "--output", "--report")
         if re.fullmatch(r"-[^/]*\.\w+", word) and (names_output or os.path.lexists(word)):
             words[index] = os.path.join(os.curdir, word)
-    return words
+    return [word for word, given in zip(words, argv, strict=True) if word or not given]
 
 
 def _lacks(error: BaseException | None, package: str) -> bool:
@@ -115,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate_verbs.add_demo(verbs)
     fetch_verbs.add_fetch(verbs)
     dub_verbs.add_dub(verbs)
+    animate_verbs.add_animate(verbs)
     batch_verbs.add_batch(verbs)
     weights_verbs.add_verbs(verbs)
     prepare_verbs.add_prepare(verbs)

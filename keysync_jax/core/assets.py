@@ -14,6 +14,11 @@ NO_MODEL = (
     "dub needs --model DIR. Get the released weights (hub:toninio19/keysync, Stable Video Diffusion, HuBERT-base, WavLM-Base+) and turn "
     "them into a model directory with keysync convert (docs/convert.md), or try --model demo, which draws cartoon mouths"
 )
+NO_KEYFACE = (
+    "animate needs --model DIR, a KeyFace model. Get its released weights (keyframe.pt, interpolation.pt, interpolation_bad.pt, Stable "
+    "Video Diffusion, WavLM-Base+, BEATs iter3+ AS2M, wav2vec2-base-960h) and turn them into a model directory with keysync convert "
+    "(docs/animate.md)"
+)
 
 
 def is_bundled() -> bool:

@@ -19,12 +19,14 @@ from keysync_jax.converters import model_directory
 from keysync_jax.converters.model_directory import ModelDirectory
 from keysync_jax.core import assets
 from keysync_jax.core.errors import UsageError
-from keysync_jax.core.files import check_target, write_text
+from keysync_jax.core.files import check_target, write_atomically, write_text
 from keysync_jax.diffusion.guidance import WEAK
 from keysync_jax.encoders.audio_features import AudioFeatures, Hearing
 from keysync_jax.encoders.latents import LatentCoder
 from keysync_jax.inference import preview, stills, two_stage
 from keysync_jax.inference.analysis import look
+from keysync_jax.inference.animate import AnimateJob, AnimateResult
+from keysync_jax.inference.animate_options import AnimateOptions
 from keysync_jax.inference.clip_io import open_video, open_voice
 from keysync_jax.inference.dub import DubJob, DubResult, mask_of
 from keysync_jax.inference.engine import StageSampler
@@ -34,7 +36,7 @@ from keysync_jax.parallel.mesh import data_mesh
 
 
 class KeySyncPipeline:
-    """A loaded model that dubs clips.
+    """A loaded model that dubs clips, or, where it is KeyFace's, animates pictures.
 
         pipe = KeySyncPipeline.from_pretrained("model")
         result = pipe("talk.mp4", "voice.wav", "dubbed.mp4")
@@ -169,6 +171,81 @@ class KeySyncPipeline:
         if report is not None:
             write_text(report, json.dumps(result.report, indent=1) + "\n")
         return result
+
+    def animate(
+        self,
+        image: str | os.PathLike | np.ndarray,
+        audio: str | os.PathLike | np.ndarray,
+        output: str | os.PathLike | None = None,
+        *,
+        rate: int | None = None,
+        options: AnimateOptions | None = None,
+        report: str | os.PathLike | None = None,
+        progress: bool = False,
+        on_progress: OnProgress | None = None,
+        cancel: CancelHandle | None = None,
+    ) -> AnimateResult:
+        """Make the person in `image` say the voice in `audio`; for KeyFace models.
+
+        Args:
+          image: a picture or a video file, or a picture as uint8 `[H, W, 3]` RGB.
+          audio: audio file or a video whose track is used, or samples `[S]`, floats with full scale 1.
+          output: file to write; None: the result holds the frames, uint8 `[N, H, W, 3]`, 25 a second.
+          rate: of samples: how many a second.
+          options: settings; default the model's own, neutral.
+          report: also write the report to this JSON file, and the picture of the emotion beside it (`….emotion.png`).
+          progress, on_progress, cancel: see `__call__`; phases are look, listen, encode, keyframes, interpolate and compose.
+
+        However the job ends early, no file of it is left.
+
+        Raises:
+          UsageError: the output or the report would replace an input or each other, or arrays of another kind.
+          CancelledError: `cancel` was set.
+          KeySyncError: see `AnimateJob`.
+        """
+        given = ((image, "the picture"), (audio, "the voice"))
+        inputs = {Path(path).resolve(): what for path, what in given if not isinstance(path, np.ndarray)}
+        output = None if output is None else os.fspath(output)
+        picture = None if report is None else Path(report).with_suffix(".emotion.png")
+        for path, what in ((output, "output"), (report, "report"), (picture, "picture of the emotion")):
+            if path is not None:
+                _keep(inputs, path, what)
+                inputs[Path(path).resolve()] = f"the {what}"
+        if report is not None:
+            check_target(report, "--report")
+        shown = PhaseProgress(progress, on_progress, cancel)
+        with self.open_animation(image, audio, output, rate=rate, options=options, progress=shown) as job:
+            job.prepare()
+            two_stage.generate(self.samplers, [job.clip], shown)
+            result = job.compose()
+        if report is not None and picture is not None:
+            write_atomically(picture, lambda path: result.emotion.save(path, "png"))
+            result.report["emotion"]["picture"] = picture.name
+            write_text(report, json.dumps(result.report, indent=1) + "\n")
+        return result
+
+    def open_animation(
+        self,
+        image: str | os.PathLike | np.ndarray,
+        audio: str | os.PathLike | np.ndarray,
+        output: str | None = None,
+        *,
+        rate: int | None = None,
+        options: AnimateOptions | None = None,
+        progress: PhaseProgress | None = None,
+    ) -> AnimateJob:
+        """An animation to be led through its phases by the caller, who may take several through `two_stage.generate` together.
+
+        Args:
+          image, audio, output, rate, options: see `animate`.
+          progress: told how far each phase is.
+
+        Raises:
+          KeySyncError: a voice that cannot be read, and what `AnimateJob` refuses.
+        """
+        options = options or AnimateOptions()
+        voice = open_voice(audio, rate, options.audio_stream, options.voice_channel)
+        return AnimateJob(self, image, voice, output, options, progress or PhaseProgress())
 
     def open_job(
         self,

@@ -83,8 +83,8 @@ def _around(picture: still.Picture, name: str, found: list[faces.Face], choice: 
     places = placing.place(chosen.landmarks, chosen.runs, (width, height))
     if not places.parts:
         raise KeySyncError(
-            f"{name}: no face found in the {width}x{height} picture; give one in which the face is visible and at least some 60 pixels wide, "
-            "or --crop none for a drawing that is a square face already"
+            f"{name}: no face found in the {width}x{height} picture; give one in which the face is visible and at least some 60 pixels "
+            "wide, or --crop none for a drawing that is a square face already"
         )
     landmarks = chosen.landmarks[0]
     low, high = landmarks.min(axis=0), landmarks.max(axis=0)
