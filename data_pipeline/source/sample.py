@@ -23,6 +23,12 @@ from keysync_jax.data_pipeline.source.order import Order
 from keysync_jax.data_pipeline.source.windows import Windows, windows_for
 
 OCCLUDER = "occluder"
+EMOTION = ("valence", "arousal")
+KNOWN_EMOTION = "emotion_known"
+# Points of the classes that KeyFace's label ablation knows: neutral, happy, sad, surprised, fear, disgusted, angry, contempt.
+EMOTION_CLASSES = (
+    (0.0, 0.0), (0.85, 0.75), (-0.85, -0.35), (0.0, 0.85), (0.181, 0.949), (-0.8, 0.5), (-0.443, 0.908), (0.307, 0.535),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +47,9 @@ class SourceConfig:
       use_occluder: take the cells of the "occluder" column out of the masks.
       flip: mirror half of the samples left to right. Latents are mirrored too, which the VAE follows only approximately: off by default.
       box_jitter: move and stretch the mask's landmarks by up to this fraction of the crop (0 for none).
+      masked: deliver masks; without them landmarks are not read.
+      emotion: deliver `valence` and `arousal`: "" for no, "continuous" as they are stored, "labels" as the nearest of eight classes. Frames
+        whose emotion is not known (column `emotion_known`) are neutral.
     """
 
     datasets: tuple[DatasetChoice, ...]
@@ -54,6 +63,8 @@ class SourceConfig:
     use_occluder: bool = False
     flip: bool = False
     box_jitter: float = 0.0
+    masked: bool = True
+    emotion: str = ""
 
     def __post_init__(self):
         if not self.datasets:
@@ -62,6 +73,13 @@ class SourceConfig:
             raise KeySyncError(f"pixel_frames is {self.pixel_frames}; choose 0 to {self.windows.num_frames}, the frames of a window")
         if not 0 <= self.box_jitter < 1:
             raise KeySyncError(f"box_jitter is {self.box_jitter}; it is a fraction of the crop, at least 0 and below 1")
+
+
+def labelled(felt: np.ndarray) -> np.ndarray:
+    """Valence and arousal `[2, T]` as those of the nearest of eight classes: all that a label says of a face."""
+    points = np.array(EMOTION_CLASSES, np.float32)  # [8, 2]
+    nearest = np.argmin(np.square(felt[:, None] - points.T[:, :, None]).sum(axis=0), axis=0)
+    return points[nearest].T
 
 
 class Sample(NamedTuple):
@@ -102,7 +120,8 @@ class WindowReader:
             select(choice, store.clips, config.windows, config.sampling) for choice, store in zip(config.datasets, self.stores, strict=True)
         )
         self._audio = [AUDIO_PREFIX + name for name in encoder_names(config.audio_encoder)]
-        self._names = [LATENT, *self._audio, LANDMARKS, *([OCCLUDER] if config.use_occluder else []), *config.columns]
+        drawn = [LANDMARKS, *([OCCLUDER] if config.use_occluder else [])] if config.masked else []
+        self._names = [LATENT, *self._audio, *drawn, *(EMOTION if config.emotion else ()), *config.columns]
         for store in self.stores:
             self._check_columns(store)
         self._positions = [{c.id: i for i, c in enumerate(store.clips)} for store in self.stores]
@@ -157,7 +176,8 @@ class WindowReader:
         Returns:
           known: float32 `[B, T, h, w, C]`, latents scaled as stored; they are both the target and the known region.
           audio: float32 `[B, T, 2, D]`.
-          mask: float32 `[B, T, h, w, 1]`, 1 = regenerate.
+          mask: float32 `[B, T, h, w, 1]`, 1 = regenerate; only with `masked`.
+          valence, arousal: float32 `[B, T]`; only with `emotion`.
           identity `[B, h, w, C]` (keyframes) or endpoints `[B, 2, h, w, C]` (interpolation): float32, scaled like `known`.
           frames: int32 `[B, T]`, frame numbers within the clip.
           dataset, clip: int32 `[B]`, which clip (`WindowReader.clip`).
@@ -175,7 +195,8 @@ class WindowReader:
         out = {
             "known": np.empty((count, frames, h, w, c), np.float32),
             "audio": np.empty((count, frames, 2, self.audio_dim), np.float32),
-            "mask": np.empty((count, frames, h, w, 1), np.float32),
+            **({"mask": np.empty((count, frames, h, w, 1), np.float32)} if config.masked else {}),
+            **({name: np.empty((count, frames), np.float32) for name in EMOTION} if config.emotion else {}),
             **{name: np.empty(shape, np.float32) for name, shape in ends.items()},
             "frames": np.empty((count, frames), np.int32),
             "dataset": np.array([s.dataset for s in samples], np.int32),
@@ -213,7 +234,12 @@ class WindowReader:
         else:
             identity = store.read(clip, [sample.identity], [LATENT])[LATENT][0]
             out["identity"][:] = identity[:, ::-1] if sample.mirrored else identity
-        out["mask"][:] = self._masks(values, sample)
+        if config.masked:
+            out["mask"][:] = self._masks(values, sample)
+        if config.emotion:
+            known = store.read(clip, numbers, [KNOWN_EMOTION])[KNOWN_EMOTION] if KNOWN_EMOTION in store.columns else 1
+            felt = np.stack([np.asarray(values[name], np.float32) for name in EMOTION]) * np.asarray(known, np.float32)
+            out["valence"][:], out["arousal"][:] = labelled(felt) if config.emotion == "labels" else felt
         if sample.pixels:
             pictures = store.read(clip, [numbers[i] for i in sample.pixels], [JPEG])[JPEG]
             for i, data in enumerate(pictures):
@@ -279,6 +305,7 @@ def source_config(stage: StageConfig, datasets: Sequence[DatasetChoice], windows
       **options: other fields of `SourceConfig`.
     """
     chosen = windows_for(stage.stage, num_frames=stage.num_frames, **(windows or {}))
+    options = {"masked": stage.system == "keysync", "emotion": "continuous" if stage.emotion_dim else "", **options}
     return SourceConfig(tuple(datasets), chosen, audio_encoder=stage.audio_encoder, mask=stage.mask, **options)
 
 

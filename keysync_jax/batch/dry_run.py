@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from keysync_jax.batch import inputs
 from keysync_jax.batch.folders import BatchFolder
-from keysync_jax.batch.inputs import length_s, unfit
 from keysync_jax.batch.job_list import STATE_FOLDER, Job
 from keysync_jax.batch.ledger import DONE, FINISHED, REVIEW, item_name
 from keysync_jax.converters import model_directory
@@ -72,10 +72,10 @@ def dry_run(folder: BatchFolder, jobs: Sequence[Job], model: str) -> Listing:
 
 def seconds_of(job: Job) -> tuple[float, str]:
     """Seconds of the job's video as its header says, and why the job cannot be done; "" where it can be tried."""
-    if reason := unfit(job):
+    if reason := inputs.unfit(job):
         return 0.0, reason
     try:
-        return length_s(job.video), ""
+        return inputs.seconds_of(job), ""
     except KeySyncError as error:
         return 0.0, in_one_line(error)
 

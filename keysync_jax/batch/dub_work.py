@@ -14,18 +14,21 @@ import numpy as np
 
 from keysync_jax.batch import gate
 from keysync_jax.batch.faults import MachineFault, out_of_device_memory
-from keysync_jax.batch.inputs import content_digest, length_s
+from keysync_jax.batch.inputs import content_digest, seconds_of
 from keysync_jax.batch.job_list import Job
 from keysync_jax.batch.own_rows import OwnRows
 from keysync_jax.batch.worker import Outcome, Task
 from keysync_jax.converters import model_directory
 from keysync_jax.core import assets
+from keysync_jax.core.clock import FRAME_RATE
 from keysync_jax.core.compile_cache import use_compile_cache
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.core.version import __version__
 from keysync_jax.data_pipeline.prepare.work import digest
 from keysync_jax.inference import two_stage
 from keysync_jax.inference.analysis import Analysis
+from keysync_jax.inference.animate import AnimateJob
+from keysync_jax.inference.animate_options import AnimateOptions
 from keysync_jax.inference.dub import DubJob, DubResult, mask_of
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.inference.phases import PhaseProgress
@@ -90,7 +93,7 @@ class DubWork:
     def limit_s(self, job: Job) -> float:
         """See `worker.Work`; a clip that cannot be probed fails soon by itself."""
         try:
-            length = length_s(job.video)
+            length = seconds_of(job)
         except KeySyncError:
             length = 0.0
         if self._slowest is None:
@@ -165,6 +168,12 @@ class DubWork:
     def _begin(self, pipeline: KeySyncPipeline, task: Task) -> Iterator[_Begun]:
         """A job that has been through all phases before the networks."""
         job = task.job
+        if job.kind == "animate":
+            options = AnimateOptions(**job.options)
+            with pipeline.open_animation(job.video, job.audio, str(task.target), options=options) as animation:
+                animation.prepare()
+                yield _Begun(animation, None)
+            return
         with pipeline.open_job(job.video, job.audio, str(task.target), options=DubOptions(**job.options)) as dub:
             read = {name: value for name, value in job.options.items() if name not in _NOT_LOOKED_AT}
             key = digest(content_digest(job.video), os.path.abspath(job.video), read)
@@ -180,11 +189,18 @@ class DubWork:
     def _finish(self, task: Task, begun: _Begun, microbatch: int, generated: Mapping[str, float]) -> Outcome:
         result = begun.job.compose()
         report = result.report
+        if begun.analysis is None:  # an animation: every frame is made
+            made = {"video_seconds": report["frames"] / FRAME_RATE, "frames": report["frames"], "frames_dubbed": report["frames"]}
+            made |= {"skipped": {}, "emotion": report["emotion"]["asked"]}
+        else:
+            made = {
+                "video_seconds": round(float(begun.analysis.times[-1]), 3),
+                "frames": report["source"]["frames"],
+                "frames_dubbed": report["frames_dubbed"],
+                "skipped": _skipped(report),
+            }
         values = {
-            "video_seconds": round(float(begun.analysis.times[-1]), 3),
-            "frames": report["source"]["frames"],
-            "frames_dubbed": report["frames_dubbed"],
-            "skipped": _skipped(report),
+            **made,
             "notes": report["notes"],
             "microbatch": microbatch,
             "devices": report["devices"],
@@ -195,8 +211,8 @@ class DubWork:
             values["halved"] = f"from a microbatch of {self._settings.microbatch}, for want of device memory"
         review: list[str] = []
         strip = None
-        if self._settings.gated:
-            figures, strip = self._measure(task, begun, self._pipelines[microbatch], result)
+        if self._settings.gated and begun.analysis is not None and isinstance(result, DubResult):  # an animation has no source to compare
+            figures, strip = self._measure(task, begun.analysis, self._pipelines[microbatch], result)
             missed = gate.missed(figures)
             values["figures"] = {name: round(value, 4) for name, value in figures.items()}
             values["missed"] = list(missed)
@@ -205,8 +221,8 @@ class DubWork:
         self._slowest = max(self._slowest or 0.0, took)
         return Outcome(review, values, report, strip)
 
-    def _measure(self, task: Task, begun: _Begun, pipeline: KeySyncPipeline, result: DubResult) -> gate.Measured:
-        job, options, analysis = task.job, DubOptions(**task.job.options), begun.analysis
+    def _measure(self, task: Task, analysis: Analysis, pipeline: KeySyncPipeline, result: DubResult) -> gate.Measured:
+        job, options = task.job, DubOptions(**task.job.options)
         stages = pipeline.stages
         mask, compositor = mask_of(stages, options), Compositor(analysis.info)
 
@@ -228,8 +244,8 @@ def open_dub_work(settings: DubSettings) -> DubWork:
 
 
 class _Begun(NamedTuple):
-    job: DubJob
-    analysis: Analysis
+    job: DubJob | AnimateJob
+    analysis: Analysis | None  # None: an animation
 
 
 def _skipped(report: Mapping[str, Any]) -> dict[str, int]:

@@ -11,13 +11,14 @@ from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.prepare.work import digest, file_digest
 from keysync_jax.inference.clip_io import open_video
 from keysync_jax.inference.sequences import PictureSequence, is_sequence
+from keysync_jax.media import audio
 
 
 def unfit(job: Job) -> str:
     """Why a job need not be tried, "" if it can be; opening a pipe or a device as a video would never end."""
     if job.error:
         return job.error
-    for path, what in ((job.video, "video"), (job.audio, "voice")):
+    for path, what in ((job.video, "picture" if job.kind == "animate" else "video"), (job.audio, "voice")):
         if what == "video" and is_sequence(path):
             continue
         try:
@@ -45,6 +46,15 @@ def seen(path: str) -> list[Any]:
 def content_digest(path: str) -> str:
     """SHA-256 of a file's content; of pictures, of all their digests in order."""
     return digest([file_digest(each) for each in PictureSequence(path).paths]) if is_sequence(path) else file_digest(path)
+
+
+def seconds_of(job: Job) -> float:
+    """Seconds of what a job makes, as the header of its video, or of an animation's voice, says.
+
+    Raises:
+      KeySyncError: it cannot be read.
+    """
+    return audio.probe_audio(job.audio).duration_s or 0.0 if job.kind == "animate" else length_s(job.video)
 
 
 def length_s(path: str) -> float:

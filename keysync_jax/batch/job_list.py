@@ -21,11 +21,12 @@ from keysync_jax.core.errors import KeySyncError, UsageError
 
 STATE_FOLDER = ".keysync-batch"  # in the output folder: ledger, reports, scratch
 OWN_FILES = ("report.jsonl", "report.html", "report.txt")
-KINDS = ("dub",)
+KINDS = ("dub", "animate")
 _FIELDS = ("id", "video", "audio", "output", "consent", "licence", "kind")
 _ALIASES = {
-    "name": "id", "voice": "audio", "output_name": "output", "out": "output", "license": "licence", "licence_note": "licence",
-    "license_note": "licence", "consent_note": "consent", "face_choice": "face", "mismatch_mode": "mismatch", "time_range": "range",
+    "name": "id", "image": "video", "picture": "video", "voice": "audio", "output_name": "output", "out": "output", "license": "licence",
+    "licence_note": "licence", "license_note": "licence", "consent_note": "consent", "face_choice": "face", "mismatch_mode": "mismatch",
+    "time_range": "range",
 }  # fmt: skip
 _NOT_MEDIA = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".srt", ".vtt", ".npy", ".npz", ".html", ".jpg", ".jpeg", ".png")
 
@@ -36,12 +37,13 @@ class Job:
 
     Attributes:
       id: unique in the list.
-      video, audio: absolute paths.
+      video, audio: absolute paths; the video of an animation is its picture.
       output: name in the output folder, with forward slashes.
-      options: fields of `DubOptions`, JSON values.
+      options: fields of `DubOptions`, or of `AnimateOptions`, JSON values.
       consent, licence: notes that go into the report.
       where: line of the list, for messages.
       error: why the item fails without being tried; "" for none.
+      kind: which verb makes it, one of `KINDS`.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Job:
     licence: str = ""
     where: str = ""
     error: str = ""
+    kind: str = "dub"
 
 
 class Columns(NamedTuple):
@@ -62,11 +65,17 @@ class Columns(NamedTuple):
       names: as `lossless`, `audio_scale`.
       parse: from texts by name to the option values of a job, with the defaults of the command line; raises UsageError.
       later: names that will be options and are not yet: refused by name where a cell is filled.
+      animate: those of a row of the kind "animate"; None: there are no such rows.
     """
 
     names: Collection[str]
     parse: Callable[[Mapping[str, str]], Mapping[str, Any]]
     later: Collection[str] = ("mismatch", "range", "occlusion")
+    animate: Columns | None = None
+
+    def of_kind(self, kind: str) -> Columns:
+        """The columns of a kind's rows."""
+        return self.animate if kind == "animate" and self.animate is not None else self
 
 
 class _Row(NamedTuple):
@@ -231,9 +240,16 @@ def _by_name(folder: Path) -> dict[str, list[str]]:
 
 def _job(row: _Row, base: Path, columns: Columns) -> Job:
     values: dict[str, str] = {}
+    kind = next((value for name, value in row.values.items() if name.strip().lower() == "kind"), "") or "dub"
+    if kind not in KINDS or kind == "animate" and columns.animate is None:
+        raise UsageError(f"{row.where}: kind {kind!r} cannot be run; the kinds are: {', '.join(KINDS)}")
+    others = set().union(*(columns.of_kind(other).names for other in KINDS)) - set(columns.of_kind(kind).names)
+    columns = columns.of_kind(kind)
     for given, value in row.values.items():
         name = given.strip().lower().replace("-", "_").replace(" ", "_")
         name = name if name in columns.names else _ALIASES.get(name, name)
+        if name in others and not value:  # a column of the other kind's rows
+            continue
         if name in values:
             raise UsageError(f"{row.where}: the column {name!r} is there twice")
         values[name] = value
@@ -241,14 +257,14 @@ def _job(row: _Row, base: Path, columns: Columns) -> Job:
     for name in values:
         if name in columns.later and name not in columns.names or name in named and "voice" not in columns.names:
             if values[name]:
-                raise UsageError(f"{row.where}: keysync dub has no --{name.replace('_', '-')} yet; leave the column {name!r} empty")
+                raise UsageError(f"{row.where}: keysync {kind} has no --{name.replace('_', '-')} yet; leave the column {name!r} empty")
+        elif name in others:
+            raise UsageError(f"{row.where}: keysync {kind} has no --{name.replace('_', '-')}; leave the column {name!r} empty")
         elif name not in (*_FIELDS, *columns.names, *named):
             raise UsageError(f"{row.where}: there is no column {name!r}; choose from {', '.join(sorted({*_FIELDS, *columns.names}))}")
-    if (kind := values.get("kind") or "dub") not in KINDS:
-        raise UsageError(f"{row.where}: kind {kind!r} cannot be run; the kinds are: {', '.join(KINDS)}")
     for name in ("video", "audio"):
         if not values.get(name):
-            raise UsageError(f"{row.where} has no {name}")
+            raise UsageError(f"{row.where} has no {'image' if kind == 'animate' and name == 'video' else name}")
     video, audio = (os.path.abspath(base / values[name]) for name in ("video", "audio"))
     id_ = values.get("id") or "-".join(dict.fromkeys((Path(video).stem, Path(audio).stem)))
     output = values.get("output") or f"{id_}.mp4"
@@ -260,7 +276,7 @@ def _job(row: _Row, base: Path, columns: Columns) -> Job:
         options, error = columns.parse(given), ""
     except UsageError as refused:
         options, error = {}, str(refused)
-    return Job(id_, video, audio, output, options, values.get("consent", ""), values.get("licence", ""), row.where, error)
+    return Job(id_, video, audio, output, options, values.get("consent", ""), values.get("licence", ""), row.where, error, kind)
 
 
 def _refuse_shared(jobs: Sequence[Job], key: Callable[[Job], str], what: str) -> None:

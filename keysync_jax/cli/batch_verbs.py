@@ -8,17 +8,18 @@ import copy
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from keysync_jax.cli import dub_verbs
+from keysync_jax.cli import animate_verbs, dub_verbs
 from keysync_jax.cli.verbs import add_verb, number, stop_on_sigterm
 from keysync_jax.core import assets
 from keysync_jax.core.errors import KeySyncError, UsageError
 
 _EXAMPLES = """\
   keysync batch jobs.csv -o dubbed --model DIR                 jobs.csv: id,video,audio,output,seed,face,...
+  keysync batch jobs.csv -o made --model keyface               rows of the kind animate: id,kind,image,audio,emotion,...
   keysync batch videos/ voices/ -o dubbed --model DIR          two folders, paired by name
   keysync batch jobs.csv -o dubbed --model DIR --dry-run       what would run, how long, how much disk
   keysync batch jobs.csv -o dubbed --model DIR --workers 8     one process for each of eight GPUs
@@ -138,12 +139,22 @@ class _Refusing(argparse.ArgumentParser):
 
 
 def dub_columns(args: argparse.Namespace | None = None):
-    """The options of `keysync dub` as columns; what the command line says is the default of every row."""
+    """The options of `keysync dub`, and of `keysync animate`, as columns; what the command line says is the default of every row."""
+    parsers = {}
+    for kind, verbs in (("dub", dub_verbs), ("animate", animate_verbs)):
+        parsers[kind] = _Refusing(add_help=False, allow_abbrev=False)
+        verbs.add_options(parsers[kind])
+    dub, animate = (parser.parse_args([]) for parser in parsers.values())
+    given = {name: value for name, value in vars(dub if args is None else args).items() if vars(dub).get(name, value) != value}
+    for name in set(given) & set(vars(animate)):  # said on the command line, and an option of both
+        setattr(animate, name, given[name])
+    columns = _columns(parsers["dub"], dub if args is None else args, dub_verbs.options_of)
+    return columns._replace(animate=_columns(parsers["animate"], animate, animate_verbs.options_of))
+
+
+def _columns(parser: argparse.ArgumentParser, args: argparse.Namespace, options_of: Callable[[argparse.Namespace], Any]):
     from keysync_jax.batch.job_list import Columns
 
-    parser = _Refusing(add_help=False, allow_abbrev=False)
-    dub_verbs.add_options(parser)
-    args = parser.parse_args([]) if args is None else args
     actions = {action.dest: action for action in parser._actions if action.option_strings}  # argparse has no public list of them
 
     def parse(row: Mapping[str, str]) -> dict[str, Any]:
@@ -163,6 +174,6 @@ def dub_columns(args: argparse.Namespace | None = None):
             else:
                 raise UsageError(f"{name} is {value!r}; write true or false")
         parser.parse_args(words, namespace=chosen)
-        return dataclasses.asdict(dub_verbs.options_of(chosen))
+        return dataclasses.asdict(options_of(chosen))
 
     return Columns(frozenset(actions), parse)

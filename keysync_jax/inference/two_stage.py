@@ -95,7 +95,7 @@ class _Task(abc.ABC):
             known=None if stretch.known is None else stretch.known(frames),
             mask=None if masks is None else masks[..., None].astype(np.float32),
             steps=clip.steps,
-            emotion={name: values[frames] for name, values in stretch.emotion.items()} if config.emotion_dim else {},
+            emotion={name: values[frames] for name, values in stretch.emotion.items()} if stretch.emotion and config.emotion_dim else {},
         )
 
     def finish(self, latents: np.ndarray) -> None:

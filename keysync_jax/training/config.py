@@ -116,6 +116,7 @@ class DataConfig:
       min_scores: smallest score of a clip by name, e.g. {"quality": 0.5}.
       sources: use only clips of these collections; empty for all.
       use_occluder, flip, box_jitter: see `SourceConfig`.
+      emotion: of stages that read it: "continuous", or "labels" for the nearest of eight classes.
       crop: VAE only: side of random crops, 0 for whole frames.
       frames_per_clip: VAE only: frames taken from one decoded video.
       threads, workers, prefetch: reading.
@@ -136,6 +137,7 @@ class DataConfig:
     use_occluder: bool = False
     flip: bool = False
     box_jitter: float = 0.0
+    emotion: str = "continuous"
     crop: int = 0
     frames_per_clip: int = 4
     threads: int = 4
@@ -143,6 +145,7 @@ class DataConfig:
     prefetch: int = 4
 
     def __post_init__(self):
+        _require(self.emotion in ("continuous", "labels"), f"data.emotion is {self.emotion!r}; choose continuous or labels")
         for name, least in (("batch_size", 1), ("threads", 0), ("workers", 0), ("prefetch", 1)):
             _require(getattr(self, name) >= least, f"data.{name} is {getattr(self, name)}; it must be at least {least}")
         if self.weights:
@@ -196,11 +199,13 @@ class CheckpointConfig:
     every: int = 5000
     keep_last: int = 2
     keep_every: int = 25000  # 0: none are kept for good
+    weak_at: int = 0  # this one is kept for good, as the worse network of autoguidance, which `keysync export` then adds; 0: none
 
     def __post_init__(self):
         _require(self.every >= 1, f"checkpoint.every is {self.every}; it must be at least 1")
         _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}; it must be at least 1")
         _require(self.keep_every >= 0, f"checkpoint.keep_every is {self.keep_every}; it must not be negative")
+        _require(self.weak_at >= 0, f"checkpoint.weak_at is {self.weak_at}; it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)

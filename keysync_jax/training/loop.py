@@ -160,7 +160,7 @@ def train(
                     window.after(done, state)
                     stopping = saved.reached_preemption(done)
                     with jax.transfer_guard("allow"):  # Orbax has its own ways
-                        if done % config.checkpoint.every == 0 or done == last or stopping:
+                        if done % config.checkpoint.every == 0 or done in (last, config.checkpoint.weak_at) or stopping:
                             samples = seen + (done - first) * config.data.batch_size
                             counters = {"step": done, "skipped": int(state.skipped), "data": reader.fingerprint, "samples": samples}
                             saved.save(state, counters, resume.describe(trainable))

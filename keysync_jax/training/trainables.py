@@ -62,7 +62,8 @@ class TrainableStage(Trainable):
 
     def trained_for(self) -> dict[str, Any]:
         stage = self.config.stage
-        return {
+        face = {"system": stage.system, "emotion_dim": stage.emotion_dim} if stage.system != "keysync" else {}
+        return face | {
             "model": stage.stage, "audio_encoder": stage.audio_encoder, "mask": to_dict(stage.mask), "resolution": stage.resolution,
             "latent_size": stage.latent_size, "latent_scale": stage.latent_scale, "num_frames": stage.num_frames,
         }  # fmt: skip

@@ -55,7 +55,7 @@ def test_a_wrong_value_fails_its_row_alone(tmp_path):
     "text, words",
     [
         ("video,audio,sede\na.mp4,a.wav,1\n", "line 2: there is no column 'sede'"),
-        ("video,audio,kind\na.mp4,a.wav,animate\n", "line 2: kind 'animate'"),
+        ("video,audio,kind\na.mp4,a.wav,sing\n", "line 2: kind 'sing'"),
         ("video,audio,mismatch\na.mp4,a.wav,loop\n", "no --mismatch yet"),
         ("video,audio,voice:1\na.mp4,a.wav,b.wav\n", "no --voice:1 yet"),
         ("video,audio\na.mp4\n", "line 2 has no audio"),

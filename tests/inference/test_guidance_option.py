@@ -72,7 +72,8 @@ def test_the_scales_are_still_options_of_their_own():
 def test_configs_from_before_mean_what_they_meant():
     """They have the two scales and no rule; and a config that asks for no other rule is written as before, for versions from before."""
     old = to_dict(OWN)
-    del old["guidance"]
+    for later in ("guidance", "system", "emotion_dim"):
+        del old[later]
     assert from_dict(StageConfig, old) == OWN and OWN.guidance_numbers == {"audio": 2.5, "identity": 1.5}
     assert describe("keyframe", OWN, False)["config"] == old
     other = dataclasses.replace(OWN, guidance=GuidanceConfig("apg", eta=0.1))

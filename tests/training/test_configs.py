@@ -26,7 +26,7 @@ from keysync_jax.training.trainables import trainable_of
 
 RECIPES = sorted({name for base in recipes.names() for name in (base, *(f"{base}:{preset}" for preset in recipes.presets(base)))})
 # One recipe of each kind is computed; the others, which differ from them in a term or a number, are traced.
-COMPUTED = ("keyframe:paper", "interpolation:paper", "ablation_image_keyframes", "ablation_loss:l2_lpips")
+COMPUTED = ("keyface_keyframe", "keyframe:paper", "interpolation:paper", "ablation_image_keyframes", "ablation_loss:l2_lpips")
 DECODER = dataclasses.replace(tiny.VAE, channel_mult=(1, 1), quant_conv=False)
 
 
@@ -38,10 +38,14 @@ def miniature(config: TrainConfig) -> TrainConfig:
     """The recipe with small sizes, and without what does not change the program of a step."""
     old = config.stage
     sizes = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_head_channels", "context_dim", "audio_dim")
-    unet = dataclasses.replace(old.unet, **{name: getattr(tiny.UNET, name) for name in sizes}, num_frames=min(3, old.num_frames))
+    unet = dataclasses.replace(
+        old.unet, **{name: getattr(tiny.UNET, name) for name in sizes}, num_frames=min(3, old.num_frames),
+        adm_in_channels=16 if old.emotion_dim else 0,
+    )  # fmt: skip
     stage = StageConfig(
         stage=old.stage, unet=unet, resolution=32, latent_size=16, num_frames=min(3, old.num_frames), audio_feature_dim=8,
         audio_merge=old.audio_merge, audio_linear=old.audio_linear, filler=old.filler, add_indicator=old.add_indicator,
+        system=old.system, emotion_dim=8 if old.emotion_dim else 0,
     )  # fmt: skip
     return TrainConfig(
         model=config.model, stage=stage, vae=DECODER, resolution=32, freeze=config.freeze, dtype="float32", remat="none",
@@ -79,7 +83,8 @@ def update_of(text: str, compiled: bool) -> set[str]:
         batch = {
             "known": normal(2, t, size, size, 4),
             "audio": normal(2, t, 2, 8),
-            "mask": (rng.random((2, t, size, size, 1)) < 0.7).astype(np.float32),
+            **({} if stage.system == "keyface" else {"mask": (rng.random((2, t, size, size, 1)) < 0.7).astype(np.float32)}),
+            **({name: np.tanh(normal(2, t)) for name in ("valence", "arousal")} if stage.emotion_dim else {}),
             **({"endpoints": normal(2, 2, size, size, 4)} if stage.stage == "interpolation" else {"identity": normal(2, size, size, 4)}),
         }
         if config.uses_pixels:
@@ -177,6 +182,23 @@ def test_ablations_change_one_thing():
     assert plain.audio_scale == plain.identity_scale == 2
     image = load("ablation_image_keyframes")
     assert image.stage.num_frames == 1 and image.data.identity == "random" and not image.stage.unet.temporal_layers
+
+
+def test_keyfaces_recipes_and_their_ablations():
+    first, second = to_dict(load("keyface_keyframe")), to_dict(load("keyface_interpolation"))
+    own = lambda base, name: differences(base, to_dict(load(name)))  # noqa: E731
+    assert own(first, "keyface_keyframe:authors") == {"loss.pixel_losses": (["l2", "lpips"], ["l2"]), "loss.lower_weight": (3.0, 2.0)}
+    assert own(first, "keyface_keyframe:paper") == {}
+    assert own(second, "keyface_interpolation:authors") == {"freeze": ("temporal", "none"), "data.batch_size": (32, 64)}
+    assert own(first, "ablation_keyface:labels") == {"data.emotion": ("continuous", "labels")}
+    assert set(own(first, "ablation_keyface:speech")) == {"stage.audio_encoder", "stage.audio_feature_dim"}
+    assert own(second, "ablation_keyface:speech_interpolation")["stage.audio_encoder"] == ("wav2vec2+beats", "wav2vec2")
+    assert own(second, "ablation_keyface:even_interpolation") == {"loss.lower_weight": (2.0, 1.0)}
+    assert own(second, "ablation_keyface:one_network") == {"stage.guidance.kind": ("auto", "none"), "checkpoint.weak_at": (12000, 0)}
+    stage = load("keyface_keyframe").stage
+    assert (stage.emotion_dim, stage.unet.label_dim, stage.system) == (256, 1536, "keyface")
+    with pytest.raises(KeySyncError, match="data.emotion is 'words'"):
+        train_config(recipes.load("keyface_keyframe", ["--config.data.emotion=words"]))
 
 
 def test_an_image_network_has_no_temporal_layers():

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from keysync_jax.config import EXPORT_FORMATS, SpeechEncoderConfig, StageConfig
+from keysync_jax.config import EXPORT_FORMATS, WEAK_PARTS, SpeechEncoderConfig, StageConfig
 from keysync_jax.converters import assemble_audio, model_directory
 from keysync_jax.converters import export as torch_formats
 from keysync_jax.converters.byte_progress import byte_progress
@@ -34,7 +34,7 @@ from keysync_jax.training.start.stage_vae import located
 from keysync_jax.training.state import Tree
 from keysync_jax.training.trainables import of_run, read_run
 
-_ORDER = (*STAGES, "vae")
+_ORDER = (*STAGES, *WEAK_PARTS, "vae")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +216,9 @@ def _collect(sources: Sequence[str | os.PathLike], options: ExportOptions, conso
         found.append(run)
         notes.append(f"{name}: {model_card.basename(source)} at step {run.step}{', averaged weights' * run.ema}")
         add(_part(run), source)
+        if (weak := _weak_part(run, options)) is not None:
+            add(weak, source)
+            notes.append(f"{weak.name}: {model_card.basename(source)} at step {run.config.checkpoint.weak_at}, the worse network")
     _complete(parts, origins, found, notes, options.log_mel)
     _scale(parts, found, options, notes, console)
     _check_trained_with(parts, origins, found)
@@ -241,6 +244,16 @@ def _part(run: RunWeights) -> Part:
     if network is None:
         raise KeySyncError(f"{run.workdir} trains a {run.config.model}, which has no place in a model directory")
     return Part(run.part, network, from_params(part_table(network), run.params, run.workdir))
+
+
+def _weak_part(run: RunWeights, options: ExportOptions) -> Part | None:
+    """The worse network of a stage with autoguidance: the early checkpoint that its run has kept."""
+    network, early = run.trainable.network, run.config.checkpoint.weak_at
+    name = next((name for name, stage in WEAK_PARTS.items() if stage == run.part), None)
+    if name is None or not isinstance(network, StageConfig) or network.guidance.kind != "auto" or not 0 < early < run.step:
+        return None
+    weak = read_run(run.workdir, early, options.ema)
+    return Part(name, network, from_params(part_table(network, name=name), weak.params, run.workdir))
 
 
 def _complete(parts: dict[str, Part], origins: dict[str, str], found: Sequence[RunWeights], notes: list[str], bands: int | None) -> None:

@@ -121,9 +121,13 @@ def _from_stage(config: TrainConfig, other: StageConfig, tensors: Tensors, where
         filler = "model.learned_mask"
         new = {f"{diffusers.UNET_PREFIX}input_blocks.0.0.weight", filler} - ({filler} if not mine.has_learned_filler else set())
         spare, free = {filler}, free | {"in_channels"}
+    if mine.emotion_dim and mine.unet.adm_in_channels != other.unet.adm_in_channels:  # an emotion in front of the audio is new
+        new, free = new | {f"{diffusers.UNET_PREFIX}label_emb.0.0.weight"}, free | {"adm_in_channels"}
+    theirs, ours = sgm.audio_linear(other), sgm.audio_linear(mine)
+    tensors = tensors.renamed({f"{theirs}.{leaf}": f"{ours}.{leaf}" for leaf in ("weight", "bias")})
     _same("stage.unet", other.unet, mine.unet, free, where)
     params, notes = _compose(config, tensors, new, spare, where)
-    shared = ("audio_encoder", "audio_merge", "mask", "latent_scale", "resolution", "num_frames")
+    shared = ("system", "emotion_dim", "audio_encoder", "audio_merge", "mask", "latent_scale", "resolution", "num_frames")
     differ = [f"{name} {getattr(other, name)} -> {getattr(mine, name)}" for name in shared if getattr(other, name) != getattr(mine, name)]
     if differ:
         notes.append(f"{where} was trained for something else: {'; '.join(differ)}")

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from keysync_jax.core.differences import some
 from keysync_jax.core.errors import KeySyncError, first_line
@@ -86,7 +87,11 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         config, write = self._config, not self._read_only
-        keep = {"max_to_keep": config.keep_last, "keep_period": config.keep_every or None} if write else {}
+        keep: dict[str, Any] = {"max_to_keep": config.keep_last, "keep_period": config.keep_every or None} if write else {}
+        if write and config.weak_at:
+            period = [preservation.EveryNSteps(config.keep_every)] if config.keep_every else []
+            chosen = [preservation.LatestN(config.keep_last), preservation.CustomSteps([config.weak_at]), *period]
+            keep = {"preservation_policy": preservation.AnyPreservationPolicy(chosen)}
         handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS} | {name: ocp.JsonCheckpointHandler() for name in _JSON}
         return ocp.CheckpointManager(
             str(self._directory),

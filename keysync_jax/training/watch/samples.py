@@ -188,7 +188,7 @@ class StageSamples(SampleMaker):
         source, generated, finite = jax.device_get(self._generate(params, own, decoder, rows))
         if not finite:
             return [], float("nan")
-        masks = self._batch["mask"]
+        masks = self._batch.get("mask", np.ones((*self._batch["known"].shape[:-1], 1), np.float32))  # without one, all is generated
         if self._vae is None:
             pairs = [(pictures.preview(s, s), pictures.preview(g, s)) for s, g in zip(source, generated, strict=True)]
             source, generated = (np.stack(side) for side in zip(*pairs, strict=True))
