@@ -40,7 +40,11 @@ from keysync_jax.core.errors import KeySyncError, in_one_line
 from keysync_jax.core.progress import Bars
 
 # Every module that registers runners; imported when the first case is run.
-_PARTS = ("model", "diffusion", "stage", "audio", "mask", "plan", "keyface_audio", "keyface_plan", "keyface", "keyface_stage")
+_PARTS = (
+    *("model", "diffusion", "stage", "audio", "mask", "plan"),
+    *("keyface_audio", "keyface_plan", "keyface", "keyface_stage"),
+    "sam2",
+)
 RUNNER_MODULES = tuple(f"keysync_jax.verify.{part}_cases" for part in _PARTS)
 
 # Relative part of the stored tolerances, applied to a tensor that has no tolerance of its own.
