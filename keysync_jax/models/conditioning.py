@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from keysync_jax.config import StageConfig
+from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion.conditions import Conditions
 from keysync_jax.models.layers import sinusoidal_embedding
 from keysync_jax.models.stage import StageModel
@@ -64,10 +65,15 @@ def conditions(model: StageModel, variables: Mapping[str, Any], batch: Mapping[s
       model: the stage.
       variables: its variables, `{"params": ...}`.
       batch: arrays `[B, ...]` by the names of `batch_shapes`, traced or not.
+
+    Raises:
+      KeySyncError: no emotion for a stage that reads one.
     """
     latents = batch["identity"] if model.config.stage == "keyframe" else join_frames(batch["endpoints"])
     given = {name: jnp.asarray(batch[name]) for name in ("known", "mask", "vector") if name in batch}
     if model.config.emotion_dim:
+        if lacking := [name for name in EMOTION if name not in batch]:
+            raise KeySyncError(f"the {model.config.stage} stage reads {' and '.join(EMOTION)}, and there is no {lacking[0]}: it animates")
         given["vector"] = emotion_vector(*(jnp.asarray(batch[name]) for name in EMOTION), model.config.emotion_dim)
     return Conditions(
         jnp.asarray(raw_latents(latents, model.config.latent_scale)),

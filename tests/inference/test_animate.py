@@ -52,6 +52,8 @@ def test_every_started_frame_of_the_voice_is_made(pipe):
     for samples in (1, 640 * 4, 640 * 4 + 1, 640 * 7):
         result = pipe.animate(drawn(), voice(8)[:samples], rate=16000, options=SQUARE)
         assert result.frames.shape == (-(-samples // 640), tiny.SIZE, tiny.SIZE, 3) and result.frames.dtype == np.uint8
+    small = pipe.animate(drawn(64)[:40, :40], voice(4), rate=16000, options=SQUARE)  # 40 pixels
+    assert small.frames.shape == (4, tiny.SIZE, tiny.SIZE, 3)
     assert result.report["frames"] == 7 and result.report["emotion"]["keyframes"][1]["seconds"] == pytest.approx(3 / 25)
 
 

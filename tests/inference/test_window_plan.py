@@ -156,3 +156,25 @@ def test_requested_duration_fills_whole_segments():
         assert 25 * seconds <= frames < 25 * seconds + 13
     assert num_usable_frames(100, 87) == 87
     assert num_usable_frames(100, 187, 60) == 60
+
+
+def covers(frames: int) -> None:
+    """Every frame once, every segment's audio its own, and every keyframe under the audio of the place where it stands."""
+    plan = make_plan(frames)
+    assert [f for segment in plan.segments for f in segment.outputs] == list(range(frames))
+    placed = {k: window.slots[p].frame for window in plan.keyframe_windows for p, k in window.kept}
+    assert placed == {k: min(13 * k, frames - 1) for k in range(plan.num_keyframes)}
+    assert all(segment.frames == tuple(min(segment.start + i, frames - 1) for i in range(14)) for segment in plan.segments)
+    assert all(window.slots[0] == Slot(0, None) for window in plan.keyframe_windows)
+
+
+def test_keyframes_have_their_own_audio_at_any_length():
+    """KeyFace's reference gives most lengths over 169 frames keyframes that stand 13 frames late."""
+    for frames in (*range(1, 400), *range(401, 6001, 97), 5999, 6000):
+        covers(frames)
+
+
+@pytest.mark.slow
+def test_keyframes_have_their_own_audio_at_every_length():
+    for frames in range(1, 6001):
+        covers(frames)

@@ -26,7 +26,7 @@ from keysync_jax.training.trainables import trainable_of
 
 RECIPES = sorted({name for base in recipes.names() for name in (base, *(f"{base}:{preset}" for preset in recipes.presets(base)))})
 # One recipe of each kind is computed; the others, which differ from them in a term or a number, are traced.
-COMPUTED = ("keyface_keyframe", "keyframe:paper", "interpolation:paper", "ablation_image_keyframes", "ablation_loss:l2_lpips")
+COMPUTED = ("keyframe:paper", "interpolation:paper", "ablation_image_keyframes", "ablation_loss:l2_lpips")
 DECODER = dataclasses.replace(tiny.VAE, channel_mult=(1, 1), quant_conv=False)
 
 
