@@ -65,12 +65,15 @@ class TextWatch:
         small = cv2.resize(rgb, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else rgb
         gray = cv2.max(cv2.max(small[..., 0], small[..., 1]), small[..., 2])  # yellow is as bright as white
         kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_STROKE, _STROKE))
-        strokes = cv2.inRange(gray, _BRIGHT, 255) & cv2.inRange(cv2.morphologyEx(gray, cv2.MORPH_TOPHAT, kernel), _CONTRAST, 255)
-        if self._age is None or self._age.shape != strokes.shape or index != self._seen + 1:
-            self._age = np.zeros_like(strokes)
-        self._age = cv2.add(self._age, 1) & strokes  # strokes are 0 or 255; an age stays at 255
+        bright = cv2.inRange(gray, np.array(_BRIGHT), np.array(255))
+        strokes = cv2.bitwise_and(bright, cv2.inRange(cv2.morphologyEx(gray, cv2.MORPH_TOPHAT, kernel), np.array(_CONTRAST), np.array(255)))
+        age = self._age
+        if age is None or age.shape != strokes.shape or index != self._seen + 1:
+            age = np.zeros_like(strokes)
+        # Frames in a row, up to 255; `strokes` is 0 or 255.
+        self._age = age = np.asarray(cv2.bitwise_and(cv2.add(age, np.ones_like(age)), strokes))
         self._seen = index
-        if index % SPACING == 0 and self._has_row(self._age >= STEADY, gray, np.asarray(corners, np.float64) * scale):
+        if index % SPACING == 0 and self._has_row(age >= STEADY, gray, np.asarray(corners, np.float64) * scale):
             start = index - STEADY + 1
             if self._ranges and self._ranges[-1].stop >= start - SPACING:
                 start = self._ranges.pop().start
