@@ -188,6 +188,11 @@ class _Opened(NamedTuple):
     own: Any  # our self-description inside the file
 
 
+def read_tensors(path: epath.Path) -> Tensors:
+    """The tensors of one file, wrappers and prefixes removed, whatever model they are of. Raises KeySyncError where it cannot be read."""
+    return _read_file(path).tensors
+
+
 def _read_file(path: epath.Path) -> _Opened:
     """One file, by its content and not by its name."""
     try:

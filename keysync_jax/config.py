@@ -46,6 +46,7 @@ STAGES = ("keyframe", "interpolation")  # of diffusion, in the order in which th
 WEAK_PARTS = {"interpolation_bad": "interpolation"}
 MASK_KINDS = ["box", "full", "mouth", "heart", "face"]  # drawn by `media.masks`, whose `register` adds to them
 FACE_BACKENDS = ("mediapipe", "fan")  # landmark detectors, opened by `media.faces`; the first is the default
+OCCLUSION_BACKENDS = ("flax", "sam2")  # what follows objects, opened by `segmentation.segmenters`; the first is the default
 COMPUTE_DTYPES = ("float32", "bfloat16")  # of the networks' computation
 STORED_DTYPES = ("float32", "float16", "bfloat16")  # of weights on disk
 ATTENTION = ("auto", "xla", "cudnn", "splash")  # kernels, see `models.attention`

@@ -54,12 +54,12 @@ class Encoders:
         return self._opened(name, lambda: self._speech(name))(samples)
 
     def occluder(self):
-        """The SAM 2 masker, or None without weights."""
+        """What follows clicks with SAM 2, or None without weights."""
         if "occluder" not in self._plan.weights:
             return None
-        from keysync_jax.data_pipeline.prepare.occluder import Sam2Masker
+        from keysync_jax.data_pipeline.prepare.occluder import ClickMasker
 
-        return self._opened("occluder", lambda: Sam2Masker(self._plan.weights["occluder"]))
+        return self._opened("occluder", lambda: ClickMasker(self._plan.weights["occluder"], self._plan.occlusion_backend))
 
     def _opened(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self._made:

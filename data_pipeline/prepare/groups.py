@@ -45,6 +45,7 @@ class FeaturePlan:
       weights: local weights of optional columns.
       jpeg_quality: see `Output`.
       seed: of posterior samples.
+      occlusion_backend: see `Output`.
     """
 
     model: str
@@ -54,6 +55,7 @@ class FeaturePlan:
     weights: dict[str, str]
     jpeg_quality: int
     seed: int
+    occlusion_backend: str = "flax"
 
     @property
     def crop_size(self) -> int:
@@ -113,7 +115,9 @@ def plan_features(model: str, output: Output, crop_size: int | None) -> FeatureP
             groups.append(_group((column,), crop_size, output, column.name, made))
         else:
             groups.append(_optional(name, output, crop_size, cells))
-    return FeaturePlan(model, vae, encoders, tuple(groups), dict(output.weights), output.jpeg_quality, output.seed)
+    return FeaturePlan(
+        model, vae, encoders, tuple(groups), dict(output.weights), output.jpeg_quality, output.seed, output.occlusion_backend
+    )
 
 
 def _optional(name: str, output: Output, crop_size: int, cells: int) -> Group:
@@ -136,7 +140,9 @@ def _optional(name: str, output: Output, crop_size: int, cells: int) -> Group:
     weights = output.weights.get("occluder", "")
     if weights and not epath.Path(weights).exists():
         raise KeySyncError(f"{weights} does not exist; give a local SAM 2.1 checkpoint, or leave --column-weights occluder out")
-    made = {"source": "sidecar or SAM 2", "weights": file_digest(weights)} if weights else {"source": "sidecar"}
+    made = {"source": "sidecar"}
+    if weights:
+        made = {"source": "sidecar or SAM 2 on the crop", "weights": file_digest(weights), "backend": output.occlusion_backend}
     return _group((Column("occluder", "bool", (cells, cells)),), crop_size, output, name, {"occluder": made})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from keysync_jax.config import optional_columns
+from keysync_jax.config import OCCLUSION_BACKENDS, optional_columns
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.clip_index import check_split
 
@@ -75,6 +75,7 @@ class Output:
     Attributes:
       columns: optional column groups, of `optional_columns`.
       weights: local path of the weights of those columns that need some ("wav2vec2", "whisper", "occluder").
+      occlusion_backend: what follows clicks for the column "occluder": "flax", or "sam2", the package.
       jpeg_quality: of the crop's pictures.
       shard_megabytes: target size of a shard.
       split_fractions: share of speakers per split.
@@ -84,6 +85,7 @@ class Output:
 
     columns: tuple[str, ...] = ("jpeg", "sound", "log_mel")
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    occlusion_backend: str = "flax"
     jpeg_quality: int = 95
     shard_megabytes: float = 256.0
     split_fractions: Mapping[str, float] | None = None
@@ -97,6 +99,8 @@ class Output:
         idle = sorted(set(self.weights) - set(self.columns))
         if idle:
             raise UsageError(f"weights are given for {idle[0]!r}, which is none of the columns ({', '.join(self.columns)}); add it to them")
+        if self.occlusion_backend not in OCCLUSION_BACKENDS:
+            raise UsageError(f"occlusion backend {self.occlusion_backend!r} is unknown; choose one of {', '.join(OCCLUSION_BACKENDS)}")
         if not 1 <= self.jpeg_quality <= 100:
             raise UsageError(f"JPEG quality is {self.jpeg_quality}; choose 1 to 100")
         object.__setattr__(self, "columns", tuple(dict.fromkeys(self.columns)))  # one group each

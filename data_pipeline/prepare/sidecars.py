@@ -15,7 +15,7 @@ from keysync_jax.media.crop import Crop, extract
 from keysync_jax.media.masks import downsample
 
 if TYPE_CHECKING:
-    from keysync_jax.data_pipeline.prepare.occluder import Sam2Masker
+    from keysync_jax.data_pipeline.prepare.occluder import ClickMasker
 
 
 def emotion(item: Item, sources: np.ndarray) -> dict[str, np.ndarray]:
@@ -52,7 +52,7 @@ def emotion(item: Item, sources: np.ndarray) -> dict[str, np.ndarray]:
     return out | {"emotion_known": np.ones(count, bool)}
 
 
-def occluder(item: Item, entry: ClipWork, cells: tuple[int, int], crop_size: int, masker: Sam2Masker | None) -> np.ndarray:
+def occluder(item: Item, entry: ClipWork, cells: tuple[int, int], crop_size: int, masker: ClickMasker | None) -> np.ndarray:
     """Latent cells that an object covers, bool `[n, h, w]`.
 
     From the item's sidecar: `.npz` with "mask" bool `[N, H, W]`, a row per source frame; or `.json` with click points, which `masker`
@@ -65,15 +65,15 @@ def occluder(item: Item, entry: ClipWork, cells: tuple[int, int], crop_size: int
     if item.occluder.endswith(".json"):
         if masker is None:
             raise KeySyncError(f"{os.path.basename(item.occluder)} holds click points; give SAM 2 weights: --column-weights occluder=FILE")
-        masks = masker(item, entry.sources, entry.keyframes)
-    else:
-        try:
-            with np.load(item.occluder, allow_pickle=False) as file:
-                masks = np.asarray(file["mask"]).astype(bool)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise KeySyncError(f"{os.path.basename(item.occluder)} holds no mask ({error})") from error
-        if masks.ndim != 3 or len(masks) <= entry.sources.max():
-            raise KeySyncError(f"{os.path.basename(item.occluder)}: mask has shape {masks.shape}; one [H, W] row per video frame is needed")
-        masks = masks[entry.sources]
+        crops = masker(item, entry.sources, crop, crop_size, entry.keyframes)
+        return downsample(crops.astype(np.uint8) * 255, cells) > 127
+    try:
+        with np.load(item.occluder, allow_pickle=False) as file:
+            masks = np.asarray(file["mask"]).astype(bool)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise KeySyncError(f"{os.path.basename(item.occluder)} holds no mask ({error})") from error
+    if masks.ndim != 3 or len(masks) <= entry.sources.max():
+        raise KeySyncError(f"{os.path.basename(item.occluder)}: mask has shape {masks.shape}; one [H, W] row per video frame is needed")
+    masks = masks[entry.sources]
     cropped = np.stack([extract(mask.astype(np.uint8) * 255, crop, crop_size) for mask in masks])
     return downsample(cropped, cells) > 127

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from keysync_jax.cli.verbs import add_verb, check_remote, number
-from keysync_jax.config import COLUMN_ENCODERS, FACE_BACKENDS, optional_columns
+from keysync_jax.config import COLUMN_ENCODERS, FACE_BACKENDS, OCCLUSION_BACKENDS, optional_columns
 from keysync_jax.core.errors import UsageError
 
 _LARGEST_CROP = 4096
@@ -50,6 +50,10 @@ def add_prepare(verbs) -> None:
         metavar="NAME=PATH",
         help=f"local weights of {', '.join(COLUMN_ENCODERS)}, occluder, or a speech encoder that the model lacks (beats=BEATs.pt)",
     )
+    out.add_argument(
+        "--occlusion-backend", choices=OCCLUSION_BACKENDS,
+        help="what follows the clicks of X.occluder.json: SAM 2 in Flax (default), or the sam2 package, which needs torch",
+    )  # fmt: skip
     out.add_argument("--shard-mb", type=number, metavar="MB", help="size of a shard (default 256)")
     out.add_argument("--splits", metavar="LIST", help="shares of speakers (default train=0.9,validation=0.05,test=0.05)")
     out.add_argument("--discard-work", action="store_true", help="delete the computed features once all shards are written")
@@ -80,7 +84,7 @@ def _prepare(args) -> int:
     chosen = {
         "columns": _columns(args.columns), "shard_megabytes": args.shard_mb, "split_fractions": _shares(args.splits),
         "weights": dict(_pair(text, "--column-weights") for text in args.column_weights), "seed": args.seed,
-        "discard_work": args.discard_work,
+        "discard_work": args.discard_work, "occlusion_backend": args.occlusion_backend,
     }  # fmt: skip
     target = Output(**{k: v for k, v in chosen.items() if v is not None})
     model = assets.resolve(args.model)

@@ -43,7 +43,7 @@ from keysync_jax.core.progress import Bars
 _PARTS = (
     *("model", "diffusion", "stage", "audio", "mask", "plan"),
     *("keyface_audio", "keyface_plan", "keyface", "keyface_stage"),
-    "sam2",
+    *("sam2", "sam2_video"),
 )
 RUNNER_MODULES = tuple(f"keysync_jax.verify.{part}_cases" for part in _PARTS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,9 +22,9 @@ from keysync_jax.verify.case_tools import apply, from_images, params_of, to_imag
 from keysync_jax.verify.harness import Case, runner
 
 
-def network(case: Case) -> tuple[Sam2Config, dict[str, Any]]:
-    """Sizes and parameters of a case's network; what shapes do not say stands in its config."""
-    weights = {key: value for key, value in case.weights.items() if key not in sam2_config.UNUSED}
+def network(case: Case, replaced: Mapping[str, np.ndarray] | None = None) -> tuple[Sam2Config, dict[str, Any]]:
+    """Sizes and parameters of a case's network, some tensors `replaced`; what shapes do not say stands in its config."""
+    weights = {key: value for key, value in (case.weights | dict(replaced or {})).items() if key not in sam2_config.UNUSED}
     config = sam2_config.config_from_shapes(
         {key: value.shape for key, value in weights.items()},
         case.name,

@@ -37,7 +37,7 @@ class Found(NamedTuple):
       logits: `[B, 4h, 4w]`, positive on the object; -1024 throughout where it is gone.
       pointer: `[B, d_model]`.
       score: `[B, 1]`, positive where the object is in the picture.
-      memory: bfloat16 `[B, h, w, mem_dim]`, rounded as the reference stores it.
+      memory: `[B, h, w, mem_dim]`, not rounded yet.
     """
 
     logits: Array
@@ -113,7 +113,9 @@ class Sam2(nn.Module):
         n = config.pointer_tokens
         pointers = bank.pointers.reshape(b, -1, mem)
         ages = self.obj_ptr_tpos_proj(sine_of(bank.age, config.d_model)).repeat(n, axis=1)
-        memory = jnp.concatenate([bank.memories.astype(jnp.float32).reshape(b, s * h * w, mem), pointers], axis=1)
+        # The reference stores memories in bfloat16; without its rounding the two drift apart. A cast there and back may be optimised away.
+        memories = jax.lax.reduce_precision(bank.memories, exponent_bits=8, mantissa_bits=7).reshape(b, s * h * w, mem)
+        memory = jnp.concatenate([memories, pointers], axis=1)
         exists = jnp.concatenate([(bank.row >= 0).repeat(h * w, axis=1), bank.held.repeat(n, axis=1)], axis=1)
         bias = jnp.where(exists, 0.0, -jnp.inf)
         x = features.coarse.reshape(-1, h * w, config.d_model)
@@ -145,4 +147,4 @@ class Sam2(nn.Module):
         coarse = jnp.broadcast_to(features.coarse, (len(logits), *features.coarse.shape[1:]))
         memory = self.memory_encoder(coarse, mask[..., None] * MASK_SCALE + MASK_SHIFT)
         memory = memory + jnp.where(score > 0, 0.0, self.no_obj_embed_spatial)[:, None, None]
-        return memory.astype(jnp.bfloat16)
+        return memory
