@@ -136,6 +136,7 @@ class Tracking:
         # Object -> frame -> what was found: frames with clicks, which are kept, and others, of which the recent ones are.
         self.prompted: dict[int, dict[int, Found]] = {}
         self.tracked: dict[int, dict[int, Found]] = {}
+        self._nothing: tuple[Array, Array] | None = None
 
     def add(self, prompt: Prompt) -> None:
         """Segments a frame by its clicks. All of an object's prompts come before the first `propagate`."""
@@ -185,18 +186,18 @@ class Tracking:
         clicked, tracked = self.prompted[number], self.tracked[number]
         recent = config.num_maskmem - 1
         most = max(map(len, self.prompted.values()))
-        memories: list[tuple[Array, int]] = [(found.memory[0], recent) for found in clicked.values()]
+        memories: list[tuple[Array, int]] = [(found.memory, recent) for found in clicked.values()]
         for ago in range(recent, 0, -1):
             before = tracked.get(frame - way * ago)
             if before is not None:
-                memories.append((before.memory[0], ago - 1))
+                memories.append((before.memory, ago - 1))
         # Only prompts that the object has passed on its way give a pointer; short videos count fewer frames.
         reach = min(len(self._pictures), POINTERS)
-        pointers = [(found.pointer[0], way * (frame - at)) for at, found in clicked.items() if way * (frame - at) >= 0]
+        pointers = [(found.pointer, way * (frame - at)) for at, found in clicked.items() if way * (frame - at) >= 0]
         for ago in range(1, reach):
             before = tracked.get(frame - way * ago)
             if before is not None:
-                pointers.append((before.pointer[0], ago))
+                pointers.append((before.pointer, ago))
         no_memory, no_pointer = self._empty(next(iter(clicked.values())))
         spare = most + recent - len(memories)
         spare_pointers = most + POINTERS - 1 - len(pointers)
@@ -208,9 +209,11 @@ class Tracking:
             np.array([True] * len(pointers) + [False] * spare_pointers),
         )
 
-    @staticmethod
-    def _empty(like: Found) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros(like.memory.shape[1:], like.memory.dtype), np.zeros(like.pointer.shape[1:], np.float32)
+    def _empty(self, like: Found) -> tuple[Array, Array]:
+        """What fills slots up; on the device like the rest, so that one compiled step serves every frame."""
+        if self._nothing is None:
+            self._nothing = jnp.zeros(like.memory.shape), jnp.zeros(like.pointer.shape)
+        return self._nothing
 
     def _forget(self, frame: int, start: int) -> None:
         """Drops what no later frame can see; near the start it waits for the way back."""
@@ -240,7 +243,7 @@ def _tracked(network: Sam2, params: Any, picture: Array, slots: list[Bank], shap
     def one(bank: Bank) -> Found:
         return network.apply(variables, features, jax.tree.map(lambda x: x[None], bank), method="tracked")
 
-    banks = [Bank(jnp.stack(slot.memories), slot.row, jnp.stack(slot.pointers), slot.age, slot.held) for slot in slots]
+    banks = [Bank(jnp.concatenate(slot.memories), slot.row, jnp.concatenate(slot.pointers), slot.age, slot.held) for slot in slots]
     found = jax.vmap(one)(jax.tree.map(lambda *x: jnp.stack(x), *banks))
     return [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(slots))], resize(found.logits[:, 0], *shape)
 

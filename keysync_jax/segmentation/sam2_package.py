@@ -36,8 +36,10 @@ class Sam2Package:
     def __init__(self, weights: str | os.PathLike, size: int = 512):
         if not os.path.exists(weights):
             raise KeySyncError(f"{weights} does not exist; give a local SAM 2.1 checkpoint")
+        self._torch, build = _package()
         config = config_from_shapes(read_tensors(epath.Path(weights)).shapes, str(weights))
-        self._predictor, self._torch = _build(config, os.fspath(weights), size)
+        device = "cuda" if self._torch.cuda.is_available() else "cpu"
+        self._predictor = _built(build, config, os.fspath(weights), size, device)
         self.size = size
 
     def follow(
@@ -69,27 +71,29 @@ class Sam2Package:
             sam2_video_predictor.load_video_frames = loader
 
 
-def _build(config: Sam2Config, weights: str, size: int) -> tuple[Any, Any]:
+def _package() -> tuple[Any, Any]:
+    """torch, and what makes a predictor. Both are optional, so they are imported when asked for."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # it draws a progress bar for each direction
     try:
         import torch
         from sam2.build_sam import build_sam2_video_predictor
     except ImportError as error:
         raise KeySyncError(f"the backend sam2 needs the sam2 package ({error}); {_INSTALL}; or take the backend flax") from error
+    return torch, build_sam2_video_predictor
+
+
+def _built(build: Any, config: Sam2Config, weights: str, size: int, device: str) -> Any:
     name = size_name(config)
     if name not in _CONFIGS:
         raise KeySyncError(f"{weights}: the sam2 package has no configuration for these sizes; take the backend flax")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Filling holes needs a compiled extension that the wheel lacks: off, so that every machine gives the same mask.
     overrides = [f"++model.image_size={size}"]
     try:
-        predictor = build_sam2_video_predictor(
-            f"configs/sam2.1/sam2.1_{_CONFIGS[name]}.yaml", weights, device=device, hydra_overrides_extra=overrides
-        )
+        predictor = build(f"configs/sam2.1/sam2.1_{_CONFIGS[name]}.yaml", weights, device=device, hydra_overrides_extra=overrides)
     except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise KeySyncError(f"{weights} is not a SAM 2.1 checkpoint of size {name} ({in_one_line(error)})") from error
+    # Filling holes needs a compiled extension that the wheel lacks: off, so that every machine gives the same mask.
     predictor.fill_hole_area = 0
-    return predictor, torch
+    return predictor
 
 
 def _forget(state: dict[str, Any], frame: int, start: int) -> None:

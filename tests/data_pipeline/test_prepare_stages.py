@@ -17,7 +17,7 @@ from keysync_jax.data_pipeline.prepare.features import int16_sound
 from keysync_jax.data_pipeline.prepare.frame_table import FrameTables
 from keysync_jax.data_pipeline.prepare.groups import checked_float16
 from keysync_jax.data_pipeline.prepare.item import Candidate, ClipWork, Item
-from keysync_jax.data_pipeline.prepare.occluder import Sam2Masker
+from keysync_jax.data_pipeline.prepare.occluder import ClickMasker
 from keysync_jax.data_pipeline.prepare.settings import Curation, Output
 from keysync_jax.data_pipeline.prepare.spans import Span, cut_long, usable_spans
 from keysync_jax.data_pipeline.prepare.work import WorkFolder
@@ -298,14 +298,15 @@ def test_sound_comes_back_as_it_was():
 
 
 def test_sam2_without_what_it_needs_says_so_in_one_line(tmp_path, monkeypatch):
-    with pytest.raises(KeySyncError, match="base_plus"):
-        Sam2Masker(str(tmp_path / "model.pt"))
+    weights = tmp_path / "model.pt"  # its name says nothing
     with pytest.raises(KeySyncError, match="does not exist"):
-        Sam2Masker(str(tmp_path / "sam2.1_hiera_tiny.pt"))
-    (tmp_path / "sam2.1_hiera_tiny.pt").touch()
+        ClickMasker(str(weights))
+    weights.touch()
+    with pytest.raises(KeySyncError, match="model.pt is empty"):
+        ClickMasker(str(weights))
     monkeypatch.setitem(sys.modules, "sam2", None)
     with pytest.raises(KeySyncError, match="sam2==1.1.0"):
-        Sam2Masker(str(tmp_path / "sam2.1_hiera_tiny.pt"))
+        ClickMasker(str(weights), "sam2")
 
 
 def test_emotion_and_occluder_sidecars(tmp_path):
