@@ -261,7 +261,7 @@ class AnimateJob:
             curve=self._curve,
             voice=self._voice.sound,
             audio_note=sink.audio_note,
-            notes=[*self._notes, *work.portrait.notes, *self._voice.sound.notes, *sink.notes],
+            notes=[*self._notes, *work.portrait.notes, *self._voice.sound.notes, *_said(sink)],
             options=self._options,
             steps=self._steps,
             stages=self._stages,
@@ -273,3 +273,8 @@ class AnimateJob:
         where = None if self._output is None else Path(self._output)
         picture = emotion_picture.draw(work.emotion, keyframes, f"emotion: {self._options.emotion}")
         return AnimateResult(where, report, animate_report.summary(report, self._output or "frames"), picture, frames)
+
+
+def _said(sink: VideoSink) -> list[str]:
+    """What the writer has to say, but for how it was handed the frames: nobody chose that format."""
+    return [note for note in sink.notes if not note.startswith(f"{array_info(16, 16).pix_fmt} ")]

@@ -30,7 +30,8 @@ def _beats_variant(case: Case, variant: str, config: beats.BeatsConfig) -> dict[
     prefix = f"{variant}."
     weights = {key.removeprefix(prefix): value for key, value in case.weights.items() if key.startswith(prefix)}
     params = params_of(registry.audio_table(config), weights, f"{case.name} {variant}")
-    features, module = AudioFeatures(config, params), Beats(config)
+    longest = max((len(wav) for wav in case.inputs.values()), default=0)  # the reference attends over the whole clip, whatever its length
+    features, module = AudioFeatures(config, params, window_seconds=max(24.0, longest / SAMPLE_RATE + 1)), Beats(config)
     out: dict[str, Any] = {}
     for key in case.expected:
         kind, *rest = key.split(".")

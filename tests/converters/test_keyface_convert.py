@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from keysync_jax.config import StageConfig, UNetConfig
-from keysync_jax.converters import model_directory, sgm, shapes
+from keysync_jax.converters import assemble_audio, model_directory, sgm, shapes, torch_write
 from keysync_jax.converters.containers import open_sources
 from keysync_jax.converters.convert import convert
 from keysync_jax.converters.export import export
@@ -16,6 +17,9 @@ from keysync_jax.converters.lazy import LazyTensor, Tensors, constant
 from keysync_jax.converters.parts import Part, part_table
 from keysync_jax.converters.safetensors_file import read, write
 from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.prepare.features import Encoders
+from keysync_jax.data_pipeline.prepare.groups import plan_features
+from keysync_jax.data_pipeline.prepare.settings import Output
 from keysync_jax.models.speech import registry
 from keysync_jax.models.speech.beats import BeatsConfig
 from keysync_jax.models.table import to_flax, to_torch
@@ -155,3 +159,38 @@ def test_configurations_say_what_does_not_fit(tmp_path):
     with pytest.raises(KeySyncError, match="interpolation_bad has another network than interpolation"):
         model_directory.check("here", {part.name: part.config for part in parts}, complete=False)
     assert BeatsConfig().kind == "beats"
+
+
+@pytest.fixture(scope="module")
+def published(golden_dir, tmp_path_factory):
+    """BEATs and wav2vec2 as they are published, small: a `.pt` file with its configuration inside, and a transformers folder."""
+    folder = tmp_path_factory.mktemp("published")
+    case = golden_dir / "keyface_beats"
+    config = json.loads((case / "case.json").read_text())["config"]["main"]
+    weights = read(case / "weights.safetensors").under("main.")
+    torch_write.write(folder / "BEATs.pt", weights, wrapper="model", extra={"cfg": config, "label_dict": {0: "/m/09x0r"}})
+    w2v, case = folder / "wav2vec2", golden_dir / "keyface_wav2vec2"
+    w2v.mkdir()
+    values = json.loads((case / "case.json").read_text())["config"]
+    (w2v / "config.json").write_text(json.dumps({"model_type": "wav2vec2", **values}))
+    shutil.copyfile(case / "weights.safetensors", w2v / "model.safetensors")
+    return folder
+
+
+def test_published_encoders_are_read_with_their_own_configuration(published):
+    beats, files = assemble_audio.open_encoder("beats", str(published / "BEATs.pt"))
+    assert (beats.config.num_layers, beats.config.deep_norm, beats.config.num_classes) == (3, True, 7) and len(files) == 1
+    speech, _ = assemble_audio.open_encoder("wav2vec2", str(published / "wav2vec2"))
+    assert speech.config.kind == "wav2vec2" and not any(key.startswith(("lm_head", "wav2vec2")) for key in speech.tensors)
+    with pytest.raises(KeySyncError, match="holds wav2vec2 weights; give the weights of beats"):
+        assemble_audio.open_encoder("beats", str(published / "wav2vec2"))
+
+
+def test_columns_of_encoders_that_the_model_lacks(published, tiny_model):
+    """Prepared from local weights, without adding them to the model directory."""
+    weights = {"beats": str(published / "BEATs.pt"), "wav2vec2": str(published / "wav2vec2")}
+    plan = plan_features(str(tiny_model), Output(columns=("beats", "wav2vec2", "emotion"), weights=weights), None)
+    columns = {group.name: [column.shape for column in group.columns] for group in plan.groups[1:]}
+    assert columns == {"audio_beats": [(2, 32)], "audio_wav2vec2": [(2, 32)], "emotion": [(), (), ()]}
+    tokens = Encoders(plan).tokens("beats", 0.1 * np.random.default_rng(0).standard_normal(640 * 7).astype(np.float32))
+    assert tokens.shape == (7, 2, 32) and np.isfinite(tokens).all() and tokens.std() > 0.1

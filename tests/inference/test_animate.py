@@ -115,8 +115,21 @@ def test_files_report_and_paste(pipe, tmp_path, talker):
     assert (tmp_path / found["emotion"]["picture"]).read_bytes().startswith(b"\x89PNG")
     assert "6 frames, emotion excited,bored; seam" in result.summary
     assert sorted(path.name for path in tmp_path.iterdir()) == ["face.png", "out.mp4", "r.emotion.png", "r.json", "voice.wav"]
+    assert not any("gbrp" in note for note in found["notes"])
     sized = animated(pipe, options=AnimateOptions(crop="none", size=30))
     assert sized.frames.shape == (6, 30, 30, 3)
+
+
+def test_the_command_makes_the_same_bytes(pipe, model, tmp_path, capsys):
+    Image.fromarray(drawn()).save(tmp_path / "face.png")
+    audio.save_wav(tmp_path / "voice.wav", voice(6), 16000)
+    words = ["animate", str(tmp_path / "face.png"), str(tmp_path / "voice.wav"), "-o", str(tmp_path / "a.mp4"), "--model", str(model)]
+    assert main([*words, "--crop", "none", "--emotion", "-0.5,0.25", "--report", str(tmp_path / "a.json")]) == 0, capsys.readouterr()
+    assert "6 frames, emotion -0.5,0.25" in capsys.readouterr().out
+    options = AnimateOptions(crop="none", emotion="-0.5,0.25")
+    pipe.animate(tmp_path / "face.png", tmp_path / "voice.wav", tmp_path / "b.mp4", options=options)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert json.loads((tmp_path / "a.json").read_text())["emotion"]["keyframes"][0] == {"seconds": 0, "valence": -0.5, "arousal": 0.25}
 
 
 def test_wrong_models_and_files_are_refused_by_name(pipe, tiny_model, tmp_path, talker):
