@@ -35,7 +35,6 @@ _EXAMPLES = """\
 examples:
   keysync demo -o demo                               see it run: makes a short drawn clip and dubs it
   keysync dub talk.mp4 voice.wav -o dubbed.mp4 --model DIR
-  keysync animate face.jpg voice.wav -o out.mp4 --model KEYFACE --emotion happy
   keysync convert keyframe_dub.pt interpolation_dub.pt svd/ hubert/ WavLM-Base+.pt -o DIR
   keysync inspect DIR                                what a file or model directory holds
   keysync export DIR --format diffusers -o svd_out   back to PyTorch
