@@ -219,7 +219,7 @@ def stage_config_from_sgm(engine: Arguments, num_frames: int = 14) -> tuple[Stag
 
 def _wrapper(engine: Arguments) -> tuple[str, Arguments]:
     """Target and arguments of an engine's network wrapper; the reference's default where it names none."""
-    given = engine.get("network_wrapper") or {"target": _DEFAULT_WRAPPER}
+    given: dict[str, Any] = engine.get("network_wrapper") or {"target": _DEFAULT_WRAPPER}
     return given["target"], given.get("params", {})
 
 

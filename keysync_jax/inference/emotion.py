@@ -110,7 +110,7 @@ def named(word: str, where: str) -> tuple[float, float]:
     raise UsageError(f"{where}: there is no emotion {word!r}; {meant}the names, with valence and arousal, are {known}")
 
 
-def _number(word: str) -> float | None:
+def _number(word: str | float) -> float | None:
     try:
         return float(word)
     except ValueError:
@@ -164,11 +164,12 @@ def _json_rows(text: str, path: str) -> Iterator[list[Any]]:
 
 def _point(values: list[Any], where: str) -> tuple[float, float, float]:
     """`seconds, valence, arousal` or `seconds, name`."""
-    numbers = [_number(value) if isinstance(value, str) else value for value in values]
-    seconds = numbers[0] if numbers else None
-    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < float("inf"):
-        if len(values) == 2 and isinstance(values[1], str) and numbers[1] is None:
-            return (float(seconds), *named(values[1], where))
-        if len(numbers) == 3 and all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
-            return (float(seconds), *_checked(float(numbers[1]), float(numbers[2]), where))
+    numbers = [_number(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None for value in values]
+    seconds, *rest = numbers or [None]
+    if seconds is not None and 0 <= seconds < float("inf"):
+        if len(values) == 2 and isinstance(values[1], str) and rest == [None]:
+            return (seconds, *named(values[1], where))
+        known = [number for number in rest if number is not None]
+        if len(known) == len(rest) == 2:
+            return (seconds, *_checked(known[0], known[1], where))
     raise KeySyncError(f"{where} is {values}; write seconds, valence, arousal (from -1 to 1) or seconds, name")

@@ -73,8 +73,8 @@ def _is_heif(name: str) -> bool:
 
 def _from_pillow(image: ImageFile.ImageFile, name: str) -> Picture:
     notes = []
-    if getattr(image, "n_frames", 1) > 1:
-        notes.append(f"{name} holds {image.n_frames} pictures; the first one is taken")
+    if (count := getattr(image, "n_frames", 1)) > 1:
+        notes.append(f"{name} holds {count} pictures; the first one is taken")
     mode = image.mode
     turned = ImageOps.exif_transpose(image)
     if image.getexif().get(0x0112, 1) not in (0, 1):
@@ -87,7 +87,7 @@ def _from_pillow(image: ImageFile.ImageFile, name: str) -> Picture:
         return Picture(np.repeat(grey[..., None], 3, axis=-1), tuple(notes))
     if turned.has_transparency_data:
         layer = turned.convert("RGBA")
-        if layer.getextrema()[3][0] < 255:
+        if np.asarray(layer.getchannel("A")).min() < 255:
             plain = Image.new("RGBA", layer.size, (*_BACKGROUND, 255))
             turned = Image.alpha_composite(plain, layer)
             notes.append("its transparency was laid over a plain grey background")

@@ -74,7 +74,8 @@ def conditions(model: StageModel, variables: Mapping[str, Any], batch: Mapping[s
     if model.config.emotion_dim:
         if lacking := [name for name in EMOTION if name not in batch]:
             raise KeySyncError(f"the {model.config.stage} stage reads {' and '.join(EMOTION)}, and there is no {lacking[0]}: it animates")
-        given["vector"] = emotion_vector(*(jnp.asarray(batch[name]) for name in EMOTION), model.config.emotion_dim)
+        valence, arousal = (jnp.asarray(batch[name]) for name in EMOTION)
+        given["vector"] = emotion_vector(valence, arousal, model.config.emotion_dim)
     return Conditions(
         jnp.asarray(raw_latents(latents, model.config.latent_scale)),
         model.apply(variables, batch["audio"], method="embed_audio"),

@@ -67,7 +67,8 @@ def _beats_variant(case: Case, variant: str, config: beats.BeatsConfig) -> dict[
 def _tokens(module: Beats, params: dict[str, Any], wav: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Tokens `[1, N, D]` in one pass, and what the first layer makes."""
     options = {"capture_intermediates": lambda m, _: m.name == "layers_0", "mutable": ["intermediates"]}
-    tokens, state = module.apply({"params": params}, jnp.asarray(wav), **options)
+    applied: Any = module.apply({"params": params}, jnp.asarray(wav), **options)
+    tokens, state = applied
     return tokens, state["intermediates"]["encoder"]["layers_0"]["__call__"][0][0]
 
 

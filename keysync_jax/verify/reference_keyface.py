@@ -156,13 +156,13 @@ def chunks(made: Plan, window: int) -> Iterator[Chunk]:
         yield Chunk(kept, made.segments[start:stop])
 
 
-def merge_weights(count: int, window: int) -> list[list[list[float]]]:
+def merge_weights(count: int, window: int) -> list[list[tuple[int, int, float]]]:
     """Of each frame of the merged segments the (segment, position, weight) that it is a mean of: neighbours share a frame."""
-    frames: list[list[list[float]]] = [[] for _ in range(count * (window - 1) + 1)]
+    frames: list[list[tuple[int, int]]] = [[] for _ in range(count * (window - 1) + 1)]
     for segment in range(count):
         for position in range(window):
-            frames[segment * (window - 1) + position].append([segment, position])
-    return [[[*entry, 1.0 / len(entries)] for entry in entries] for entries in frames]
+            frames[segment * (window - 1) + position].append((segment, position))
+    return [[(*entry, 1.0 / len(entries)) for entry in entries] for entries in frames]
 
 
 def describe(run: dict[str, Any]) -> dict[str, Any]:
