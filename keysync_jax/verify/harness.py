@@ -44,6 +44,7 @@ _PARTS = (
     *("model", "diffusion", "stage", "audio", "mask", "plan"),
     *("keyface_audio", "keyface_plan", "keyface", "keyface_stage"),
     *("sam2", "sam2_video"),
+    *("figure",),
 )
 RUNNER_MODULES = tuple(f"keysync_jax.verify.{part}_cases" for part in _PARTS)
 

@@ -1,0 +1,1 @@
+"""Figures of a comparison as pure functions of arrays: distances of sets, synchrony, pictures, landmarks, votes."""
