@@ -128,17 +128,22 @@ def work(spec: WorkerSpec, name: str, environment: Mapping[str, str], pipe: Conn
     cpu.prepare()
     end_with_parent()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ended = Ended()
     try:
-        with _Worker(spec, name, pipe.send) as worker:
-            worker.loop()
-        pipe.send(Ended())
+        try:
+            with _Worker(spec, name, pipe.send) as worker:
+                worker.loop()
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until the reason is told
     except KeyboardInterrupt:
-        pipe.send(Ended("stopped"))
+        ended = Ended("stopped")
     except faults.MachineFault as error:
-        pipe.send(Ended(str(error)))
+        ended = Ended(str(error))
     except Exception as error:
         log.error("%s", traceback.format_exc())
-        pipe.send(Ended(faults.machine_fault(error) or in_one_line(error)))
+        ended = Ended(faults.machine_fault(error) or in_one_line(error))
+    pipe.send(ended)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an end while libraries clean up is quiet
 
 
 class _Worker:
