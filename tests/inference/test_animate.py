@@ -211,6 +211,7 @@ def test_a_batch_of_animations_keeps_the_same_bytes(pipe, model, tmp_path, capsy
     assert "keysync animate has no --mask" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_give_the_same_bytes(model, tmp_path):
     """In processes of their own, compiled as users compile."""
     program = (
