@@ -36,6 +36,7 @@ LAYOUTS: dict[str, Layout] = {
     "conv1d": _axes(2, 1, 0),  # (out, in/groups, k) -> [k, in/groups, out]
     "conv2d": _axes(2, 3, 1, 0),  # (out, in, kh, kw) -> [kh, kw, in, out]
     "conv2d_transposed": _axes(2, 3, 0, 1),  # (in, out, kh, kw) -> [kh, kw, in, out]
+    "conv3d": _axes(2, 3, 4, 1, 0),  # (out, in, kt, kh, kw) -> [kt, kh, kw, in, out]
     # (out, in, kt, 1, 1) -> [kt, 1, in, out]: temporal convolutions run as 2-D convolutions over [T, H*W]
     "conv3d_temporal": Layout(lambda x: np.transpose(x[..., 0], (2, 3, 1, 0)), lambda x: np.transpose(x, (3, 2, 0, 1))[..., None]),
     # (out, in, 1, 1) -> [in, out]: a 1x1 convolution that the model runs as a Dense layer

@@ -38,13 +38,14 @@ import safetensors.numpy
 
 from keysync_jax.core.errors import KeySyncError, in_one_line
 from keysync_jax.core.progress import Bars
+from keysync_jax.verify.weights_recipe import recipe_weights
 
 # Every module that registers runners; imported when the first case is run.
 _PARTS = (
     *("model", "diffusion", "stage", "audio", "mask", "plan"),
     *("keyface_audio", "keyface_plan", "keyface", "keyface_stage"),
     *("sam2", "sam2_video"),
-    *("figure",),
+    *("figure", "metric"),
 )
 RUNNER_MODULES = tuple(f"keysync_jax.verify.{part}_cases" for part in _PARTS)
 
@@ -121,8 +122,10 @@ class Case:
 
     @functools.cached_property
     def weights(self) -> dict[str, np.ndarray]:
-        """Torch key -> array in torch's layout, merged over `weights_files` (each may filter by prefix and add one)."""
+        """Torch key -> array in torch's layout, merged over `weights_files` (each may filter by prefix and add one), or by recipe."""
         merged: dict[str, np.ndarray] = {}
+        if recipe := self.meta.get("weights_recipe"):
+            merged |= recipe_weights(self.json(recipe["file"]))
         for source in self.meta.get("weights_files", ()):
             path = self.folder / source["file"]
             if not path.is_file():
