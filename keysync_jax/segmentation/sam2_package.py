@@ -73,12 +73,13 @@ class Sam2Package:
 
 def _package() -> tuple[Any, Any]:
     """torch, and what makes a predictor. Both are optional, so they are imported when asked for."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # it draws a progress bar for each direction
     try:
         import torch
+        from sam2 import sam2_video_predictor
         from sam2.build_sam import build_sam2_video_predictor
     except ImportError as error:
         raise KeySyncError(f"the backend sam2 needs the sam2 package ({error}); {_INSTALL}; or take the backend flax") from error
+    sam2_video_predictor.tqdm = lambda steps, **_: steps  # it would draw a progress bar for each direction
     return torch, build_sam2_video_predictor
 
 
