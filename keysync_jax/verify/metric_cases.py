@@ -1,4 +1,4 @@
-"""Parity runners of the metrics' networks: CLIP's vision tower, I3D, SyncNet."""
+"""Parity runners of the metrics' networks: CLIP's vision tower, I3D, SyncNet, Inception, the lip reader and its input."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import cv2
 import jax
 import numpy as np
 
-from keysync_jax.figures import sync
-from keysync_jax.models.metrics import clip_vision, i3d, syncnet
-from keysync_jax.verify.case_tools import apply, from_images, params_of
+from keysync_jax.figures import lip_crop, sync
+from keysync_jax.models.metrics import clip_vision, i3d, inception, lip_reader, syncnet
+from keysync_jax.verify.case_tools import apply, from_images, params_of, to_images
 from keysync_jax.verify.figure_cases import synchrony_figures
 from keysync_jax.verify.harness import Case, runner
 
@@ -51,3 +51,31 @@ def run_syncnet(case: Case) -> dict[str, np.ndarray]:
     lip, aud = (np.asarray(jax.device_get(x)) for x in (lip, aud))
     found = synchrony_figures(sync.synchrony(lip, aud, case.config.get("vshift", 15)))
     return {"out.mfcc": cepstra.T, "out.lip": lip, "out.aud": aud} | {f"out.{key}": value for key, value in found.items()}
+
+
+@runner("eval_inception")
+def run_inception(case: Case) -> dict[str, np.ndarray]:
+    weights = {key: value for key, value in case.weights.items() if key not in inception.UNUSED}
+    pixels = inception.fid_pixels(case.inputs["images"])
+    features = apply(inception.Inception(), params_of(inception.inception_table(), weights, case.name), pixels)
+    return {"out.pixels": np.moveaxis(np.asarray(pixels[0]), -1, 0), "out.features": np.asarray(features)}
+
+
+@runner("eval_lip_roi")
+def run_lip_roi(case: Case) -> dict[str, np.ndarray]:
+    filled = lip_crop.fill_landmarks(case.inputs["landmarks"], case.inputs["detected"])
+    patches, matrices = lip_crop.lip_input(case.inputs["frames"], filled, case.inputs["mean_face"])
+    return {"out.filled": filled, "out.transforms": matrices, "out.network_input": np.moveaxis(patches, -1, 1)}
+
+
+@runner("eval_lip_encoder")
+def run_lip_encoder(case: Case) -> dict[str, np.ndarray]:
+    known = {field: case.config[field] for field in lip_reader.LipReaderConfig.__dataclass_fields__ if field in case.config}
+    config = lip_reader.LipReaderConfig(**known)
+    weights = {key: value for key, value in case.weights.items() if not key.startswith(lip_reader.UNUSED)}
+    params = params_of(lip_reader.lip_reader_table(config), weights, case.name)
+    module = lip_reader.LipReader(config)
+    out = {f"out.{name}": np.asarray(apply(module, params, to_images(x)[None]))[0] for name, x in case.inputs.items()}
+    a, b = out["out.a"], out["out.b"]
+    cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+    return out | {"out.cosine": cosine, "out.lipscore": cosine.mean()}

@@ -15,7 +15,7 @@ from keysync_jax.models.table import Entry, Table
 Array = jax.Array
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "mean": "running_mean", "var": "running_var"}
-_KERNELS = {2: "linear", 4: "conv2d", 5: "conv3d"}
+_KERNELS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
 
 
 class FrozenBatchNorm(nn.Module):
@@ -62,6 +62,7 @@ def network_table(network: nn.Module, *shapes: tuple[int, ...], method: str | No
 _TORCH_SHAPES = {
     "same": lambda shape: tuple(shape),
     "linear": lambda shape: tuple(shape[::-1]),
+    "conv1d": lambda shape: (shape[2], shape[1], shape[0]),
     "conv2d": lambda shape: (shape[3], shape[2], *shape[:2]),
     "conv3d": lambda shape: (shape[4], shape[3], *shape[:3]),
 }
