@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +109,16 @@ class ObjectTracker:
         yield from tracking.propagate(min(prompt.frame for prompt in prompts), reverse, limit)
 
 
+class Slots(NamedTuple):
+    """What one object's frame looks at, as `Bank` has it without the first axis; the two stacks are still single arrays."""
+
+    memories: tuple[Array, ...]
+    row: np.ndarray
+    pointers: tuple[Array, ...]
+    age: np.ndarray
+    held: np.ndarray
+
+
 class Prepared:
     """Frames as the network sees them, made when asked for."""
 
@@ -180,8 +190,8 @@ class Tracking:
                 self.tracked[number][frame] = found[i]
         return logits
 
-    def _slots(self, number: int, frame: int, reverse: bool) -> Bank:
-        """What an object's frame looks at: tuples of arrays in place of the two stacks, padded to what all objects need."""
+    def _slots(self, number: int, frame: int, reverse: bool) -> Slots:
+        """What an object's frame looks at, padded to what all objects need."""
         config, way = self._tracker.config, -1 if reverse else 1
         clicked, tracked = self.prompted[number], self.tracked[number]
         recent = config.num_maskmem - 1
@@ -201,7 +211,7 @@ class Tracking:
         no_memory, no_pointer = self._empty(next(iter(clicked.values())))
         spare = most + recent - len(memories)
         spare_pointers = most + POINTERS - 1 - len(pointers)
-        return Bank(
+        return Slots(
             tuple(memory for memory, _ in memories) + (no_memory,) * spare,
             np.array([row for _, row in memories] + [-1] * spare, np.int32),
             tuple(pointer for pointer, _ in pointers) + (no_pointer,) * spare_pointers,
@@ -230,18 +240,20 @@ class Tracking:
 @functools.partial(jax.jit, static_argnums=0)
 def _prompted(network: Sam2, params: Any, picture: Array, points: Array, labels: Array) -> Found:
     variables = {"params": params}
-    features = network.apply(variables, picture[None], method="features")
-    return network.apply(variables, features, points[None], labels[None], method="prompted")
+    features: Any = network.apply(variables, picture[None], method="features")
+    found: Any = network.apply(variables, features, points[None], labels[None], method="prompted")
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _tracked(network: Sam2, params: Any, picture: Array, slots: list[Bank], shape: tuple[int, int]) -> tuple[list[Found], Array]:
+def _tracked(network: Sam2, params: Any, picture: Array, slots: list[Slots], shape: tuple[int, int]) -> tuple[list[Found], Array]:
     """A frame without clicks: what was found of each object, with a batch axis of 1, and logits `[objects, H, W]`."""
     variables = {"params": params}
     features = network.apply(variables, picture[None], method="features")
 
     def one(bank: Bank) -> Found:
-        return network.apply(variables, features, jax.tree.map(lambda x: x[None], bank), method="tracked")
+        found: Any = network.apply(variables, features, jax.tree.map(lambda x: x[None], bank), method="tracked")
+        return found
 
     banks = [Bank(jnp.concatenate(slot.memories), slot.row, jnp.concatenate(slot.pointers), slot.age, slot.held) for slot in slots]
     found = jax.vmap(one)(jax.tree.map(lambda *x: jnp.stack(x), *banks))

@@ -111,7 +111,7 @@ def refine(
     masks, found = detected.copy(), np.zeros_like(detected)
     for stretch in stretches(detected):
         _follow(segmenter, frames, prompts_of(detected, landmarks, stretch), stretch, reach, found)
-    followed, refused = found.any(axis=(1, 2)), np.zeros(count, bool)
+    followed, refused = np.asarray(found.any(axis=(1, 2))), np.zeros(count, bool)
     for i in np.flatnonzero(followed):
         if plausible(found[i], detected[i], None if landmarks is None else landmarks[i]):
             masks[i] = found[i]

@@ -62,9 +62,10 @@ def run_prompt_encoder(case: Case) -> dict[str, np.ndarray]:
     dense = apply(module, own, to_images(case.inputs["mask"]), method="masks")
     batch, height, width, channels = dense.shape
     out: dict[str, np.ndarray] = {"out.mask.dense": from_images(dense)}
-    grid = module.apply({"params": own}, height, width, method="grid")
+    grid: Any = module.apply({"params": own}, height, width, method="grid")
     out["out.dense_pe"] = from_images(grid[None])
-    nothing = np.broadcast_to(module.apply({"params": own}, method="no_mask"), (batch, height, width, channels))
+    no_mask: Any = module.apply({"params": own}, method="no_mask")
+    nothing = np.broadcast_to(no_mask, (batch, height, width, channels))
     out["out.no_mask.dense"] = from_images(nothing)
     for key in case.expected:
         name, quantity = key.split(".")[1:] if key.count(".") == 2 else ("", "")

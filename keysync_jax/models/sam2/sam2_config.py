@@ -76,7 +76,7 @@ class Sam2Config:
 
 
 # What shapes do not say of the published sizes: heads, blocks with global attention, windows.
-_RELEASED = {
+_RELEASED: dict[tuple[int, tuple[int, ...]], tuple[str, int, tuple[int, ...], tuple[int, ...]]] = {
     (96, (1, 2, 7, 2)): ("tiny", 1, (5, 7, 9), (8, 4, 14, 7)),
     (96, (1, 2, 11, 2)): ("small", 1, (7, 10, 13), (8, 4, 14, 7)),
     (112, (2, 3, 16, 3)): ("base_plus", 2, (12, 16, 20), (8, 4, 14, 7)),
@@ -91,7 +91,8 @@ _TRUNK = "image_encoder.trunk"
 
 def size_name(config: Sam2Config) -> str:
     """ "tiny", "small", "base_plus" or "large"; "custom" for others."""
-    return _RELEASED.get((config.embed_dim, config.stages), ("custom",))[0]
+    known = _RELEASED.get((config.embed_dim, config.stages))
+    return known[0] if known else "custom"
 
 
 def config_from_shapes(
