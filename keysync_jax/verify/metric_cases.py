@@ -1,4 +1,4 @@
-"""Parity runners of the metrics' networks: CLIP's vision tower, I3D, SyncNet, Inception, the lip reader and its input."""
+"""Parity runners of the metrics' networks: CLIP's vision tower, I3D, SyncNet, TOPIQ, Inception, the lip reader and its input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from keysync_jax.figures import lip_crop, sync
-from keysync_jax.models.metrics import clip_vision, i3d, inception, lip_reader, syncnet
+from keysync_jax.models.metrics import clip_vision, i3d, inception, lip_reader, syncnet, topiq
 from keysync_jax.verify.case_tools import apply, from_images, params_of, to_images
 from keysync_jax.verify.figure_cases import synchrony_figures
 from keysync_jax.verify.harness import Case, runner
@@ -79,3 +79,17 @@ def run_lip_encoder(case: Case) -> dict[str, np.ndarray]:
     a, b = out["out.a"], out["out.b"]
     cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
     return out | {"out.cosine": cosine, "out.lipscore": cosine.mean()}
+
+
+@runner("eval_topiq")
+def run_topiq(case: Case) -> dict[str, np.ndarray]:
+    weights = {key: value for key, value in case.weights.items() if not topiq.UNUSED.match(key)}
+    params = params_of(topiq.topiq_table(), weights, case.name)
+    out = {}
+    for name, given in case.inputs.items():
+        pictures = to_images(given)
+        if f"out.pixels.{name}" in case.expected:
+            pictures = topiq.shorter_side_to(pictures, case.config["test_img_size"])
+            out[f"out.pixels.{name}"] = from_images(pictures)[0]
+        out[f"out.{name}"] = np.asarray(apply(topiq.Topiq(), params, pictures))[0]
+    return out
