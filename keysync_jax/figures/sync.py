@@ -37,7 +37,7 @@ def mfcc(samples: np.ndarray) -> np.ndarray:
     energy = np.where(energy == 0, tiny, energy)
     mel = power @ _filterbank().T
     mel = np.log(np.where(mel == 0, tiny, mel))
-    cepstra = scipy.fft.dct(mel, type=2, axis=1, norm="ortho")[:, :_CEPSTRA]
+    cepstra = np.asarray(scipy.fft.dct(mel, type=2, axis=1, norm="ortho"))[:, :_CEPSTRA]
     cepstra *= 1 + _LIFTER / 2 * np.sin(np.pi * np.arange(_CEPSTRA) / _LIFTER)
     cepstra[:, 0] = np.log(energy)
     return cepstra

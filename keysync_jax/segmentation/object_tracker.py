@@ -251,11 +251,15 @@ def _tracked(network: Sam2, params: Any, picture: Array, slots: list[Slots], sha
     variables = {"params": params}
     features = network.apply(variables, picture[None], method="features")
 
-    def one(bank: Bank) -> Found:
-        found: Any = network.apply(variables, features, jax.tree.map(lambda x: x[None], bank), method="tracked")
+    def one(own: Bank) -> Found:
+        found: Any = network.apply(variables, features, jax.tree.map(lambda x: x[None], own), method="tracked")
         return found
 
-    banks = [Bank(jnp.concatenate(slot.memories), slot.row, jnp.concatenate(slot.pointers), slot.age, slot.held) for slot in slots]
+    def bank(slot: Slots) -> Bank:
+        row, age, held = (jnp.asarray(part) for part in (slot.row, slot.age, slot.held))
+        return Bank(jnp.concatenate(slot.memories), row, jnp.concatenate(slot.pointers), age, held)
+
+    banks = [bank(slot) for slot in slots]
     found = jax.vmap(one)(jax.tree.map(lambda *x: jnp.stack(x), *banks))
     return [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(slots))], resize(found.logits[:, 0], *shape)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from keysync_jax.models.metrics.metric_layers import FrozenBatchNorm, max_pool, network_table
 from keysync_jax.models.table import Table
@@ -140,7 +141,7 @@ def inception_table() -> Table:
     return network_table(Inception(), (1, SIDE, SIDE, 3))
 
 
-def fid_pixels(pictures: jax.Array) -> jax.Array:
+def fid_pixels(pictures: ArrayLike) -> jax.Array:
     """`[N, H, W, 3]` uint8 to `[N, 299, 299, 3]` in [-1, 1], bilinear without antialias."""
     x = jnp.asarray(pictures, jnp.float32) / 255
     return jax.image.resize(x, (len(x), SIDE, SIDE, x.shape[-1]), "bilinear", antialias=False) * 2 - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
@@ -33,7 +34,7 @@ class FrozenBatchNorm(nn.Module):
 
 def max_pool(x: Array, window: Sequence[int], strides: Sequence[int], pad: Sequence[int] | str = "VALID") -> Array:
     """Largest of each window over the axes between the first and the last; `pad` on both sides, as torch counts it."""
-    padding = pad if isinstance(pad, str) else [(p, p) for p in pad]
+    padding: Any = pad if isinstance(pad, str) else [(p, p) for p in pad]
     return nn.max_pool(x, tuple(window), tuple(strides), padding)
 
 
@@ -49,7 +50,8 @@ def network_table(network: nn.Module, *shapes: tuple[int, ...], method: str | No
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     tree = jax.eval_shape(lambda *args: network.init(jax.random.key(0), *args, method=method), *inputs)["params"]
     entries = []
-    for path, leaf in flax.traverse_util.flatten_dict(tree).items():
+    leaves: dict[Any, Any] = flax.traverse_util.flatten_dict(tree)
+    for path, leaf in leaves.items():
         *modules, name = path
         if numbered:
             modules = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]

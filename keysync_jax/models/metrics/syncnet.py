@@ -47,7 +47,9 @@ class SyncNet(nn.Module):
         x = self._unit(x, "netcnnaud", 18, 512, (5, 4))
         return self._head(x, "netfcaud")
 
-    def _unit(self, x, stack: str, number: int, features: int, kernel: tuple[int, ...], strides=1, pad: int = 0) -> jax.Array:
+    def _unit(
+        self, x, stack: str, number: int, features: int, kernel: tuple[int, ...], strides: int | tuple[int, ...] = 1, pad: int = 0
+    ) -> jax.Array:
         """Convolution, batch norm and ReLU; `pad` on both sides of every axis on which the kernel has an extent."""
         padding = [(pad, pad) if k > 1 else (0, 0) for k in kernel]
         x = nn.Conv(features, kernel, strides, padding=padding, name=f"{stack}_{number}")(x)

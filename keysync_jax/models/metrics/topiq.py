@@ -163,7 +163,7 @@ def _published(key: str) -> str:
     return re.sub(r"_(\d+)(?=[_.])", r".\1", key).replace("_layers.", ".layers.")
 
 
-def shorter_side_to(pictures: jax.Array, side: int) -> jax.Array:
+def shorter_side_to(pictures: jax.Array | np.ndarray, side: int) -> jax.Array:
     """`[N, H, W, 3]` with the shorter side at `side`, bilinear with antialias."""
     height, width = pictures.shape[1:3]
     size = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
