@@ -40,20 +40,13 @@ def compiled_in_a_hurry(request):
     import jax  # reads the variables above when it is imported
 
     hurry = _HURRY and not {request.path.parent.name, request.path.stem} & set(_OPTIMISED)
-    before = jax.config.values["jax_disable_most_optimizations"]
+    if hurry != jax.config.values["jax_disable_most_optimizations"]:
+        jax.clear_caches()  # programs of another module were compiled the other way, and JAX would run them again
+        jax.config.update("jax_disable_most_optimizations", hurry)
     with pytest.MonkeyPatch.context() as patch:
         if hurry:
             patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        _compile_in_a_hurry(jax, hurry)
         yield
-    _compile_in_a_hurry(jax, before)
-
-
-def _compile_in_a_hurry(jax, hurry: bool) -> None:
-    """Programs that stand from another module were compiled the other way, and JAX would run them again: they are forgotten."""
-    if hurry != jax.config.values["jax_disable_most_optimizations"]:
-        jax.clear_caches()
-        jax.config.update("jax_disable_most_optimizations", hurry)
 
 
 @pytest.fixture(scope="session")
