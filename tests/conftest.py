@@ -18,13 +18,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # As every command does: processes started by a test compute what the test computes, and both are faster.
 cpu.prepare()
 # Compiling is what the tests spend their time with. For a training step of tests/helpers/tiny.py it takes 45 s of a core as users have it,
-# 19 s without LLVM's optimisations, and 12 s if XLA's older emitters make the loops too; that step then takes as long as before. All
-# tests but those of these rooms and files leave the optimisations out. `KEYSYNC_TESTS_COMPILE=full` compiles everything as users do.
+# 19 s without LLVM's optimisations, and 12 s if XLA's older emitters make the loops too; that step then takes as long as before. A module
+# in one piece rather than in 32 takes a seventh less again. All tests but those of these rooms and files leave the optimisations out.
+# `KEYSYNC_TESTS_COMPILE=full` compiles everything as users do.
 _HURRY = os.environ.get("KEYSYNC_TESTS_COMPILE") != "full"
 _OPTIMISED = ("demo",)  # recorded figures are of programs compiled as users have them
-_EMITTERS = "xla_cpu_use_fusion_emitters"
-if _HURRY and _EMITTERS not in os.environ.get("XLA_FLAGS", "") and importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_EMITTERS}=false"  # XLA ends the process over a flag it does not know
+_FASTER = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
+if _HURRY and importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA ends the process over a flag it does not know
+    for flag, value in _FASTER.items():
+        if flag not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}"
 # Tests never reach for the network, whatever the machine has.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

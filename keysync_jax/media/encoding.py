@@ -59,6 +59,7 @@ _HELD = {
 }
 _PRORES = {"proxy": 0, "lt": 1, "standard": 2, "hq": 3, "4444": 4, "xq": 5}
 _DNXHR_LEAST = (256, 120)  # pixels
+_X265_BLOCK = 64  # pixels
 _BT601, _BT709 = 6, 1
 _LIMITED = 1
 
@@ -297,7 +298,9 @@ def _rated(chosen: Encoding, info: VideoInfo, crf: float | None, lossless: bool,
     if chosen.codec == "libx265":
         # A mean rate repeats its bytes on several threads, where a limited one would not.
         rate = "lossless=1" if lossless else f"bitrate={cap // 1000}" if cap else f"crf={quality:g}"
-        params = f"log-level=none:info=0:frame-threads=2:{rate}{info.mastering.x265_params()}"
+        # Pictures no wider than its largest block come out spoilt, and other ones each time, where x265 predicts one from another.
+        alone = ":keyint=1" if info.width <= _X265_BLOCK else ""
+        params = f"log-level=none:info=0:frame-threads=2:{rate}{alone}{info.mastering.x265_params()}"
         return replace(chosen, options=options | {"preset": "veryfast" if lossless else preset, "x265-params": params}, tag="hvc1")
     if chosen.codec == "libvpx-vp9":
         options |= {"deadline": "good", "cpu-used": "4", "row-mt": "1"}
