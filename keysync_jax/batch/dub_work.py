@@ -29,7 +29,8 @@ from keysync_jax.inference import two_stage
 from keysync_jax.inference.analysis import Analysis
 from keysync_jax.inference.animate import AnimateJob
 from keysync_jax.inference.animate_options import AnimateOptions
-from keysync_jax.inference.dub import DubJob, DubResult, mask_of
+from keysync_jax.inference.clip_io import VideoFile, VideoSource
+from keysync_jax.inference.dub import DubJob, mask_of
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.inference.phases import PhaseProgress
 from keysync_jax.inference.pipeline import KeySyncPipeline
@@ -176,7 +177,9 @@ class DubWork:
             return
         with pipeline.open_job(job.video, job.audio, str(task.target), options=DubOptions(**job.options)) as dub:
             read = {name: value for name, value in job.options.items() if name not in _NOT_LOOKED_AT}
-            key = digest(content_digest(job.video), os.path.abspath(job.video), read)
+            # Of a film that is made as long as the voice, its length is among what was looked at.
+            made = None if isinstance(dub.source, VideoFile) else dub.source.info.frames
+            key = digest(content_digest(job.video), os.path.abspath(job.video), read, made)
             analysis = dub.look(self._looks.get(key))
             self._looks[key] = analysis
             self._looks.move_to_end(key)
@@ -211,8 +214,8 @@ class DubWork:
             values["halved"] = f"from a microbatch of {self._settings.microbatch}, for want of device memory"
         review: list[str] = []
         strip = None
-        if self._settings.gated and begun.analysis is not None and isinstance(result, DubResult):  # an animation has no source to compare
-            figures, strip = self._measure(task, begun.analysis, self._pipelines[microbatch], result)
+        if self._settings.gated and begun.analysis is not None and isinstance(begun.job, DubJob):  # an animation has nothing to compare
+            figures, strip = self._measure(task, begun.job.source, begun.analysis, self._pipelines[microbatch], report)
             missed = gate.missed(figures)
             values["figures"] = {name: round(value, 4) for name, value in figures.items()}
             values["missed"] = list(missed)
@@ -221,7 +224,9 @@ class DubWork:
         self._slowest = max(self._slowest or 0.0, took)
         return Outcome(review, values, report, strip)
 
-    def _measure(self, task: Task, analysis: Analysis, pipeline: KeySyncPipeline, result: DubResult) -> gate.Measured:
+    def _measure(
+        self, task: Task, source: VideoSource, analysis: Analysis, pipeline: KeySyncPipeline, report: Mapping[str, Any]
+    ) -> gate.Measured:
         job, options = task.job, DubOptions(**task.job.options)
         stages = pipeline.stages
         mask, compositor = mask_of(stages, options), Compositor(analysis.info)
@@ -231,7 +236,7 @@ class DubWork:
             return compositor.alpha(shot.view(frame), shot.mask(frame, stages["keyframe"], mask))
 
         with faces.open_backend(options.faces, **({"weights": options.face_weights} if options.face_weights else {})) as backend:
-            return gate.measure(job.video, task.target, job.audio, analysis, result.report, region, backend)
+            return gate.measure(source, task.target, job.audio, analysis, report, region, backend)
 
     def _pipeline(self, microbatch: int) -> KeySyncPipeline:
         settings = self._settings

@@ -20,7 +20,7 @@ from keysync_jax.core.clock import FRAME_RATE, SAMPLES_PER_FRAME, model_frame
 from keysync_jax.evaluation.lip_metrics import loudness_db
 from keysync_jax.evaluation.video_metrics import mouth_ratio
 from keysync_jax.inference.analysis import Analysis
-from keysync_jax.inference.clip_io import open_video
+from keysync_jax.inference.clip_io import VideoSource, open_video
 from keysync_jax.media import audio
 from keysync_jax.media.faces import Face, FaceBackend, box_iou
 
@@ -48,7 +48,7 @@ class Measured(NamedTuple):
 
 
 def measure(
-    source: str | os.PathLike,
+    source: VideoSource,
     result: str | os.PathLike,
     voice: str | os.PathLike,
     analysis: Analysis,
@@ -59,7 +59,8 @@ def measure(
     """Compares a dub with its source and its voice: one pass over both videos, and a search for the face in each painted frame.
 
     Args:
-      source, result, voice: files.
+      source: the clip that was dubbed.
+      result, voice: files.
       analysis: of the source: shots, faces, times.
       report: of the dub: which frames were painted.
       region: opacity `[H, W]`, 0 to 1, of what was painted on a frame of the source.
@@ -74,7 +75,7 @@ def measure(
     thumbnails: list[Image.Image] = []
     wanted = set(painted)
     backend.reset()
-    for before, after in zip(open_video(source, allow_damaged=True).read(), open_video(result).read(), strict=False):
+    for before, after in zip(source.read(), open_video(result).read(), strict=False):
         if before.index not in wanted:
             continue
         shot = analysis.shot_of(before.index)

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from keysync_jax.cli.verbs import add_verb, stop_on_sigterm
-from keysync_jax.config import CODECS, COMPUTE_DTYPES, FACE_BACKENDS, GUIDANCES, MASK_KINDS
+from keysync_jax.config import CODECS, COMPUTE_DTYPES, FACE_BACKENDS, GUIDANCES, MASK_KINDS, MISMATCHES
 from keysync_jax.core import assets
 from keysync_jax.core.errors import UsageError
 
@@ -68,6 +68,13 @@ def add_options(p: argparse.ArgumentParser) -> None:
     video.add_argument("--pix-fmt", metavar="NAME", help="as FFmpeg names it, e.g. yuv444p (default: yuv420p, HDR with 10 bits)")
     video.add_argument("--keep-audio", action="store_true", help="keep the video's own sound as further tracks")
     video.add_argument("--language", metavar="CODE", help="of the voice, e.g. deu, where its file does not say it")
+    length = p.add_argument_group("lengths")
+    length.add_argument(
+        "--mismatch", choices=MISMATCHES, default=MISMATCHES[0],
+        help="a voice that is longer or shorter: source (default: the video keeps its length, its mouth stays where the voice has ended), "
+        "cut_off (the shorter ends both), loop, bounce (back and forth) or remap (slower, faster) the pictures until the voice ends, "
+        "or silence (the mouth rests where the voice has ended)",
+    )  # fmt: skip
     source = p.add_argument_group("sources")
     source.add_argument("--video-stream", type=int, metavar="N", help="of several, from 0 (default: the one that players show)")
     source.add_argument("--audio-stream", type=int, metavar="N", help="of the voice's file, from 0 (default: the one that players play)")

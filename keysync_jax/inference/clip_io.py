@@ -25,7 +25,7 @@ from keysync_jax.media import audio, color, completeness, video
 from keysync_jax.media.completeness import Shortfall
 from keysync_jax.media.orientation import Orientation
 from keysync_jax.media.streams import refuse_address
-from keysync_jax.media.video import Frame, VideoInfo
+from keysync_jax.media.video import Frame, Keyframe, VideoInfo
 
 _PIX_FMT = "gbrp"
 _FINEST_RATE = 1_000_000  # denominators of a frame rate given as a float
@@ -87,8 +87,9 @@ class VideoFile:
         self._allow_damaged = allow_damaged
         self._checked = False
 
-    def read(self) -> Pictures:
-        return video.read(self.info.path, self.info, on_end=self._whole_pass)
+    def read(self, start: int = 0, keyframes: Sequence[Keyframe] = (), note_keyframes: bool = False) -> video.VideoReader:
+        """One pass, from the start or from picture `start` on; the arguments are those of `video.read`."""
+        return video.read(self.info.path, self.info, start, keyframes, note_keyframes, on_end=self._whole_pass)
 
     def _whole_pass(self, reader: video.VideoReader) -> None:
         if not self._checked:

@@ -6,7 +6,8 @@ whole clip; it is the one phase that jobs go through together, so that their win
 
     two_stage.generate(model.samplers, [job.clip for job in jobs], progress)
 
-Look and listen need nothing of each other; from encode on, each phase needs those before it.
+Look and listen need nothing of each other, but where silence is filled in until the pictures end; from encode on, each phase needs those
+before it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -29,9 +32,9 @@ from keysync_jax.diffusion.guidance import of_stage
 from keysync_jax.diffusion.sampler import require_networks
 from keysync_jax.encoders.audio_features import Hearing, encoders_of, hear
 from keysync_jax.encoders.latents import LatentCoder
-from keysync_jax.inference import dub_report, two_stage
+from keysync_jax.inference import dub_report, lengths, two_stage
 from keysync_jax.inference.analysis import Analysis, look
-from keysync_jax.inference.clip_io import FrameCollector, VideoFile, VideoSink, VideoSource, Voice
+from keysync_jax.inference.clip_io import FrameCollector, VideoSink, VideoSource, Voice
 from keysync_jax.inference.engine import StageSampler
 from keysync_jax.inference.latent_store import LatentStore
 from keysync_jax.inference.options import DubOptions, require_system
@@ -152,6 +155,11 @@ class DubJob:
         self._scratch.close()
 
     @property
+    def source(self) -> VideoSource:
+        """The clip that is dubbed, as `lengths.fitted` made it."""
+        return self._source
+
+    @property
     def clip(self) -> two_stage.Clip:
         """The windows to generate, after `encode`."""
         return _after(self._work, "encode").clip
@@ -173,9 +181,12 @@ class DubJob:
         if self._analysis is not None and not self._analysis.has_face:
             self._features = {}
             return
-        stages = self._stages.values()
+        stages, samples = self._stages.values(), self._voice.sound.samples
+        if self._options.mismatch == "silence":
+            end = _after(self._analysis, "look").times[-1] + Fraction(1, FRAME_RATE)
+            samples = np.pad(samples, (0, max(0, math.ceil(end * SAMPLE_RATE) - len(samples))))
         with self._progress.phase("listen", len(encoders_of(stages))) as advance:
-            self._features = hear(stages, self._model.encoders, self._voice.sound.samples, advance)
+            self._features = hear(stages, self._model.encoders, samples, advance)
 
     def encode(self) -> None:
         """Plans the windows, draws the masks and encodes the crops: the second pass over the source.
@@ -266,7 +277,7 @@ class DubJob:
         return VideoWriter(
             self._output, self._source.info, audio=voice, audio_stream=options.audio_stream, crf=options.crf, lossless=options.lossless,
             codec=options.codec, pix_fmt=options.pix_fmt, language=options.language, keep_audio=options.keep_audio,
-            extras=isinstance(self._source, VideoFile),
+            extras=lengths.file_of(self._source) is not None,
         )  # fmt: skip
 
     def _result(self, analysis: Analysis, work: _Work, blended: list[int], sink: VideoSink) -> DubResult:
@@ -283,7 +294,7 @@ class DubJob:
             steps=self._steps,
             stages=self._stages,
             seconds=self._progress.seconds,
-            shortfall=self._source.shortfall if isinstance(self._source, VideoFile) else None,
+            shortfall=lengths.shortfall_of(self._source),
         )
         report = dub_report.build(done)
         frames = np.stack(sink.frames) if isinstance(sink, FrameCollector) else None

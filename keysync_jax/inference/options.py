@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
-from keysync_jax.config import GUIDANCES, StageConfig
+from keysync_jax.config import GUIDANCES, MISMATCHES, RETIMED, StageConfig
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.media import voice_channels
 
@@ -106,6 +106,7 @@ class DubOptions:
     lossless: bool = False
     codec: str | None = None  # of `encoding.CODECS`
     pix_fmt: str | None = None  # FFmpeg's name
+    mismatch: str = "source"  # of `MISMATCHES`: what becomes of a voice that is longer or shorter than the video
     keep_audio: bool = False  # the source's own sound, as further tracks
     language: str | None = None  # of the voice, where its file does not say it
     video_stream: int | None = None  # position among the file's, from 0
@@ -126,6 +127,10 @@ class DubOptions:
             GuidanceOption.parse(self.guidance)
         if self.no_face not in NO_FACE:
             raise UsageError(f"--no-face {self.no_face} is unknown; choose {' or '.join(NO_FACE)}")
+        if self.mismatch not in MISMATCHES:
+            raise UsageError(f"--mismatch {self.mismatch} is unknown; choose {', '.join(MISMATCHES)}")
+        if self.keep_audio and self.mismatch in RETIMED:
+            raise UsageError(f"--keep-audio and --mismatch {self.mismatch} contradict each other: the video's own sound no longer fits")
         if self.face_weights is not None and self.faces != "fan":
             raise UsageError("--face-weights are FAN's; give --faces fan with them")
         if self.crf is not None and not 0 <= self.crf <= 51:

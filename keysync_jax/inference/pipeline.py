@@ -23,7 +23,7 @@ from keysync_jax.core.files import check_target, write_atomically, write_text
 from keysync_jax.diffusion.guidance import WEAK
 from keysync_jax.encoders.audio_features import AudioFeatures, Hearing
 from keysync_jax.encoders.latents import LatentCoder
-from keysync_jax.inference import preview, stills, two_stage
+from keysync_jax.inference import lengths, preview, two_stage
 from keysync_jax.inference.analysis import look
 from keysync_jax.inference.animate import AnimateJob, AnimateResult
 from keysync_jax.inference.animate_options import AnimateOptions
@@ -270,8 +270,7 @@ class KeySyncPipeline:
         options = options or DubOptions()
         source = open_video(video, fps, options.video_stream, options.allow_damaged)
         voice = open_voice(audio, rate, options.audio_stream, options.voice_channel)
-        if not isinstance(video, np.ndarray):  # frames come with the rate that is wanted
-            source = stills.as_film(source, voice.sound.duration_s)
+        source = lengths.fitted(source, voice.sound, options.mismatch, from_file=not isinstance(video, np.ndarray))
         return DubJob(self, source, voice, output, options, progress or PhaseProgress())
 
     def preview(
