@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 # times as long as the slowest item so far, second for second.
 _START_S, _UNKNOWN_PER_S, _SLACK = 3600.0, 3600.0, 10.0
 # Options that the search for faces does not read; items that differ in nothing else share what was found in a video.
-_NOT_LOOKED_AT = ("seed", "steps", "audio_scale", "identity_scale", "guidance", "mask", "reference_windows", "crf", "lossless")
+_NOT_LOOKED_AT = ("seed", "steps", "audio_scale", "identity_scale", "guidance", "mask", "reference_windows", "crf", "lossless", "range")
 _LOOKS_KEPT = 4  # of videos, a few hundred bytes a frame
 _MOST_TOGETHER = 8  # clips whose latents lie on the disk at once
 
@@ -236,7 +236,7 @@ class DubWork:
             return compositor.alpha(shot.view(frame), shot.mask(frame, stages["keyframe"], mask))
 
         with faces.open_backend(options.faces, **({"weights": options.face_weights} if options.face_weights else {})) as backend:
-            return gate.measure(source, task.target, job.audio, analysis, report, region, backend)
+            return gate.measure(source, task.target, job.audio, analysis, report, region, backend, options.part.start_s)
 
     def _pipeline(self, microbatch: int) -> KeySyncPipeline:
         settings = self._settings

@@ -21,6 +21,7 @@ from keysync_jax.evaluation.lip_metrics import loudness_db
 from keysync_jax.evaluation.video_metrics import mouth_ratio
 from keysync_jax.inference.analysis import Analysis
 from keysync_jax.inference.clip_io import VideoSource, open_video
+from keysync_jax.inference.dub_report import ENDED, OUTSIDE
 from keysync_jax.media import audio
 from keysync_jax.media.faces import Face, FaceBackend, box_iou
 
@@ -55,6 +56,7 @@ def measure(
     report: Mapping[str, Any],
     region: Callable[[int], np.ndarray],
     backend: FaceBackend,
+    start: Fraction = Fraction(0),
 ) -> Measured:
     """Compares a dub with its source and its voice: one pass over both videos, and a search for the face in each painted frame.
 
@@ -65,6 +67,7 @@ def measure(
       report: of the dub: which frames were painted.
       region: opacity `[H, W]`, 0 to 1, of what was painted on a frame of the source.
       backend: an open landmark detector.
+      start: seconds on the clip's clock at which the voice begins.
 
     Raises:
       KeySyncError: a file that cannot be read.
@@ -91,7 +94,7 @@ def measure(
         if before.index in shown:
             thumbnails.append(_thumbnail(has, landmarks))
     figures = {"painted": painted_share(report)} | pictures.figures()
-    figures |= voice_figures(openings, analysis.times, audio.load_audio(voice).samples)
+    figures |= voice_figures(openings, [time - start for time in analysis.times], audio.load_audio(voice).samples)
     return Measured(figures, _strip(thumbnails))
 
 
@@ -157,14 +160,11 @@ def _painted(report: Mapping[str, Any]) -> list[int]:
 
 
 def painted_share(report: Mapping[str, Any]) -> float:
-    """Of the frames before the voice's end, those that were painted; 1 where there are none."""
-    ended = sum(
-        part["frames"][1] - part["frames"][0]
-        for shot in report["shots"]
-        for part in shot["skipped"]
-        if part["reason"] == "the voice has ended"
+    """Of the frames that the voice covers, those that were painted; 1 where there are none."""
+    silent = sum(
+        part["frames"][1] - part["frames"][0] for shot in report["shots"] for part in shot["skipped"] if part["reason"] in (ENDED, OUTSIDE)
     )
-    covered = report["source"]["frames"] - ended
+    covered = report["source"]["frames"] - silent
     return report["frames_dubbed"] / covered if covered > 0 else 1.0
 
 

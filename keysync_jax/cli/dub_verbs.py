@@ -70,6 +70,10 @@ def add_options(p: argparse.ArgumentParser) -> None:
     video.add_argument("--language", metavar="CODE", help="of the voice, e.g. deu, where its file does not say it")
     length = p.add_argument_group("lengths")
     length.add_argument(
+        "--range", metavar="A:B",
+        help="dub a part, in seconds (12.5:20, 12.5: or :20): the voice begins at A, pictures and sound outside stay as they are",
+    )  # fmt: skip
+    length.add_argument(
         "--mismatch", choices=MISMATCHES, default=MISMATCHES[0],
         help="a voice that is longer or shorter: source (default: the video keeps its length, its mouth stays where the voice has ended), "
         "cut_off (the shorter ends both), loop, bounce (back and forth) or remap (slower, faster) the pictures until the voice ends, "

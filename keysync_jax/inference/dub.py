@@ -12,6 +12,7 @@ before it.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import itertools
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from keysync_jax.config import MaskConfig, StageConfig
-from keysync_jax.core.clock import FRAME_RATE, SAMPLE_RATE
+from keysync_jax.core.clock import FRAME_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME, model_frame
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.diffusion import schedules
 from keysync_jax.diffusion.guidance import of_stage
@@ -42,7 +43,7 @@ from keysync_jax.inference.phases import PhaseProgress
 from keysync_jax.inference.timeline import Run, make_run
 from keysync_jax.inference.window_plan import WindowPlan, WindowSizes, make_plan
 from keysync_jax.media import audio as audio_io
-from keysync_jax.media import burned_text
+from keysync_jax.media import burned_text, inserted_sound
 from keysync_jax.media import crop as cropping
 from keysync_jax.media.compositing import Compositor
 from keysync_jax.media.encoding import choose_encoding
@@ -100,7 +101,7 @@ class _Work(NamedTuple):
     pieces: list[_Piece]
     masks: dict[int, np.ndarray]  # source frame -> bool [h, w]
     generated: LatentStore  # one row per model frame, pieces after one another
-    num_audio_frames: int
+    covered: range  # model frames in which the voice sounds
     clip: two_stage.Clip
 
 
@@ -142,6 +143,7 @@ class DubJob:
         self._features: dict[str, np.ndarray] | None = None
         self._work: _Work | None = None
         self._text = burned_text.TextWatch()
+        self._sound_note = ""
         self._scratch = contextlib.ExitStack()
 
     def __enter__(self) -> DubJob:
@@ -173,8 +175,15 @@ class DubJob:
         Raises:
           KeySyncError: unreadable video, or no usable face anywhere in it.
         """
-        self._analysis = look(self._source, self._options, self._progress) if known is None else known
-        return self._analysis
+        analysis = look(self._source, self._options, self._progress) if known is None else known
+        part, end = self._options.part, model_frame(analysis.times[-1])
+        if part.first > end:
+            raise KeySyncError(
+                f"--range {self._options.range}: the part begins at {float(part.start_s):.2f} s, after the last picture of "
+                f"{analysis.info.path} at {float(analysis.times[-1]):.2f} s"
+            )
+        self._analysis = analysis
+        return analysis
 
     def listen(self) -> None:
         """Computes the features of the voice, of each speech encoder that a stage needs; none where no face will say it."""
@@ -183,8 +192,8 @@ class DubJob:
             return
         stages, samples = self._stages.values(), self._voice.sound.samples
         if self._options.mismatch == "silence":
-            end = _after(self._analysis, "look").times[-1] + Fraction(1, FRAME_RATE)
-            samples = np.pad(samples, (0, max(0, math.ceil(end * SAMPLE_RATE) - len(samples))))
+            frames = self._left(_after(self._analysis, "look"))
+            samples = np.pad(samples, (0, max(0, frames * SAMPLES_PER_FRAME - len(samples))))
         with self._progress.phase("listen", len(encoders_of(stages))) as advance:
             self._features = hear(stages, self._model.encoders, samples, advance)
 
@@ -197,8 +206,9 @@ class DubJob:
         analysis, features = _after(self._analysis, "look"), _after(self._features, "listen")
         keyframe = self._stages["keyframe"]
         sizes = WindowSizes.of(keyframe, self._stages["interpolation"])
-        num_audio_frames = min(map(len, features.values()), default=round(self._voice.sound.duration_s * FRAME_RATE))
-        pieces = list(_plan(analysis, num_audio_frames, sizes, self._options.reference_windows))
+        part = self._options.part
+        covered = part.covered(min(map(len, features.values()), default=round(self._voice.sound.duration_s * FRAME_RATE)))
+        pieces = list(_plan(analysis, covered, sizes, self._options.reference_windows))
         sources = sorted({source for piece in pieces for source in piece.run.sources})
         regions = {source: analysis.shot_of(source).mask(source, keyframe, self._mask) for source in sources}
         scratch = self._new_scratch()
@@ -218,7 +228,7 @@ class DubJob:
             shown = piece.run.sources
             return two_stage.Stretch(
                 plan=piece.plan,
-                audio={name: values[piece.run.first :] for name, values in features.items()},
+                audio={name: values[piece.run.first - part.first :] for name, values in features.items()},
                 known=lambda frames: known.take([row[shown[frame]] for frame in frames]),
                 masks=[regions[source] for source in shown],
                 write=lambda frame, latent: generated.__setitem__(piece.offset + frame, latent),
@@ -226,7 +236,7 @@ class DubJob:
 
         guidance = {name: of_stage(stage).needed() for name, stage in self._stages.items()}
         clip = two_stage.Clip([stretch(piece) for piece in pieces], self._options.seed, self._steps, guidance)
-        self._work = _Work(pieces, regions, generated, num_audio_frames, clip)
+        self._work = _Work(pieces, regions, generated, covered, clip)
 
     def compose(self) -> DubResult:
         """Decodes and blends the generated crops and writes the output: the third pass over the source.
@@ -273,12 +283,32 @@ class DubJob:
         if voice is None:  # what is played must be a file
             voice = str(self._new_scratch() / "voice.wav")
             audio_io.save_wav(voice, self._voice.sound.samples, SAMPLE_RATE)
-        options = self._options
+        options, stream, self._sound_note = self._options, self._options.audio_stream, ""
+        if options.range is not None:
+            voice, stream = self._inserted(analysis, voice), None
         return VideoWriter(
-            self._output, self._source.info, audio=voice, audio_stream=options.audio_stream, crf=options.crf, lossless=options.lossless,
+            self._output, self._source.info, audio=voice, audio_stream=stream, crf=options.crf, lossless=options.lossless,
             codec=options.codec, pix_fmt=options.pix_fmt, language=options.language, keep_audio=options.keep_audio,
             extras=lengths.file_of(self._source) is not None,
         )  # fmt: skip
+
+    def _inserted(self, analysis: Analysis, voice: str) -> str:
+        """The sound of a video of which a part is dubbed."""
+        part, file = self._options.part, lengths.file_of(self._source)
+        own = analysis.info.path if file is not None and analysis.info.has_audio else None
+        frames = self._left(analysis)
+        if self._options.mismatch != "silence":  # the mouth is the source's where the voice has ended, so its sound is, too
+            frames = min(frames, math.ceil(self._voice.sound.duration_s * FRAME_RATE))
+        target = self._new_scratch() / "sound.wav"
+        self._sound_note = inserted_sound.insert(
+            own, voice, target, start=part.start_s, seconds=Fraction(frames, FRAME_RATE), voice_stream=self._options.audio_stream
+        )
+        return str(target)
+
+    def _left(self, analysis: Analysis) -> int:
+        """Model frames from the beginning of the part to its end or the video's."""
+        part, end = self._options.part, model_frame(analysis.times[-1]) + 1
+        return (end if part.stop is None else min(end, part.stop)) - part.first
 
     def _result(self, analysis: Analysis, work: _Work, blended: list[int], sink: VideoSink) -> DubResult:
         done = dub_report.Done(
@@ -287,8 +317,8 @@ class DubJob:
             runs=[piece.run for piece in work.pieces],
             blended=blended,
             voice=self._voice.sound,
-            num_audio_frames=work.num_audio_frames,
-            audio_note=sink.audio_note,
+            covered=work.covered,
+            audio_note=f"{self._sound_note}, {sink.audio_note}" if self._sound_note else sink.audio_note,
             output_notes=[*sink.notes, *_text_notes(self._text.ranges, analysis)],
             options=self._options,
             steps=self._steps,
@@ -326,11 +356,14 @@ def mask_of(stages: Mapping[str, StageConfig], options: DubOptions) -> MaskConfi
     return keyframe
 
 
-def _plan(analysis: Analysis, num_audio_frames: int, sizes: WindowSizes, reference: bool) -> Iterator[_Piece]:
+def _plan(analysis: Analysis, covered: range, sizes: WindowSizes, reference: bool) -> Iterator[_Piece]:
     offset = 0
     for shot in analysis.shots:
         for start, stop in shot.faces.runs:
-            run = make_run(shot.index, shot.start + start, shot.start + stop, analysis.times, num_audio_frames)
+            first = max(shot.start + start, bisect.bisect_left(analysis.times, covered.start, key=model_frame))
+            if first >= shot.start + stop:
+                continue  # before the part that is dubbed
+            run = make_run(shot.index, first, shot.start + stop, analysis.times, covered.stop)
             if reference and run.num_frames < sizes.segment:
                 continue  # the reference cannot do less than one window; the report names the frames
             if run.num_frames:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,14 @@ from keysync_jax.core.version import __version__
 from keysync_jax.diffusion import schedules
 from keysync_jax.inference.analysis import Analysis, Shot
 from keysync_jax.inference.options import DubOptions
-from keysync_jax.inference.timeline import Run
+from keysync_jax.inference.timeline import Part, Run
 from keysync_jax.media.audio import AudioClip
 from keysync_jax.media.completeness import Shortfall
 from keysync_jax.media.crop import Crop, View
 from keysync_jax.media.placing import Placement
+
+# Why frames stay as they are that no voice covers.
+ENDED, OUTSIDE = "the voice has ended", "outside the part that is dubbed"
 
 
 class Done(NamedTuple):
@@ -31,7 +35,7 @@ class Done(NamedTuple):
     runs: Sequence[Run]
     blended: Sequence[int]  # source frames
     voice: AudioClip
-    num_audio_frames: int
+    covered: range  # model frames in which the voice sounds
     audio_note: str  # what became of the sound
     output_notes: Sequence[str]
     options: DubOptions
@@ -46,13 +50,16 @@ def build(done: Done) -> dict[str, Any]:
     analysis, voice, options = done.analysis, done.voice, done.options
     blended = set(done.blended)
     info = analysis.info
-    video_end = float(analysis.times[-1])
+    part = options.part
+    video_end = float(analysis.times[-1] if part.stop is None else min(analysis.times[-1], Fraction(part.stop, FRAME_RATE)))
+    what = "video" if part.stop is None else "part"
     notes = [*analysis.notes, *voice.notes, *done.output_notes]
-    voice_end = done.num_audio_frames / FRAME_RATE
+    voice_end = done.covered.stop / FRAME_RATE
+    longer = float(part.start_s) + voice.duration_s - video_end
     if voice_end < video_end:
-        notes.append(f"the voice ends at {voice_end:.2f} s, before the video: the source mouth stays from there on")
-    elif voice.duration_s > video_end + 1:
-        notes.append(f"the voice is {voice.duration_s - video_end:.2f} s longer than the video and is cut at its end")
+        notes.append(f"the voice ends at {voice_end:.2f} s, before the {what}: the source mouth stays from there on")
+    elif longer > 1:
+        notes.append(f"the voice is {longer:.2f} s longer than the {what} and is cut at its end")
     return {
         "keysync_jax": __version__,
         "source": {
@@ -79,7 +86,7 @@ def build(done: Done) -> dict[str, Any]:
             "guidance": {name: _guidance(stage) for name, stage in done.stages.items()},
         },
         "frames_dubbed": len(blended),
-        "shots": [_shot(shot, done.runs, blended, analysis, done.num_audio_frames) for shot in analysis.shots],
+        "shots": [_shot(shot, done.runs, blended, analysis, part, done.covered) for shot in analysis.shots],
         "notes": notes,
         "seconds": done.seconds,
         "peak_memory_mib": round(peak_bytes() / 2**20),
@@ -88,20 +95,23 @@ def build(done: Done) -> dict[str, Any]:
     }
 
 
-def _shot(shot: Shot, runs: Sequence[Run], blended: set[int], analysis: Analysis, num_audio_frames: int) -> dict[str, Any]:
+def _shot(shot: Shot, runs: Sequence[Run], blended: set[int], analysis: Analysis, part: Part, covered: range) -> dict[str, Any]:
     frames = range(shot.start, shot.stop)
     planned = [run for run in runs if run.shot == shot.index]
     skipped = []
     for frame in frames:
         if frame in blended:
             continue
-        if any(frame in frames for frames in analysis.dissolved):
+        at = model_frame(analysis.times[frame])
+        if at < part.first or part.stop is not None and at >= part.stop:
+            reason = OUTSIDE
+        elif any(frame in frames for frames in analysis.dissolved):
             reason = "a dissolve shows two pictures over one another"
         elif not shot.faces.detected[frame - shot.start]:
             seen = shot.faces.seen is not None and shot.faces.seen[frame - shot.start]
             reason = "another face than the one that is dubbed" if seen else "no face detected"
-        elif model_frame(analysis.times[frame]) >= num_audio_frames:
-            reason = "the voice has ended"
+        elif at >= covered.stop:
+            reason = ENDED
         else:
             reason = "outside the window plan"
         if skipped and skipped[-1]["reason"] == reason and skipped[-1]["frames"][1] == frame:

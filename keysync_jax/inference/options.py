@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from keysync_jax.config import GUIDANCES, MISMATCHES, RETIMED, StageConfig
 from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.inference.timeline import Part
 from keysync_jax.media import voice_channels
 
 NO_FACE = ("fail", "pass")  # a video without any face
@@ -107,6 +108,7 @@ class DubOptions:
     codec: str | None = None  # of `encoding.CODECS`
     pix_fmt: str | None = None  # FFmpeg's name
     mismatch: str = "source"  # of `MISMATCHES`: what becomes of a voice that is longer or shorter than the video
+    range: str | None = None  # part to dub, "A:B" in seconds, see `timeline.Part`; the voice begins there
     keep_audio: bool = False  # the source's own sound, as further tracks
     language: str | None = None  # of the voice, where its file does not say it
     video_stream: int | None = None  # position among the file's, from 0
@@ -131,6 +133,9 @@ class DubOptions:
             raise UsageError(f"--mismatch {self.mismatch} is unknown; choose {', '.join(MISMATCHES)}")
         if self.keep_audio and self.mismatch in RETIMED:
             raise UsageError(f"--keep-audio and --mismatch {self.mismatch} contradict each other: the video's own sound no longer fits")
+        if self.range is not None and self.mismatch not in ("source", "silence"):
+            raise UsageError(f"--range and --mismatch {self.mismatch} contradict each other: a part is replaced where it stands")
+        Part.parse(self.range)
         if self.face_weights is not None and self.faces != "fan":
             raise UsageError("--face-weights are FAN's; give --faces fan with them")
         if self.crf is not None and not 0 <= self.crf <= 51:
@@ -143,6 +148,11 @@ class DubOptions:
         if self.language is not None and not re.fullmatch("[a-z]{3}", self.language):
             raise UsageError(f"--language {self.language}: give three letters as in ISO 639-2, for example eng or deu")
         voice_channels.check_choice(self.voice_channel)
+
+    @property
+    def part(self) -> Part:
+        """What `range` says."""
+        return Part.parse(self.range)
 
     def guided(self, stage: StageConfig) -> StageConfig:
         """The stage with the guidance asked for.

@@ -12,6 +12,49 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from keysync_jax.core.clock import FRAME_RATE, model_frame
+from keysync_jax.core.errors import UsageError
+
+_LONGEST_S = 1e6
+
+
+class Part(NamedTuple):
+    """Of a programme, what is to be dubbed, in model frames: those from `first` on, up to `stop` (None: to the end).
+
+    The voice begins with the first of them, so a part's ends lie on the model's clock.
+    """
+
+    first: int = 0
+    stop: int | None = None
+
+    @classmethod
+    def parse(cls, text: str | None) -> Part:
+        """`A:B` in seconds, each may be missing; None is everything.
+
+        Raises:
+          UsageError: something else, or an empty part.
+        """
+        if text is None:
+            return cls()
+        try:
+            start, stop = (float(value) if value else None for value in map(str.strip, text.split(":")))
+        except ValueError:
+            raise UsageError(f"--range {text}: give A:B in seconds, for example 12.5:20, or 12.5: to the end") from None
+        if any(value is not None and not 0 <= value < _LONGEST_S for value in (start, stop)):
+            raise UsageError(f"--range {text}: seconds count from the beginning of the video and are not negative")
+        part = cls(model_frame(Fraction(start or 0.0)), None if stop is None else model_frame(Fraction(stop)))
+        if part.stop is not None and part.stop <= part.first:
+            raise UsageError(f"--range {text}: the part is empty; its end comes {1 / FRAME_RATE:.2f} s or more after its beginning")
+        return part
+
+    @property
+    def start_s(self) -> Fraction:
+        """Where the part, and the voice in it, begins."""
+        return Fraction(self.first, FRAME_RATE)
+
+    def covered(self, heard: int) -> range:
+        """Model frames in which a voice of `heard` model frames sounds."""
+        end = self.first + heard
+        return range(self.first, end if self.stop is None else min(end, self.stop))
 
 
 class Run(NamedTuple):

@@ -125,7 +125,7 @@ def load_audio(path: str | os.PathLike, sample_rate: int = SAMPLE_RATE, number: 
         channels = 0
         clock = Clock(container, stream)
         mixer = _Mixer(path, number, channel)
-        for frame in _frames(container, stream, notes):
+        for frame in decoded_frames(container, stream, notes):
             mono = mixer.mono(frame)
             rate = frame.sample_rate
             channels = channels or frame.layout.nb_channels
@@ -189,7 +189,7 @@ class _Mixer:
             self._levels = {}
             container, stream = open_audio(self._path, self._number)
             with container:
-                for each in _frames(container, stream, []):
+                for each in decoded_frames(container, stream, []):
                     if each.layout.nb_channels > 1:
                         self._levels.setdefault(each.layout.name, Levels.of(each)).add(voice_channels.samples_of(each))
         return self._levels.get(frame.layout.name) or Levels.of(frame)
@@ -308,7 +308,7 @@ def clock_zero(container: av.container.InputContainer, first: Fraction) -> Fract
     return min([*pictures, max(first, Fraction(0))]) if pictures else first
 
 
-def _frames(container, stream, notes: list[str]) -> Iterator[av.AudioFrame]:
+def decoded_frames(container, stream, notes: list[str]) -> Iterator[av.AudioFrame]:
     """Decoded frames of a stream; what cannot be decoded is skipped and noted."""
     damaged = 0
     try:

@@ -17,10 +17,10 @@ import av
 import av.error
 import av.stream
 import numpy as np
-import soxr
 
 from keysync_jax.core.errors import KeySyncError
-from keysync_jax.media.audio import GAP_TOLERANCE_S, LONGEST_GAP_S, Clock, clock_zero, open_audio, stated_start
+from keysync_jax.media.audio import GAP_TOLERANCE_S, LONGEST_GAP_S, clock_zero, open_audio, stated_start
+from keysync_jax.media.sound_blocks import AAC_LAYOUTS, placed, resampled
 
 _PCM_BYTES = {"u8": 1, "s8": 1, "mulaw": 1, "alaw": 1, "s16": 2, "s24": 3, "s32": 4, "f32": 4, "f64": 8}
 _PCM_LE = {f"pcm_{kind}le" for kind in ("s16", "s24", "s32", "f32", "f64")} | {"pcm_u8"}
@@ -37,7 +37,6 @@ AAC_BITRATE = 192_000  # bits per second at least, whatever the number of channe
 _AAC_BITRATE_PER_CHANNEL = 64_000
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # higher ones exist, few players take them
 _AAC_BITS_PER_SAMPLE = 6  # ISO/IEC 14496-3: at most 6144 bits per channel in a frame of 1024 samples
-_AAC_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}
 _AAC_FRAME = 1024
 _OPUS_RATE, _OPUS_FRAME = 48000, 960
 _STATELESS = ("pcm_", "flac", "alac")  # whose channels and rate stand in the header, once
@@ -176,7 +175,7 @@ class Soundtrack:
         context = self._source.codec_context
         self._rate_in = context.sample_rate
         channels = context.layout.nb_channels
-        self._layout = _AAC_LAYOUTS.get(channels, "stereo")
+        self._layout = AAC_LAYOUTS.get(channels, "stereo")
         heard = av.AudioLayout(self._layout).nb_channels
         bitrate = max(AAC_BITRATE, _AAC_BITRATE_PER_CHANNEL * heard)
         self._rate = _OPUS_RATE if self._opus else _aac_rate(self._rate_in, -(-bitrate // (_AAC_BITS_PER_SAMPLE * heard)))
@@ -193,8 +192,8 @@ class Soundtrack:
             self._note += f", mixed down from {channels} channels"
         self._offset = round(self._start * self._rate)
         self._written = 0
-        self._sound = self._samples()
         self._held = np.zeros((heard, 0), np.float32)
+        self._sound = self._samples()
         self._write_until = self._encode_until
 
     def _encode_until(self, limit: Fraction, last: bool = False) -> None:
@@ -231,34 +230,8 @@ class Soundtrack:
 
     def _samples(self) -> Iterator[np.ndarray]:
         """Blocks float32 `[channels, n]` from time zero of the sound, at the encoder's rate."""
-        if self._rate == self._rate_in:
-            yield from self._placed()
-            return
-        resampler = soxr.ResampleStream(self._rate_in, self._rate, self._held.shape[0], dtype="float32", quality="VHQ")
-        for block in self._placed():
-            yield np.ascontiguousarray(resampler.resample_chunk(np.ascontiguousarray(block.T)).reshape(-1, block.shape[0]).T)
-        rest = resampler.resample_chunk(np.zeros((0, self._held.shape[0]), np.float32), last=True)
-        yield np.ascontiguousarray(rest.reshape(-1, self._held.shape[0]).T)
-
-    def _placed(self) -> Iterator[np.ndarray]:
-        """Decoded blocks at the source's rate, set where their timestamps say: gaps are silence, overlaps are dropped."""
-        clock = Clock(self._input, self._source)
-        converter, kind = None, None
-        for frame in self._decoded():
-            silence, skip = clock.place(frame, frame.samples)
-            if kind != (kind := (frame.format.name, frame.layout.name, frame.sample_rate)) or converter is None:
-                if converter is not None:
-                    yield from _blocks(converter.resample(None))
-                converter = av.AudioResampler(format="fltp", layout=self._layout, rate=self._rate_in)
-            scale = Fraction(self._rate_in, frame.sample_rate)
-            silence, skip = round(silence * scale), round(skip * scale)
-            for block in _blocks(converter.resample(frame)):
-                if silence:
-                    yield np.zeros((block.shape[0], silence), np.float32)
-                yield block[:, skip:]
-                silence = skip = 0
-        if converter is not None and kind is not None and kind[2] != self._rate_in:
-            yield from _blocks(converter.resample(None))
+        blocks = placed(self._input, self._source, self._decoded(), self._rate_in, self._layout)
+        return resampled(blocks, self._rate_in, self._rate, self._held.shape[0])
 
     def _decoded(self) -> Iterator[av.AudioFrame]:
         """Decoded frames; what cannot be decoded becomes a gap."""
@@ -273,11 +246,6 @@ class Soundtrack:
             yield from self._source.codec_context.decode(None)
         except av.error.FFmpegError:
             return  # nothing is left in the decoder
-
-
-def _blocks(frames: list[av.AudioFrame]) -> Iterator[np.ndarray]:
-    for frame in frames:
-        yield frame.to_ndarray().astype(np.float32, copy=False)
 
 
 def _reason_to_encode(path: str | os.PathLike, number: int | None, gaps_are_kept: bool) -> str:
