@@ -70,7 +70,7 @@ class Columns(NamedTuple):
 
     names: Collection[str]
     parse: Callable[[Mapping[str, str]], Mapping[str, Any]]
-    later: Collection[str] = ("mismatch", "range", "occlusion")
+    later: Collection[str] = ("occlusion",)
     animate: Columns | None = None
 
     def of_kind(self, kind: str) -> Columns:

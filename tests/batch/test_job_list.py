@@ -20,15 +20,15 @@ def read(path, text):
 def test_a_table_has_every_option_of_dub_under_its_flags_name(tmp_path):
     jobs = read(
         tmp_path / "jobs.csv",
-        "video,voice,seed,lossless,face choice,audio-scale,licence note,consent\n"
-        "a.mp4,a.wav,7,yes,left,3.5,CC-BY,signed\n"
+        "video,voice,seed,lossless,face choice,audio-scale,licence note,consent,mismatch mode,time range\n"
+        "a.mp4,a.wav,7,yes,left,3.5,CC-BY,signed,silence,1.5:4\n"
         "\n"
-        "sub/b.mov,/abs/de.wav,,false,,,,\n",
+        "sub/b.mov,/abs/de.wav,,false,,,,,,\n",
     )
     assert [(job.id, job.output) for job in jobs] == [("a", "a.mp4"), ("b-de", "b-de.mp4")]
     assert jobs[0].video == str(tmp_path / "a.mp4") and jobs[1].audio == "/abs/de.wav"
-    assert {name: jobs[0].options[name] for name in ("seed", "lossless", "face", "audio_scale")} == {
-        "seed": 7, "lossless": True, "face": "left", "audio_scale": 3.5}  # fmt: skip
+    assert {name: jobs[0].options[name] for name in ("seed", "lossless", "face", "audio_scale", "mismatch", "range")} == {
+        "seed": 7, "lossless": True, "face": "left", "audio_scale": 3.5, "mismatch": "silence", "range": "1.5:4"}  # fmt: skip
     assert jobs[1].options["seed"] == 23 and jobs[1].options["lossless"] is False
     assert (jobs[0].licence, jobs[0].consent) == ("CC-BY", "signed")
 
@@ -56,7 +56,7 @@ def test_a_wrong_value_fails_its_row_alone(tmp_path):
     [
         ("video,audio,sede\na.mp4,a.wav,1\n", "line 2: there is no column 'sede'"),
         ("video,audio,kind\na.mp4,a.wav,sing\n", "line 2: kind 'sing'"),
-        ("video,audio,mismatch\na.mp4,a.wav,loop\n", "no --mismatch yet"),
+        ("video,audio,occlusion\na.mp4,a.wav,auto\n", "no --occlusion yet"),
         ("video,audio,voice:1\na.mp4,a.wav,b.wav\n", "no --voice:1 yet"),
         ("video,audio\na.mp4\n", "line 2 has no audio"),
         ("video,audio\na.mp4,a.wav,more\n", "more fields"),
