@@ -15,6 +15,9 @@ from keysync_jax.core import cpu
 _CACHE = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="keysync_xla_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# XLA splits sums by the number of its threads, which is that of the cores, but four wherever clips are prepared. With four everywhere, a
+# process that has prepared clips, one that it starts, and one that has done neither give the same bits.
+os.environ.setdefault("NPROC", "4")
 # As every command does: processes started by a test compute what the test computes, and both are faster.
 cpu.prepare()
 # Compiling is what the tests spend their time with. For a training step of tests/helpers/tiny.py it takes 45 s of a core as users have it,

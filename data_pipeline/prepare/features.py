@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import time
@@ -264,3 +265,17 @@ def settle_jax() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["NPROC"] = _CPU_THREADS
     cpu.prepare()
+
+
+@contextlib.contextmanager
+def as_it_was() -> Iterator[None]:
+    """Takes back what `settle_jax` sets, where the worker is this process: what it starts later, a batch of dubs say, computes as ever."""
+    before = {name: os.environ.get(name) for name in ("XLA_PYTHON_CLIENT_PREALLOCATE", "NPROC")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -388,7 +388,7 @@ def _running(flags: Sequence[str], folders: Folders) -> Iterator[beam.Pipeline]:
     """A pipeline that runs when the block ends. Beam wraps what stopped a worker into its own error, many lines long: this unwraps it."""
     logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)  # it logs what is raised anyway
     try:
-        with _pipeline(flags) as pipeline:
+        with feature_stages.as_it_was(), _pipeline(flags) as pipeline:
             yield pipeline
     except (RuntimeError, KeySyncError) as error:
         words = (str(error).strip().splitlines() or [""])[-1]

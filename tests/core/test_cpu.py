@@ -52,9 +52,11 @@ def test_commands_and_beam_workers_make_them(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "prepare", lambda: made.append(True))
     assert cli.main(["inspect", str(tmp_path / "nothing")]) == 1 and len(made) == 1
     monkeypatch.setenv("NPROC", "1")
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    features.settle_jax()
-    assert len(made) == 2
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    with features.as_it_was():
+        features.settle_jax()
+        assert len(made) == 2 and os.environ["NPROC"] == "4"
+    assert os.environ["NPROC"] == "1" and "XLA_PYTHON_CLIENT_PREALLOCATE" not in os.environ
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
