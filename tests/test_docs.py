@@ -124,7 +124,7 @@ def test_python_examples_parse_and_import_what_is_there(page):
 
 @each_page
 def test_paths_of_the_repository_exist(page):
-    for path in re.findall(r"(?<![\w./-])((?:keysync_jax|configs|converters|data_pipeline|docs|tests)/[\w./]*\w)", text_of(page)):
+    for path in re.findall(r"(?<![\w./-])((?:keysync_jax|configs|converters|data_pipeline|docs|tests)/[\w./-]*\w)", text_of(page)):
         if not (ROOT / path).exists():
             assert re.search(r"NAME|KIND", path), f"{path} is not in the repository"
 

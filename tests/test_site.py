@@ -30,7 +30,7 @@ def site(tmp_path_factory) -> Path:
 
 def test_every_page_is_in_the_table_of_contents():
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    listed = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert sorted(pages) == sorted(listed)
 
 

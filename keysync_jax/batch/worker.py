@@ -30,6 +30,7 @@ from keysync_jax.core.errors import KeySyncError, in_one_line
 from keysync_jax.core.files import write_text
 from keysync_jax.core.processes import end_with_parent
 from keysync_jax.data_pipeline.prepare.work import digest
+from keysync_jax.media import provenance
 
 log = logging.getLogger(__name__)
 
@@ -259,6 +260,8 @@ class _Worker:
         if name in self._lost or not self._ledger.beat(claim):
             self._drop(claim)  # somebody else has it now
             return
+        if provenance.beside(task.target).is_file():
+            os.replace(provenance.beside(task.target), provenance.beside(final))
         os.replace(task.target, final)
         if outcome.report is not None:
             try:

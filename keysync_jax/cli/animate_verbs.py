@@ -68,6 +68,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--voice-channel", default="auto", metavar="WHICH", help="what the model hears: auto, mix, left, right, center or a number from 0"
     )
+    dub_verbs.add_marks(p)
 
 
 def options_of(args: argparse.Namespace) -> AnimateOptions:

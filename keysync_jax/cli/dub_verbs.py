@@ -88,6 +88,16 @@ def add_options(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     source.add_argument("--allow-damaged", action="store_true", help="dub what is there of a file that breaks off")
 
+    add_marks(p)
+
+
+def add_marks(p: argparse.ArgumentParser) -> None:
+    """What an output says of itself."""
+    marks = p.add_argument_group("marks", "a line in every output says that it is AI-generated; keysync detect reads it")
+    marks.add_argument("--c2pa", metavar="CERT", help="sign a C2PA manifest: the certificate chain, PEM (needs the c2pa extra)")
+    marks.add_argument("--key", metavar="KEY", help="its private key, PEM")
+    marks.add_argument("--consent", metavar="NOTE", help="who agreed to it, for the report and the manifest")
+
 
 def options_of(args: argparse.Namespace) -> DubOptions:
     """What `add_options` parsed.
@@ -98,6 +108,34 @@ def options_of(args: argparse.Namespace) -> DubOptions:
     from keysync_jax.inference.options import DubOptions
 
     return DubOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(DubOptions)})
+
+
+def add_detect(verbs) -> None:
+    """Add `keysync detect`."""
+    p = add_verb(
+        verbs, "detect", _detect, "say whether videos are marked as AI-generated, and by whom",
+        "  keysync detect dubbed.mp4\n  keysync detect dubbed/*.mkv     reads manifests beside them, too",
+    )  # fmt: skip
+    p.add_argument("videos", nargs="+", metavar="VIDEO", help="video file")
+
+
+def _detect(args) -> int:
+    from keysync_jax.media import provenance
+
+    for video in args.videos:
+        found = provenance.find(video)
+        print(f"{video}: {found.line or 'no mark of KeySync-JAX in the container'}")
+        if found.manifest is None:
+            print(f"  {'; '.join(found.reasons) or 'no C2PA manifest'}")
+            continue
+        print(f"  C2PA manifest {found.where}: {found.manifest.lower()}, signed by {found.signer or 'nobody named'}")
+        for term in found.source_types:
+            print(f"  {term}")
+        if found.consent:
+            print(f"  consent: {found.consent}")
+        for reason in found.reasons:
+            print(f"  note: {reason}")
+    return 0
 
 
 def _dub(args) -> int:

@@ -36,7 +36,6 @@ examples:
   keysync demo -o demo                               see it run: makes a short drawn clip and dubs it
   keysync dub talk.mp4 voice.wav -o dubbed.mp4 --model DIR
   keysync convert keyframe_dub.pt interpolation_dub.pt svd/ hubert/ WavLM-Base+.pt -o DIR
-  keysync inspect DIR                                what a file or model directory holds
   keysync export DIR --format diffusers -o svd_out   back to PyTorch
   keysync train --config keyframe --workdir runs/keyframe --config.data.datasets=data
 
@@ -119,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate_verbs.add_demo(verbs)
     fetch_verbs.add_fetch(verbs)
     dub_verbs.add_dub(verbs)
+    dub_verbs.add_detect(verbs)
     animate_verbs.add_animate(verbs)
     batch_verbs.add_batch(verbs)
     weights_verbs.add_verbs(verbs)

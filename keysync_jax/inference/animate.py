@@ -29,10 +29,10 @@ from keysync_jax.encoders.audio_features import Hearing, encoders_of, hear
 from keysync_jax.encoders.latents import LatentCoder
 from keysync_jax.inference import animate_report, emotion_picture, portrait, two_stage
 from keysync_jax.inference.animate_options import AnimateOptions
-from keysync_jax.inference.clip_io import FrameCollector, VideoSink, Voice, array_info, picture_of
+from keysync_jax.inference.clip_io import FrameCollector, VideoSink, Voice, array_info, marks_of, picture_of
 from keysync_jax.inference.engine import StageSampler
 from keysync_jax.inference.latent_store import LatentStore
-from keysync_jax.inference.options import require_system
+from keysync_jax.inference.options import mark_of, require_system
 from keysync_jax.inference.phases import PhaseProgress
 from keysync_jax.inference.portrait import Portrait
 from keysync_jax.inference.window_plan import WindowPlan, WindowSizes, make_plan
@@ -125,6 +125,7 @@ class AnimateJob:
         if output is not None:
             extension = check_output(output).suffix.lower()
             choose_encoding(array_info(16, 16), extension, options.crf, options.lossless, codec=options.codec, pix_fmt=options.pix_fmt)
+        self._mark = mark_of("animate", None if isinstance(source, np.ndarray) else os.fspath(source), options)
         self._work: _Work | None = None
         self._paster: Paster | None = None
         self._scratch = contextlib.ExitStack()
@@ -245,7 +246,7 @@ class AnimateJob:
         options = self._options
         return VideoWriter(
             self._output, info, audio=voice, audio_stream=options.audio_stream, crf=options.crf, lossless=options.lossless,
-            codec=options.codec, pix_fmt=options.pix_fmt, language=options.language,
+            codec=options.codec, pix_fmt=options.pix_fmt, language=options.language, mark=self._mark,
         )  # fmt: skip
 
     def _result(self, work: _Work, sink: VideoSink) -> AnimateResult:
@@ -267,6 +268,7 @@ class AnimateJob:
             stages=self._stages,
             seam=self._paster.figures() if self._paster else None,
             seconds=self._progress.seconds,
+            marks=marks_of(self._mark, sink),
         )
         report = animate_report.build(done)
         frames = np.stack(sink.frames) if isinstance(sink, FrameCollector) else None

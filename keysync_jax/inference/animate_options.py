@@ -42,6 +42,9 @@ class AnimateOptions:
     language: str | None = None  # of the voice, where its file does not say it
     audio_stream: int | None = None  # of the voice's file, from 0
     voice_channel: str = "auto"  # which channels the model hears, see `voice_channels.CHOICES`
+    c2pa: str | None = None  # certificate chain, a PEM file: the output is signed
+    key: str | None = None  # its private key
+    consent: str | None = None  # who agreed to it; for the report and the manifest
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:
@@ -58,6 +61,8 @@ class AnimateOptions:
         if self.crop not in CROPS:
             raise UsageError(f"--crop {self.crop} is unknown; choose {' or '.join(CROPS)}")
         Selection.parse(self.face)
+        if (self.c2pa is None) != (self.key is None):
+            raise UsageError("--c2pa CERT and --key KEY belong together; give both")
         if self.face_weights is not None and self.faces != "fan":
             raise UsageError("--face-weights are FAN's; give --faces fan with them")
         if self.at is not None and not 0 <= self.at < float("inf"):

@@ -43,6 +43,7 @@ class Done(NamedTuple):
     stages: Mapping[str, StageConfig]  # with the guidance that was used
     seam: dict[str, float] | None
     seconds: dict[str, float]  # by phase
+    marks: Mapping[str, str]  # what the output says of itself
 
 
 def build(done: Done) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def build(done: Done) -> dict[str, Any]:
             "heard": voice.heard,
             "output": done.audio_note,
         },
+        "marks": dict(done.marks),
         "emotion": {
             "asked": done.options.emotion,
             "strength": done.options.emotion_strength,

@@ -24,6 +24,7 @@ from keysync_jax.inference.sequences import PictureSequence, is_sequence
 from keysync_jax.media import audio, color, completeness, video
 from keysync_jax.media.completeness import Shortfall
 from keysync_jax.media.orientation import Orientation
+from keysync_jax.media.provenance import Mark
 from keysync_jax.media.streams import refuse_address
 from keysync_jax.media.video import Frame, Keyframe, VideoInfo
 
@@ -52,6 +53,9 @@ class VideoSink(Protocol):
 
     @property
     def audio_note(self) -> str: ...
+
+    @property
+    def seal(self) -> str: ...
 
     @property
     def notes(self) -> Sequence[str]: ...
@@ -153,6 +157,7 @@ class FrameCollector:
     """
 
     audio_note = "no audio"
+    seal = ""
     notes = ()
 
     def __init__(self, info: VideoInfo):
@@ -244,6 +249,12 @@ def _local_file(path: str | os.PathLike) -> tuple[str, tempfile.TemporaryDirecto
     if not os.path.getsize(target):
         raise KeySyncError(f"{name}: nothing came through; a pipe can be read once, so give video and voice from two places")
     return target, spool
+
+
+def marks_of(mark: Mark, sink: VideoSink) -> dict[str, str]:
+    """For the report: what a finished output says of itself; frames in memory say nothing."""
+    written = {} if isinstance(sink, FrameCollector) else {"line": mark.line, "c2pa": sink.seal or "not signed"}
+    return written | ({"consent": mark.consent} if mark.consent else {})
 
 
 def array_info(width: int, height: int, rate: Fraction = Fraction(25)) -> VideoInfo:

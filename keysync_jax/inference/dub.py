@@ -35,10 +35,10 @@ from keysync_jax.encoders.audio_features import Hearing, encoders_of, hear
 from keysync_jax.encoders.latents import LatentCoder
 from keysync_jax.inference import dub_report, lengths, two_stage
 from keysync_jax.inference.analysis import Analysis, look
-from keysync_jax.inference.clip_io import FrameCollector, VideoSink, VideoSource, Voice
+from keysync_jax.inference.clip_io import FrameCollector, VideoSink, VideoSource, Voice, marks_of
 from keysync_jax.inference.engine import StageSampler
 from keysync_jax.inference.latent_store import LatentStore
-from keysync_jax.inference.options import DubOptions, require_system
+from keysync_jax.inference.options import DubOptions, mark_of, require_system
 from keysync_jax.inference.phases import PhaseProgress
 from keysync_jax.inference.timeline import Run, make_run
 from keysync_jax.inference.window_plan import WindowPlan, WindowSizes, make_plan
@@ -139,6 +139,7 @@ class DubJob:
         if output is not None:
             extension = check_output(output).suffix.lower()  # and what it cannot hold is refused, too
             choose_encoding(source.info, extension, options.crf, options.lossless, codec=options.codec, pix_fmt=options.pix_fmt)
+        self._mark = mark_of("dub", source.info.path, options)
         self._analysis: Analysis | None = None
         self._features: dict[str, np.ndarray] | None = None
         self._work: _Work | None = None
@@ -289,7 +290,7 @@ class DubJob:
         return VideoWriter(
             self._output, self._source.info, audio=voice, audio_stream=stream, crf=options.crf, lossless=options.lossless,
             codec=options.codec, pix_fmt=options.pix_fmt, language=options.language, keep_audio=options.keep_audio,
-            extras=lengths.file_of(self._source) is not None,
+            extras=lengths.file_of(self._source) is not None, mark=self._mark,
         )  # fmt: skip
 
     def _inserted(self, analysis: Analysis, voice: str) -> str:
@@ -325,6 +326,7 @@ class DubJob:
             stages=self._stages,
             seconds=self._progress.seconds,
             shortfall=lengths.shortfall_of(self._source),
+            marks=marks_of(self._mark, sink),
         )
         report = dub_report.build(done)
         frames = np.stack(sink.frames) if isinstance(sink, FrameCollector) else None

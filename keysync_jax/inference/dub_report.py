@@ -42,6 +42,7 @@ class Done(NamedTuple):
     steps: int
     stages: Mapping[str, StageConfig]  # with the guidance that was used
     seconds: dict[str, float]  # by phase
+    marks: Mapping[str, str]  # what the output says of itself
     shortfall: Shortfall | None = None  # pictures that the source promises and does not hold
 
 
@@ -85,6 +86,7 @@ def build(done: Done) -> dict[str, Any]:
             "evaluations": len(schedules.ays_sigmas(done.steps)) - 1,  # ten steps are eleven
             "guidance": {name: _guidance(stage) for name, stage in done.stages.items()},
         },
+        "marks": dict(done.marks),
         "frames_dubbed": len(blended),
         "shots": [_shot(shot, done.runs, blended, analysis, part, done.covered) for shot in analysis.shots],
         "notes": notes,

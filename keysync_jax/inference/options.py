@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
@@ -11,7 +12,7 @@ from typing import NamedTuple, Protocol
 from keysync_jax.config import GUIDANCES, MISMATCHES, RETIMED, StageConfig
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.inference.timeline import Part
-from keysync_jax.media import voice_channels
+from keysync_jax.media import provenance, voice_channels
 
 NO_FACE = ("fail", "pass")  # a video without any face
 # Numbers of a guidance that are not negative.
@@ -88,6 +89,32 @@ def require_system(samplers: Mapping[str, _Configured], wanted: str) -> None:
             )
 
 
+class _Marked(Protocol):
+    @property
+    def c2pa(self) -> str | None: ...
+
+    @property
+    def key(self) -> str | None: ...
+
+    @property
+    def consent(self) -> str | None: ...
+
+
+def mark_of(kind: str, source: str | None, options: _Marked) -> provenance.Mark:
+    """What an output says of itself.
+
+    Args:
+      kind: of `provenance.KINDS`.
+      source: what it is made from; None, a folder or pattern: nothing that could be named in a manifest.
+      options: how it is signed.
+
+    Raises:
+      KeySyncError: a certificate or key that cannot sign.
+    """
+    signature = None if options.c2pa is None else provenance.Signature(options.c2pa, options.key)
+    return provenance.Mark(kind, source if source is not None and os.path.isfile(source) else None, options.consent or "", signature)
+
+
 @dataclasses.dataclass(frozen=True)
 class DubOptions:
     """Settings of one dubbing job; None means the model's own value."""
@@ -115,6 +142,9 @@ class DubOptions:
     audio_stream: int | None = None  # of the voice's file
     voice_channel: str = "auto"  # which channels the model hears, see `voice_channels.CHOICES`
     allow_damaged: bool = False
+    c2pa: str | None = None  # certificate chain, a PEM file: the output is signed
+    key: str | None = None  # its private key
+    consent: str | None = None  # who agreed to it; for the report and the manifest
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:
@@ -136,6 +166,8 @@ class DubOptions:
         if self.range is not None and self.mismatch not in ("source", "silence"):
             raise UsageError(f"--range and --mismatch {self.mismatch} contradict each other: a part is replaced where it stands")
         Part.parse(self.range)
+        if (self.c2pa is None) != (self.key is None):
+            raise UsageError("--c2pa CERT and --key KEY belong together; give both")
         if self.face_weights is not None and self.faces != "fan":
             raise UsageError("--face-weights are FAN's; give --faces fan with them")
         if self.crf is not None and not 0 <= self.crf <= 51:

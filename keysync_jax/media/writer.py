@@ -23,6 +23,7 @@ from keysync_jax.core.files import check_target, temporary_beside
 from keysync_jax.media.conversion import convert
 from keysync_jax.media.encoding import CONTAINERS, DEFAULT_PRESET, choose_encoding
 from keysync_jax.media.extras import Extras
+from keysync_jax.media.provenance import Mark
 from keysync_jax.media.soundtrack import Soundtrack
 from keysync_jax.media.video import Frame, VideoInfo
 
@@ -52,6 +53,9 @@ def check_output(path: str | os.PathLike) -> Path:
 class VideoWriter:
     """Context manager that writes frames and sound; nothing stands under `path` until it has ended without an exception.
 
+    Attributes:
+      seal: how the file was signed, in words, "" where it was not; complete after `close`.
+
     Args:
       path: output file, one of `encoding.CONTAINERS`; a link stays one, and the file behind it is written.
       info: description of the source; its size, time base, pixel format, colour tags and display matrix are taken over.
@@ -66,6 +70,7 @@ class VideoWriter:
       language: of the voice (ISO 639-2), where its file does not say it.
       extras: also take over the source's titles, chapters, timecode, subtitles and data.
       keep_audio: also take over the source's own sound, as further tracks.
+      mark: what the file says of itself.
 
     Raises:
       UsageError, KeySyncError: as `check_output` and `choose_encoding`; sound that cannot be read; an encoder that refuses the pictures.
@@ -88,6 +93,7 @@ class VideoWriter:
         language: str | None = None,
         extras: bool = False,
         keep_audio: bool = False,
+        mark: Mark | None = None,
     ):
         self.path = check_output(path)
         self.info = info
@@ -95,6 +101,7 @@ class VideoWriter:
         self._muxer = CONTAINERS[self._extension]
         self.encoding = choose_encoding(info, self._extension, crf, lossless, preset, codec, pix_fmt)
         self.frames_written = 0
+        self.seal, self._mark = "", mark
         self._audio_start = audio_start
         self._duration = None if duration_s is None else Fraction(duration_s)
         self._target = self.path.resolve()
@@ -124,6 +131,8 @@ class VideoWriter:
                 )
             if extras:
                 self._extras = Extras(self._container, self._extension, info, self._stream, keep_audio)
+            if mark is not None:
+                mark.describe(self._container.metadata)
         except BaseException:
             self.abort()
             raise
@@ -232,6 +241,8 @@ class VideoWriter:
                 self._extras.finish(end)
                 self._extras.close()
             self._container.close()
+            if self._mark is not None and self._mark.signature is not None:
+                self.seal = self._mark.signature.seal(self._temporary, self._target, self._mark)
             os.replace(self._temporary, self._target)
         except (av.error.FFmpegError, OSError) as error:
             self.abort()

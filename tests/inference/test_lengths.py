@@ -3,6 +3,7 @@
 from fractions import Fraction
 
 import av
+import certificates
 import clips
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from keysync_jax.inference.clip_io import FrameArray, open_video
 from keysync_jax.inference.lengths import fitted
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.inference.timeline import Part
-from keysync_jax.media import audio, video
+from keysync_jax.media import audio, provenance, video
 from keysync_jax.media.inserted_sound import insert
 
 FRAMES = 40  # more than are held at once where they run backwards
@@ -104,9 +105,18 @@ def test_a_dub_is_as_long_as_the_mismatch_says(pipe, tmp_path):
     write_clip(make_clip(3, frames=8, size=128), tmp_path / "clip.mp4")
     for name, frames in (("long", 13), ("short", 5)):
         audio.save_wav(tmp_path / f"{name}.wav", make_clip(10, frames=frames, size=48).samples, 16000)
+    certificate, key = map(str, certificates.make(tmp_path))
     wanted = {("long", "bounce"): (13, 13), ("short", "cut_off"): (5, 5), ("short", "silence"): (8, 8), ("long", "remap"): (8, 8)}
     for (name, how), (pictures, painted) in wanted.items():
-        result = pipe(tmp_path / "clip.mp4", tmp_path / f"{name}.wav", tmp_path / f"{how}.mp4", options=DubOptions(mismatch=how))
+        result = pipe(
+            tmp_path / "clip.mp4",
+            tmp_path / f"{name}.wav",
+            tmp_path / f"{how}.mp4",
+            options=DubOptions(mismatch=how, c2pa=certificate, key=key, consent="all agreed"),
+        )
+        found = provenance.find(tmp_path / f"{how}.mp4")
+        assert (found.manifest, found.consent, found.line) == ("Valid", "all agreed", result.report["marks"]["line"])
+        assert result.report["marks"]["c2pa"] == "signed C2PA manifest inside" and result.report["marks"]["consent"] == "all agreed"
         assert (result.report["source"]["frames"], result.report["frames_dubbed"]) == (pictures, painted), how
         found = list(video.read(tmp_path / f"{how}.mp4"))
         end = found[-1].time + found[-1].av_frame.duration * found[-1].info.time_base
