@@ -10,7 +10,7 @@ from keysync_jax.converters.assemble_stage import refuse
 from keysync_jax.converters.containers import Source, open_sources
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.converters.parts import Part, audio_part_name
-from keysync_jax.core.differences import compare
+from keysync_jax.core.differences import Allowed, compare
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models.speech import registry
 
@@ -35,8 +35,8 @@ def assemble(source: Source, options: Any, used: set[str]) -> Part[SpeechEncoder
     found = compare(tensors.shapes, {e.torch_key: e.torch_shape for e in table})
     # A speech encoder with random tensors has no use, so nothing may be missing.
     if found.missing or found.wrong:
-        raise KeySyncError(f"{source.path} does not fit its config: {found}")
-    refuse(source.path, found.without((), options.allow_unexpected))
+        raise KeySyncError(f"{source.path} does not fit its config: {found.in_words(tensors)}")
+    refuse(source.path, found.without((), Allowed(options.allow_unexpected)))
     used |= set(found.unexpected)
     return Part(audio_part_name(config.kind), config, tensors.select(e.torch_key for e in table), source.random)
 

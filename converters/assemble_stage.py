@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from keysync_jax.converters.containers import Source
 from keysync_jax.converters.fresh import fresh, stage_constants
 from keysync_jax.converters.lazy import BFLOAT16, Tensors
 from keysync_jax.converters.parts import DECODER, ENCODER, KL_PREFIX, Part, first_stage_encoder_table, kl_table, part_table
-from keysync_jax.core.differences import Differences, compare, some
+from keysync_jax.core.differences import Allowed, Differences, compare, patterns_for, some
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models.table import Table
 
@@ -76,7 +77,7 @@ def from_checkpoint(
     if copies:
         notes.append(f"{source.path}: {len(copies)} optional VAE copies were recognised and left out")
     found = compare(tensors.select(key for key in tensors if key not in copies).shapes, expected)
-    refuse(source.path, found.without(options.allow_missing, options.allow_unexpected))
+    refuse(source.path, found.without(Allowed(options.allow_missing), Allowed(options.allow_unexpected)), tensors)
     used |= {*found.missing, *found.wrong, *found.unexpected}
     drawn = [key for key in (*found.missing, *found.wrong) if not key.startswith(DECODER)]
     decoder = [key for key in (*found.missing, *found.wrong) if key.startswith(DECODER)]
@@ -101,7 +102,7 @@ def weak_network(source: Source, name: str, good: Part[StageConfig], notes: list
     own = {_network_key(key): key for key in source.tensors}
     found = source.tensors.select(theirs for key, theirs in own.items() if key).renamed({theirs: key for key, theirs in own.items() if key})
     table = sgm.network_table(good.config)
-    refuse(source.path, compare(found.shapes, {e.torch_key: e.torch_shape for e in table}))
+    refuse(source.path, compare(found.shapes, {e.torch_key: e.torch_shape for e in table}), found)
     if ignored := len(source.tensors) - len(found):
         notes.append(f"{source.path}: {ignored} tensors beside the network were left out; it reads conditions as the good one does")
     return Part(name, good.config, found.select(e.torch_key for e in table), source.random)
@@ -115,16 +116,22 @@ def _network_key(key: str) -> str:
     return ""
 
 
-def refuse(path: str, differences: Differences) -> None:
+def refuse(path: str, differences: Differences, found: Collection[str] = ()) -> None:
     """Stops at tensors that do not fit.
 
+    Args:
+      path: where they are.
+      differences: those that are not allowed.
+      found: names that are there, for the nearest one to a missing one.
+
     Raises:
-      KeySyncError: naming all of them and how to go on.
+      KeySyncError: naming them and the patterns that would let them pass.
     """
     if differences:
-        first = (*differences.missing, *differences.wrong, *differences.unexpected)[0]
-        option = "--allow-unexpected" if first in differences.unexpected else "--allow-missing"
-        raise KeySyncError(f"{path}: {differences} (allow them one by one, e.g. {option} {first})")
+        lacking = patterns_for([*differences.missing, *differences.wrong])
+        options = [f"--allow-missing {shlex.quote(pattern)}" for pattern in lacking]
+        options += [f"--allow-unexpected {shlex.quote(pattern)}" for pattern in patterns_for(differences.unexpected)]
+        raise KeySyncError(f"{path}: {differences.in_words(found)} (to go on without them: {some(options, 6).replace(', ', ' ')})")
 
 
 def _filled(tensors: Tensors, table: Table, keys: list[str], config: StageConfig, seed: int) -> Tensors:
@@ -161,7 +168,7 @@ def from_svd(
     expected = {e.torch_key: e.torch_shape for e in table}
     found = compare(tensors.select(key for key in tensors if not _is_svd_extra(key)).shapes, expected)
     new = new_since_svd(table, name)
-    refuse(source.path, found.without({*new, *options.allow_missing}, options.allow_unexpected))
+    refuse(source.path, found.without(Allowed((*new, *options.allow_missing)), Allowed(options.allow_unexpected)), tensors)
     used |= {*found.missing, *found.wrong, *found.unexpected} - new
     drawn = [*found.wrong, *found.missing]
     for key, (theirs, ours) in found.wrong.items():

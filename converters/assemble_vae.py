@@ -14,7 +14,7 @@ from keysync_jax.converters.assemble_stage import refuse
 from keysync_jax.converters.containers import Source
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import DECODER, ENCODER, Part, part_table
-from keysync_jax.core.differences import Differences, compare
+from keysync_jax.core.differences import Allowed, Differences, compare
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.models.table import Table
 
@@ -50,7 +50,7 @@ def assemble(svd: Source | None, checkpoints: Sequence[Source], options: Any, no
     if missing_decoder and own:
         found = found.without(missing_decoder)
     # A random VAE tensor has no use, so a missing one cannot be allowed.
-    refuse_vae(where, found.without((), options.allow_unexpected))
+    refuse_vae(where, found.without((), Allowed(options.allow_unexpected)))
     used |= set(found.unexpected)
     if own:
         tensors = _with_decoder(tensors, own, config, notes)
@@ -60,7 +60,7 @@ def assemble(svd: Source | None, checkpoints: Sequence[Source], options: Any, no
 
 def refuse_vae(where: str, found: Differences) -> None:
     if found.missing or found.wrong:
-        raise KeySyncError(f"{where}: the VAE does not fit: {found}")
+        raise KeySyncError(f"{where}: the VAE does not fit: {found.in_words(())}")
     refuse(where, found)
 
 

@@ -1,7 +1,7 @@
 """Opens whatever weights come in: files and folders become `Source`s with lazily read tensors, recognised by what they hold.
 
 Files: torch zip (`.pt`, `.ckpt`, `.bin`), safetensors, and the index of a sharded set. Folders: diffusers (SVD), Hugging Face speech
-encoders. The wrapper that a trainer puts around a state dict is taken off, and so are its key prefixes. Safetensors may lie on `gs://`.
+encoders, what DeepSpeed leaves, a hub cache. What trainers put around a state dict is taken off (`wrappers`). Safetensors may lie on `gs://`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from keysync_jax.config import WEAK_PARTS, StageConfig
-from keysync_jax.converters import diffusers, hub, safetensors_file, sgm, torch_file
+from keysync_jax.converters import diffusers, folders, hub, safetensors_file, sgm, torch_file, wrappers
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import DECODER, SELF_DESCRIPTION, PartConfig, described
 from keysync_jax.core.errors import KeySyncError
@@ -33,16 +34,9 @@ _KINDS = {
     "diffusers_vae": "Stable Video Diffusion VAE (diffusers)",
     "unknown": "tensors of an unknown model",
 }
-_WRAPPERS = {"module": "DeepSpeed", "state_dict": "Lightning", "model": "fairseq"}
-# What trainers put before or into parameter names: DeepSpeed under Lightning, torch.compile.
-_PREFIXES = ("_forward_module.", "_orig_mod.")
-# Full precision first.
-_WEIGHT_NAMES = tuple(
-    f"{stem}{variant}{end}"
-    for variant in ("", ".fp16", ".bf16")
-    for stem in ("diffusion_pytorch_model", "model", "pytorch_model")
-    for end in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-)
+# Who writes a state dict under this name, where that is said.
+_WRITERS = {"module": "DeepSpeed", "state_dict": "Lightning", "model": "fairseq"}
+_NETWORK = f"{sgm.UNET_PREFIX.split('.')[1]}."  # wherever it stands
 _AUDIO_LINEAR = re.compile(r"conditioner\.embedders\.[123]\.linear\.")  # KeyFace's are 1 and 3
 SIDECAR = "keysync.safetensors"  # beside unet/ and vae/ in our diffusers exports
 
@@ -66,6 +60,7 @@ class Source:
       preprocessor: a speech encoder's `preprocessor_config.json`.
       own: the config that a file of ours carries; it is in our names then.
       random: whether that file says that its weights are random.
+      notes: what was left out or chosen on the way.
     """
 
     kind: str
@@ -77,13 +72,15 @@ class Source:
     preprocessor: Mapping[str, Any] | None = None
     own: PartConfig | None = None
     random: bool = False
+    notes: tuple[str, ...] = ()
 
 
-def open_sources(path: str) -> list[Source]:
+def open_sources(path: str, *, ema: bool = False) -> list[Source]:
     """Everything that a path holds: one source, or two for a diffusers folder (U-Net and VAE).
 
     Args:
       path: file or folder, local or `gs://`, or `hub:owner/name[/inside][@revision]`.
+      ema: take the running average where a checkpoint carries one, instead of the weights as trained.
 
     Raises:
       KeySyncError: nothing there, not a container of tensors, a torch file that is not local, or damaged; one line that names the file.
@@ -92,12 +89,28 @@ def open_sources(path: str) -> list[Source]:
     if not where.exists():
         raise KeySyncError(f"{where} does not exist")
     if where.is_file():
-        return [_open_file(where)]
+        return [_open_file(where, ema)]
+    where = folders.snapshot(where)
     if _is_ours(where):
         raise KeySyncError(f"{where} is a model directory already; name its parts (e.g. {where / 'vae'}) to use them in another one")
     if any((where / part).is_dir() for part in ("unet", "vae")):
         return _open_diffusers(where)
-    return [_open_file(_weights_in(where))]
+    if states := folders.deepspeed_states(where):
+        return [_open_deepspeed(where, states, ema)]
+    return [_open_file(folders.weights_in(where), ema)]
+
+
+def _open_deepspeed(folder: epath.Path, states: Sequence[epath.Path], ema: bool) -> Source:
+    """Stages 1 and 2 keep all weights in one file of states; a model cut into several, and stage 3's, have to be put together first."""
+    together = "put it together first with the zero_to_fp32.py beside it, and give what that writes"
+    if len(states) > 1:
+        raise KeySyncError(f"{folder} is a DeepSpeed checkpoint cut into {len(states)} ({states[0].name} …); {together}")
+    source = _open_file(states[0], ema)
+    if not all(tensor.size for _, tensor in source.tensors.lazy_items()):
+        raise KeySyncError(f"{folder}: {states[0].name} holds empty tensors, as DeepSpeed's stage 3 leaves them; {together}")
+    kinds = Counter(str(tensor.dtype) for _, tensor in source.tensors.lazy_items())
+    note = f"{folder}: the weights of {states[0].name} were taken as they are there ({kinds.most_common(1)[0][0]})"
+    return dataclasses.replace(source, container=f"folder of DeepSpeed, {source.container}", notes=(*source.notes, note))
 
 
 def _is_ours(folder: epath.Path) -> bool:
@@ -106,7 +119,7 @@ def _is_ours(folder: epath.Path) -> bool:
 
 
 def _open_diffusers(folder: epath.Path) -> list[Source]:
-    parts = {name: _open_file(_weights_in(folder / name)) for name in ("unet", "vae") if (folder / name).is_dir()}
+    parts = {name: _open_file(folders.weights_in(folder / name)) for name in ("unet", "vae") if (folder / name).is_dir()}
     for name, source in parts.items():
         if source.kind != f"diffusers_{name}":
             raise KeySyncError(f"{folder / name} holds {title(source.kind)}, not a diffusers {name} of Stable Video Diffusion")
@@ -137,23 +150,10 @@ def _with_sidecar(unet: Source, vae: Source | None, path: epath.Path) -> Source:
     )
 
 
-def _weights_in(folder: epath.Path) -> epath.Path:
-    for name in _WEIGHT_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    candidates = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".pt", ".ckpt", ".bin"))
-    if len(candidates) == 1:
-        return candidates[0]
-    if candidates:
-        names = ", ".join(p.name for p in candidates[:6])
-        raise KeySyncError(f"{folder} holds {len(candidates)} weight files ({names}); name the one you mean")
-    raise KeySyncError(f"{folder} holds no weights (looked for {', '.join(_WEIGHT_NAMES[:4])} and the like)")
-
-
-def _open_file(path: epath.Path) -> Source:
-    opened = _read_file(path)
+def _open_file(path: epath.Path, ema: bool = False) -> Source:
+    opened = _read_file(path, ema)
     if not opened.tensors:
-        raise KeySyncError(f"{path} holds no tensors")
+        raise KeySyncError(f"{path} holds no tensors{''.join(f' ({note})' for note in opened.notes)}")
     config, beside = opened.config, path.parent / "config.json"
     if config is None and beside.is_file():
         found = _read_json(beside)
@@ -171,6 +171,7 @@ def _open_file(path: epath.Path) -> Source:
         preprocessor=_read_json(preprocessor) if preprocessor.is_file() else None,
         own=own,
         random=own is not None and bool(opened.own.get("random")),
+        notes=tuple(f"{path}: {note}" for note in opened.notes),
     )
 
 
@@ -186,6 +187,7 @@ class _Opened(NamedTuple):
     files: tuple[str, ...]
     config: Mapping[str, Any] | None  # a `cfg` inside the file
     own: Any  # our self-description inside the file
+    notes: tuple[str, ...] = ()
 
 
 def read_tensors(path: epath.Path) -> Tensors:
@@ -193,25 +195,37 @@ def read_tensors(path: epath.Path) -> Tensors:
     return _read_file(path).tensors
 
 
-def _read_file(path: epath.Path) -> _Opened:
+def _read_file(path: epath.Path, ema: bool = False) -> _Opened:
     """One file, by its content and not by its name."""
+    opened = _read_container(path, ema)
+    found = wrappers.averaged(opened.tensors)
+    if found is None:
+        return opened
+    what = f"{len(found.names)} tensors {found.under}.* are a running average"
+    if ema:
+        return opened._replace(tensors=found.average, notes=(*opened.notes, f"{what}; they were taken instead of what they average"))
+    return opened._replace(tensors=found.trained, notes=(*opened.notes, f"{what}; they were left out, --ema takes them"))
+
+
+def _read_container(path: epath.Path, ema: bool) -> _Opened:
     try:
         size = path.stat().length
         with path.open("rb") as f:
-            head = f.read(16)
+            head = f.read(200)
     except OSError as error:
         raise KeySyncError(f"cannot read {path}: {error.strerror or error}") from None
     if size == 0:
         raise KeySyncError(f"{path} is empty")
-    if path.name.endswith(".index.json"):
+    folders.refuse_pointer(path, head)
+    if folders.is_index(path):
         return _read_shards(path)
-    if safetensors_file.looks_like(head, size):
+    if safetensors_file.looks_like(head[:16], size):
         tensors = safetensors_file.read(path)
-        return _Opened(_without_prefixes(tensors), "safetensors", (str(path),), None, _parse(tensors.metadata.get(SELF_DESCRIPTION), path))
+        return _Opened(_without_wrappers(tensors), "safetensors", (str(path),), None, _parse(tensors.metadata.get(SELF_DESCRIPTION), path))
     if not is_local(path):
         raise KeySyncError(f"{path} is not a safetensors file, or is truncated; torch files are read from a local disk, copy it there")
     if torch_file.is_torch_zip(path) or head[:4] == b"PK\x03\x04" or torch_file.is_legacy(path):
-        return _read_torch(path)
+        return _read_torch(path, ema)
     if path.suffix == ".safetensors":
         raise KeySyncError(f"{path} is not a safetensors file, or is truncated")
     raise KeySyncError(f"{path} is not a weights file: neither a torch zip archive nor safetensors")
@@ -224,20 +238,42 @@ def _parse(text: str | None, path: epath.Path) -> Any:
         raise KeySyncError(f"{path}: its header's {SELF_DESCRIPTION} entry is not JSON") from None
 
 
-def _read_torch(path: epath.Path) -> _Opened:
-    saved = torch_file.load(path)
+def _read_torch(path: epath.Path, ema: bool) -> _Opened:
+    skipped: Counter[str] = Counter()
+    saved = torch_file.load(path, skipped)
     container = "torch zip file" if torch_file.is_torch_zip(path) else "torch file from before 1.6"
     config = own = None
-    tensors = saved
+    tensors, notes = saved, []
+    if skipped:
+        names = ", ".join(f"{name} ({count})" for name, count in skipped.most_common(6))
+        notes.append(f"what holds no tensor was skipped, and nothing of it was run: {names}")
     if isinstance(saved, dict):
         own = saved.get(SELF_DESCRIPTION)
         config = saved.get("cfg") if isinstance(saved.get("cfg"), dict) else None
-        for wrapper, writer in _WRAPPERS.items():
-            if isinstance(saved.get(wrapper), dict) and torch_file.flatten(saved[wrapper], str(path)):
-                tensors, container = saved[wrapper], f'{container} ({writer}, under "{wrapper}")'
-                break
+        chosen = _state_dict(saved, path, ema, notes)
+        if chosen is not None and chosen.path:
+            tensors = chosen.values
+            writer = _WRITERS.get(chosen.path[0]) if len(chosen.path) == 1 else None
+            container = f'{container} ({writer + ", " if writer else ""}under "{".".join(chosen.path)}")'
     found = Tensors(torch_file.flatten(tensors, str(path)), str(path))
-    return _Opened(_without_prefixes(found), container, (str(path),), config, own)
+    return _Opened(_without_wrappers(found), container, (str(path),), config, own, tuple(notes))
+
+
+def _state_dict(saved: dict[str, Any], path: epath.Path, ema: bool, notes: list[str]) -> wrappers.StateDict | None:
+    """The dict of a saved object whose names are a known model's, else the one under a name that is known; None for all of it."""
+    found = wrappers.state_dicts(saved)
+    kinds = [recognise(_without_wrappers(Tensors(torch_file.flatten(each.values, str(path)), str(path)))) for each in found]
+    known = [each for each, kind in zip(found, kinds, strict=True) if kind != "unknown"]
+    trained = [each for each in known if not each.is_average]
+    if averages := [each for each in known if each.is_average]:
+        name = ".".join(averages[0].path)
+        if ema or not trained:
+            notes.append(f'the running average under "{name}" was taken')
+            return averages[0]
+        notes.append(f'a running average under "{name}" was left out, --ema takes it')
+    if trained:
+        return trained[0]
+    return next((each for each in found if len(each.path) == 1 and each.path[0] in _WRITERS), None)
 
 
 def _read_shards(index: epath.Path) -> _Opened:
@@ -255,22 +291,25 @@ def _read_shards(index: epath.Path) -> _Opened:
             raise KeySyncError(f"{index.parent / name} lacks {key}, which {index.name} says is there")
         items[key] = shards[name].tensors.info(key)
     files = tuple(str(index.parent / name) for name in shards)
-    return _Opened(_without_prefixes(Tensors(items, str(index))), f"sharded checkpoint ({len(files)} files)", files, None, None)
+    return _Opened(_without_wrappers(Tensors(items, str(index))), f"sharded checkpoint ({len(files)} files)", files, None, None)
 
 
-def _without_prefixes(tensors: Tensors) -> Tensors:
-    names = {}
-    for key in tensors:
-        new = key
-        for prefix in _PREFIXES:
-            new = new.replace(prefix, "")
-        names[key] = new
-    return tensors.renamed(names)
+def _without_wrappers(tensors: Tensors) -> Tensors:
+    """Where there is a network, names are known only with it, all the way down to its first layers."""
+    first = (f"{sgm.UNET_PREFIX}input_blocks.", f"{sgm.UNET_PREFIX}time_embed.")
+    has_network = any(_NETWORK in key for key in tensors)
+
+    def known(candidate: Tensors) -> bool:
+        return any(key.startswith(first) for key in candidate) if has_network else recognise(candidate) != "unknown"
+
+    return wrappers.without_wrappers(tensors, known)
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        text = path.read_text()
+        folders.refuse_pointer(path, text[:200].encode())
+        value = json.loads(text)
     except OSError as error:
         raise KeySyncError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:

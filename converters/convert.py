@@ -1,7 +1,7 @@
 """`keysync convert`: any mix of PyTorch weights to one model directory.
 
 Every tensor of every source is accounted for: it has a place in a table, or is a recognised optional copy, or is listed by name and
-stops the conversion unless it is allowed by name.
+stops the conversion unless it is allowed, by name or by a pattern.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from keysync_jax.converters.containers import Source, open_sources, title
 from keysync_jax.converters.lazy import FLOAT_TYPES
 from keysync_jax.converters.parts import STAGES, Part, PartConfig, audio_part_name
 from keysync_jax.converters.staging import check_free
-from keysync_jax.core.differences import some
+from keysync_jax.core.differences import Allowed, some
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.core.files import sha256
 from keysync_jax.models.speech import registry
@@ -32,8 +32,9 @@ class Options:
     """What the weights do not say.
 
     Attributes:
-      allow_missing: tensors that may be missing or mis-shaped (they are drawn at random), or parts that may be left out.
-      allow_unexpected: tensors that may be there and are ignored.
+      allow_missing: tensors that may be missing or mis-shaped (they are drawn at random), or parts that may be left out; names or patterns.
+      allow_unexpected: tensors that may be there and are ignored; names or patterns such as `loss.*`.
+      ema: take the running average where a checkpoint carries one, instead of the weights as trained.
       encoders: stage -> the speech encoder that it was trained with ("hubert+wavlm" for two side by side); the others are released ones.
       bad: file with the worse interpolation network that autoguidance leads away from, where its name does not say it
         (`interpolation_bad…`).
@@ -46,6 +47,7 @@ class Options:
 
     allow_missing: tuple[str, ...] = ()
     allow_unexpected: tuple[str, ...] = ()
+    ema: bool = False
     encoders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     bad: str | None = None
     mask: str = "box"
@@ -97,14 +99,16 @@ def convert(
     settings = _settings(Options(tuple(allow_missing), tuple(allow_unexpected), **options))
     # Said before gigabytes are downloaded, compared and hashed, not after.
     check_free(out, force=force, replaceable=model_directory.is_model_directory)
-    opened = [source for path in sources for source in open_sources(os.fspath(path))]
+    opened = [source for path in sources for source in open_sources(os.fspath(path), ema=settings.ema)]
     if settings.bad is not None:
-        opened += [_as_weak(source) for source in open_sources(settings.bad)]
+        opened += [_as_weak(source) for source in open_sources(settings.bad, ema=settings.ema)]
     by_role = _by_role(opened)
     _refuse_contradictions(by_role, options)
     parts, notes, used = _assemble(by_role, settings)
     used |= _refuse_incomplete(parts, _for_training(by_role), settings, notes)
-    unused = [key for key in (*settings.allow_missing, *settings.allow_unexpected) if key not in used]
+    notes[:0] = [note for source in opened for note in source.notes]
+    given = dict.fromkeys((*settings.allow_missing, *settings.allow_unexpected))
+    unused = [pattern for pattern in given if not any(name in Allowed([pattern]) for name in used)]
     if unused:
         notes.append(f"allowed but not needed: {some(unused)}")
     if settings.dtype:
@@ -258,7 +262,7 @@ def _refuse_incomplete(parts: Sequence[Part[PartConfig]], training: bool, option
                 needed[audio_part_name(encoder)] = f"the {encoder} encoder that the {part.name} stage was trained with"
     lacking = [name for name in needed if name not in names]
     # A directory to start training from needs no speech encoders: features are computed beforehand.
-    fatal = [name for name in lacking if name not in options.allow_missing and not (training and name.startswith("audio/"))]
+    fatal = [name for name in lacking if name not in Allowed(options.allow_missing) and not (training and name.startswith("audio/"))]
     if not parts:
         raise KeySyncError("no weights to convert were given")
     if fatal:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,20 +46,21 @@ def is_legacy(path: str | os.PathLike) -> bool:
         return False
 
 
-def load(path: str | os.PathLike) -> Any:
+def load(path: str | os.PathLike, skipped: Counter[str] | None = None) -> Any:
     """The saved object: dicts, lists, tuples, numbers and strings, with a `LazyTensor` in place of every tensor.
 
     Args:
       path: a local file.
+      skipped: names of foreign classes whose objects were skipped are counted here; none of them was run.
 
     Raises:
-      KeySyncError: not a torch file, truncated or damaged, big-endian, naming a class outside the whitelist, or older than torch 1.6
-        where torch is not installed.
+      KeySyncError: not a torch file, truncated or damaged, big-endian, naming a function of Python's own, holding tensors inside a foreign
+        object, or older than torch 1.6 where torch is not installed.
     """
     path = Path(path)
     try:
         if is_torch_zip(path):
-            return _load_zip(path)
+            return _load_zip(path, skipped)
         if is_legacy(path):
             return _load_legacy(path)
         with open(path, "rb") as f:
@@ -69,7 +71,7 @@ def load(path: str | os.PathLike) -> Any:
     raise KeySyncError(f"{path} is not a torch file (neither a zip archive nor a pre-1.6 torch pickle)")
 
 
-def _load_zip(path: Path) -> Any:
+def _load_zip(path: Path, skipped: Counter[str] | None) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {}
@@ -88,7 +90,7 @@ def _load_zip(path: Path) -> Any:
     storages = _Storages(path, root, entries)
     if f"{root}byteorder" in entries and storages.bytes("byteorder", 16).strip() != b"little":
         raise KeySyncError(f"{path} was written on a big-endian machine, which is not supported")
-    return unpickle(storages.bytes("data.pkl", _MAX_PICKLE), storages)
+    return unpickle(storages.bytes("data.pkl", _MAX_PICKLE), storages, skipped)
 
 
 class _Storages:

@@ -1,8 +1,8 @@
 """A pickle reader that can rebuild tensors and plain containers, and do nothing else.
 
-The pickle's opcodes are checked against a list before anything runs, and the only globals that it may name are those that torch,
-DeepSpeed and Lightning need to save a checkpoint. Each of those is an inert object of ours, so a file can neither import nor call
-anything.
+The pickle's opcodes are checked against a list before anything runs, and the only globals that mean something are those that torch,
+DeepSpeed and Lightning need to save a checkpoint. Each of those is an inert object of ours, and a foreign class becomes an empty one
+(`foreign_objects`), so a file can neither import nor call anything.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import io
 import pickle
 import pickletools
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
+from keysync_jax.converters import foreign_objects
 from keysync_jax.converters.lazy import BFLOAT16, LazyTensor
 from keysync_jax.core.errors import KeySyncError, in_one_line
 
@@ -59,7 +61,7 @@ _DTYPES: dict[str, np.dtype] = {
 _MAX_COPIED = 10_000_000  # items and characters that calls in one pickle may copy, so that a small file cannot fill the memory
 
 # All but EXT* (globals by number, from a registry of the process) and NEXT_BUFFER (data outside the pickle). The opcodes that construct
-# instances are here although no weight file needs them: they fail on our inert globals, and only so can a foreign class be named.
+# instances fail on our inert globals; of a foreign class they make an empty object.
 _OPCODES = frozenset(
     """PROTO FRAME STOP MARK POP POP_MARK DUP
     NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
@@ -88,11 +90,11 @@ class Storages(Protocol):
     def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, dtype: np.dtype | None = None) -> LazyTensor: ...
 
 
-def unpickle(data: bytes, storages: Storages) -> Any:
-    """The object that `data` describes.
+def unpickle(data: bytes, storages: Storages, skipped: Counter[str] | None = None) -> Any:
+    """The object that `data` describes, without the foreign objects in it, which are counted in `skipped` by name.
 
     Raises:
-      KeySyncError: an opcode or a global outside the whitelist (named), or a damaged pickle.
+      KeySyncError: an opcode or a global that no weight file needs (named), a foreign object with tensors in it, or a damaged pickle.
     """
     path = storages.path
     try:
@@ -102,7 +104,12 @@ def unpickle(data: bytes, storages: Storages) -> Any:
             # The C unpickler allocates memory for the memo index that a file asks for.
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
                 raise KeySyncError(f"{path}: its pickle is damaged (memo {argument} in {len(data)} bytes)")
-        return _Unpickler(io.BytesIO(data), storages).load()
+        reader = _Unpickler(io.BytesIO(data), storages)
+        value = reader.load()
+        reader.refuse_lost_tensors()
+        if skipped is not None:
+            skipped.update(reader.skipped)
+        return value
     except KeySyncError:
         raise
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
@@ -165,26 +172,49 @@ class _NumpyType:
             raise pickle.UnpicklingError("big-endian numpy value")
 
 
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, LazyTensor | Storage)
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, storages: Storages):
         super().__init__(file, encoding="utf-8")
         self._storages = storages
         self._globals = _whitelist(storages)
+        self._foreign: dict[str, type] = {}
+        self.skipped: Counter[str] = Counter()
+        self._holding: Counter[str] = Counter()
 
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins", "numpy._core.multiarray": "numpy.core.multiarray"}.get(module, module)
         try:
             return self._globals[f"{module}.{name}"]
         except KeyError:
+            full = f"{module}.{name}"
+            if full not in self._foreign:
+                if not foreign_objects.may_be_skipped(module, name):
+                    raise KeySyncError(
+                        f"{self._storages.path}: its pickle names {full}, which a weight file has no need of; refused "
+                        "(re-save the tensors alone, or open it only if you trust it with torch and export a state_dict)"
+                    ) from None
+                self._foreign[full] = foreign_objects.skipped_class(full, _is_tensor, self.skipped, self._holding)
+            return self._foreign[full]
+
+    def refuse_lost_tensors(self) -> None:
+        """Raises KeySyncError where foreign objects were given tensors, which would be lost with them."""
+        if lost := [(name, count) for name, count in self._holding.most_common() if count]:
+            names = ", ".join(f"{name} ({count} tensor{'s' * (count > 1)})" for name, count in lost[:4])
             raise KeySyncError(
-                f"{self._storages.path}: its pickle names {module}.{name}, which a weight file has no need of; refused "
-                "(re-save the tensors alone, or open it only if you trust it with torch and export a state_dict)"
-            ) from None
+                f"{self._storages.path}: tensors lie inside objects of foreign classes, which are not built here: {names}; "
+                "open it where that code is installed and save its state_dict() alone"
+            )
 
     def persistent_load(self, pid: Any) -> Any:
         match pid:
             case ("storage", _Global(_value=np.dtype() as dtype), str(key), str(), int(numel)):
                 return self._storages.storage(dtype, key, numel)
+            case (_, type() as kind, *_) if issubclass(kind, foreign_objects.Skipped):
+                raise KeySyncError(f"{self._storages.path}: its tensors are of the type {kind.__qualname__}, which is not read here")
         raise pickle.UnpicklingError(f"persistent id {pid!r:.100} is not a storage")
 
 

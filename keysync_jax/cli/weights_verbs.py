@@ -32,8 +32,13 @@ def add_convert(verbs) -> None:
     )  # fmt: skip
     p.add_argument("sources", nargs="+", metavar="SRC", help="checkpoint files and folders; see docs/convert.md")
     p.add_argument("-o", "--output", required=True, metavar="DIR", help="model directory to write")
-    p.add_argument("--allow-missing", action="append", default=[], metavar="KEY", help="go on without this tensor (repeat for each)")
-    p.add_argument("--allow-unexpected", action="append", default=[], metavar="KEY", help="ignore this tensor (repeat for each)")
+    p.add_argument(
+        "--allow-missing", action="append", default=[], metavar="KEY", help="go on without this tensor or pattern ('loss.*'; repeat)"
+    )
+    p.add_argument("--allow-unexpected", action="append", default=[], metavar="KEY", help="ignore this tensor or pattern (repeat for each)")
+    p.add_argument(
+        "--ema", action="store_true", help="take the running average where a checkpoint carries one (default: the weights as trained)"
+    )
     p.add_argument("--force", action="store_true", help="replace an existing model directory")
     known = p.add_argument_group("what a checkpoint does not say of itself (defaults are those of the released weights)")
     known.add_argument(
@@ -56,7 +61,7 @@ def _convert(args) -> int:
         raise UsageError(f"--encoder {wrong[0]}: write STAGE=KIND, for example interpolation=hubert")
     options = {"bad": args.bad, "mask": args.mask, "resolution": args.resolution, "head_channels": args.head_channels, "dtype": args.dtype}
     convert(
-        args.sources, args.output, allow_missing=args.allow_missing, allow_unexpected=args.allow_unexpected, force=args.force,
+        args.sources, args.output, allow_missing=args.allow_missing, allow_unexpected=args.allow_unexpected, force=args.force, ema=args.ema,
         encoders=dict(text.split("=", 1) for text in args.encoder), **{name: value for name, value in options.items() if value is not None},
     )  # fmt: skip
     return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
+import difflib
+import fnmatch
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
 Shapes = Mapping[str, tuple[int, ...]]
 _SHOWN = 40  # names per kind in an error line; `keysync inspect` lists all
@@ -28,16 +30,55 @@ class Differences:
             {key: shapes for key, shapes in self.wrong.items() if key not in missing},
         )
 
+    def in_words(self, found: Collection[str]) -> str:
+        """The first missing tensor with the nearest name among those found, then all by kind."""
+        if not self.missing:
+            return str(self)
+        near = difflib.get_close_matches(self.missing[0], self.unexpected or found, 1, 0.8)
+        nearest = f" (nearest name: {near[0]})" if near else ""
+        return f"{self.missing[0]} is missing{nearest}; {self}"
+
     def __str__(self) -> str:
         wrong = [f"{key} is {found}, expected {wanted}" for key, (found, wanted) in self.wrong.items()]
-        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of the wrong shape", wrong))
-        return "; ".join(f"{len(names)} tensor{'s' * (len(names) > 1)} {what}: {some(names)}" for what, names in kinds if names)
+        unexpected = self.unexpected
+        if len(unexpected) > _SHOWN and len(patterns := patterns_for(unexpected)) < _SHOWN:
+            unexpected = patterns
+        kinds = (("missing", self.missing, self.missing), ("unexpected", unexpected, self.unexpected), ("of the wrong shape", wrong, wrong))
+        return "; ".join(f"{len(names)} tensor{'s' * (len(names) > 1)} {what}: {some(shown)}" for what, shown, names in kinds if names)
 
     def one_by_one(self, limit: int = 4) -> str:
         """The first differences, each with its own words."""
         each = [f"{key} is missing" for key in self.missing] + [f"{key} is unknown" for key in self.unexpected]
         each += [f"{key} is {found}, not {wanted}" for key, (found, wanted) in self.wrong.items()]
         return "; ".join(each[:limit]) + (f" … ({len(each)} in all)" if len(each) > limit else "")
+
+
+class Allowed:
+    """Names that are allowed, given one by one or as patterns such as `model_ema.*`; a container of names."""
+
+    def __init__(self, patterns: Iterable[str]):
+        self.patterns = tuple(patterns)
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == pattern or fnmatch.fnmatchcase(str(name), pattern) for pattern in self.patterns)
+
+
+def patterns_for(names: Sequence[str]) -> list[str]:
+    """Patterns that hold for all `names`: per first segment the longest shared beginning, and a lone name as it is."""
+    groups: dict[str, list[list[str]]] = {}
+    for name in names:
+        groups.setdefault(name.split(".", 1)[0], []).append(name.split("."))
+    out = []
+    for parts in groups.values():
+        shared = [same[0] for same in _shared(parts)]
+        out.append(".".join(parts[0]) if len(parts) == 1 else ".".join([*shared, "*"]))
+    return out
+
+
+def _shared(parts: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    columns = list(zip(*(part[:-1] for part in parts), strict=False))
+    stop = next((i for i, column in enumerate(columns) if len(set(column)) > 1), len(columns))
+    return columns[:stop]
 
 
 def some(names: Sequence[str], limit: int = _SHOWN) -> str:
