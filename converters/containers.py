@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from keysync_jax.config import WEAK_PARTS, StageConfig
-from keysync_jax.converters import diffusers, folders, hub, safetensors_file, sgm, torch_file, wrappers
+from keysync_jax.converters import diffusers, hub, safetensors_file, sgm, torch_file, weight_folders, wrappers
 from keysync_jax.converters.lazy import LazyTensor, Tensors
 from keysync_jax.converters.parts import DECODER, SELF_DESCRIPTION, PartConfig, described
 from keysync_jax.core.errors import KeySyncError
@@ -90,14 +90,14 @@ def open_sources(path: str, *, ema: bool = False) -> list[Source]:
         raise KeySyncError(f"{where} does not exist")
     if where.is_file():
         return [_open_file(where, ema)]
-    where = folders.snapshot(where)
+    where = weight_folders.snapshot(where)
     if _is_ours(where):
         raise KeySyncError(f"{where} is a model directory already; name its parts (e.g. {where / 'vae'}) to use them in another one")
     if any((where / part).is_dir() for part in ("unet", "vae")):
         return _open_diffusers(where)
-    if states := folders.deepspeed_states(where):
+    if states := weight_folders.deepspeed_states(where):
         return [_open_deepspeed(where, states, ema)]
-    return [_open_file(folders.weights_in(where), ema)]
+    return [_open_file(weight_folders.weights_in(where), ema)]
 
 
 def _open_deepspeed(folder: epath.Path, states: Sequence[epath.Path], ema: bool) -> Source:
@@ -119,7 +119,7 @@ def _is_ours(folder: epath.Path) -> bool:
 
 
 def _open_diffusers(folder: epath.Path) -> list[Source]:
-    parts = {name: _open_file(folders.weights_in(folder / name)) for name in ("unet", "vae") if (folder / name).is_dir()}
+    parts = {name: _open_file(weight_folders.weights_in(folder / name)) for name in ("unet", "vae") if (folder / name).is_dir()}
     for name, source in parts.items():
         if source.kind != f"diffusers_{name}":
             raise KeySyncError(f"{folder / name} holds {title(source.kind)}, not a diffusers {name} of Stable Video Diffusion")
@@ -216,8 +216,8 @@ def _read_container(path: epath.Path, ema: bool) -> _Opened:
         raise KeySyncError(f"cannot read {path}: {error.strerror or error}") from None
     if size == 0:
         raise KeySyncError(f"{path} is empty")
-    folders.refuse_pointer(path, head)
-    if folders.is_index(path):
+    weight_folders.refuse_pointer(path, head)
+    if weight_folders.is_index(path):
         return _read_shards(path)
     if safetensors_file.looks_like(head[:16], size):
         tensors = safetensors_file.read(path)
@@ -308,7 +308,7 @@ def _without_wrappers(tensors: Tensors) -> Tensors:
 def _read_json(path: epath.Path) -> dict[str, Any]:
     try:
         text = path.read_text()
-        folders.refuse_pointer(path, text[:200].encode())
+        weight_folders.refuse_pointer(path, text[:200].encode())
         value = json.loads(text)
     except OSError as error:
         raise KeySyncError(f"cannot read {path}: {error.strerror or error}") from None

@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class SourceConfig:
       masked: deliver masks; without them landmarks are not read.
       emotion: deliver `valence` and `arousal`: "" for no, "continuous" as they are stored, "labels" as the nearest of eight classes. Frames
         whose emotion is not known (column `emotion_known`) are neutral.
+      allow_mismatch: mix datasets whose latents or tokens were made with other weights.
     """
 
     datasets: tuple[DatasetChoice, ...]
@@ -65,6 +66,7 @@ class SourceConfig:
     box_jitter: float = 0.0
     masked: bool = True
     emotion: str = ""
+    allow_mismatch: bool = False
 
     def __post_init__(self):
         if not self.datasets:
@@ -124,6 +126,8 @@ class WindowReader:
         self._names = [LATENT, *self._audio, *drawn, *(EMOTION if config.emotion else ()), *config.columns]
         for store in self.stores:
             self._check_columns(store)
+        if not config.allow_mismatch:
+            self._check_makers()
         self._positions = [{c.id: i for i, c in enumerate(store.clips)} for store in self.stores]
         self._order = Order([len(s.items) for s in self.selections], [c.weight for c in config.datasets], config.seed)
         self.latent_shape = self.stores[0].columns[LATENT].shape
@@ -273,6 +277,20 @@ class WindowReader:
             raise KeySyncError(f"{store.root}: clip {clip.id!r} frame {frame}: the JPEG is {picture.shape[:2]}, the crop {self.crop_size}")
         return picture
 
+    def _check_makers(self) -> None:
+        """Refuse a mixture whose latents or tokens were made with other weights of the same sizes: nothing else would show it."""
+        for name, key, what in ((LATENT, "vae", "VAE"), *((audio, "weights", "speech encoder") for audio in self._audio)):
+            made = {str(store.root): _made_with(store, name).get(key) for store in self.stores}
+            known = {root: digest for root, digest in made.items() if digest}
+            if len(set(known.values())) > 1:
+                first, digest = next(iter(known.items()))
+                other, theirs = next((root, found) for root, found in known.items() if found != digest)
+                raise KeySyncError(
+                    f"{other} was prepared with other weights of the {what} ({theirs[:12]}…) than {first} ({digest[:12]}…): {name!r} "
+                    "means something else in each; prepare both with one model, or give --allow-mismatch if the two are the same weights "
+                    "in another file"
+                )
+
     def _check_columns(self, store: FrameStore) -> None:
         if lacking := [name for name in self._audio if name not in store.columns]:
             have = [name.removeprefix(AUDIO_PREFIX) for name in sorted(store.columns) if name.startswith(AUDIO_PREFIX)]
@@ -293,6 +311,11 @@ class WindowReader:
                 )
         if store.crop_size != self.stores[0].crop_size:
             raise KeySyncError(f"{store.root} has crops of {store.crop_size}, {self.stores[0].root} of {self.stores[0].crop_size}")
+
+
+def _made_with(store: FrameStore, column: str) -> Mapping[str, Any]:
+    """What a dataset says of how a column was made; datasets from elsewhere may say nothing."""
+    return next((made for group in store.groups.values() if isinstance(made := group.group.info.get(column), Mapping)), {})
 
 
 def source_config(stage: StageConfig, datasets: Sequence[DatasetChoice], windows: dict | None = None, **options) -> SourceConfig:

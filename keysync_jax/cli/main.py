@@ -44,7 +44,7 @@ exit status: 0 done, 1 failed, 2 wrong usage.   keysync VERB --help explains a v
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
-    argv = _with_dashed_names(sys.argv[1:] if argv is None else list(argv))
+    argv = _with_joined_overrides(_with_dashed_names(sys.argv[1:] if argv is None else list(argv)))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does: a file name or a dash that the terminal's encoding lacks must not fail a job that is done.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -75,6 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{paths[0] if paths else 'a gs:// path'} needs gcsfs, which is not installed; pip install gcsfs", 1)
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "stopped", 1)
+
+
+def _with_joined_overrides(argv: list[str]) -> list[str]:
+    """`--config.KEY VALUE` as `--config.KEY=VALUE`."""
+    out: list[str] = []
+    for word in argv:
+        if out and out[-1].startswith("--config.") and "=" not in out[-1] and not word.startswith("--"):
+            out[-1] += f"={word}"
+        else:
+            out.append(word)
+    return out
 
 
 def _with_dashed_names(argv: list[str]) -> list[str]:

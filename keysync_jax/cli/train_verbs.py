@@ -28,6 +28,7 @@ def add_train(verbs) -> None:
     p.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, local or gs://; a run in it is continued")
     p.add_argument("--profile_steps", metavar="A:B", help="write a profile of steps A to B to WORKDIR/profile")
     p.add_argument("--check", action="store_true", help="open data and weights, say what would be trained from what, and stop")
+    p.add_argument("--allow-mismatch", action="store_true", help="mix datasets prepared with other weights of VAE or speech encoder")
     hosts = p.add_argument_group("several hosts (TPU pods, GKE, Slurm and Open MPI are recognised; elsewhere give all three)")
     hosts.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     hosts.add_argument("--num-processes", type=int, metavar="N")
@@ -43,7 +44,10 @@ def _train(args) -> int:
 
     # Whatever can be wrong in the command is found before devices are touched.
     profile = None if args.profile_steps is None else parse_profile_steps(args.profile_steps)
-    config = train_config(recipes.load(args.config, args.overrides))
+    recipe = recipes.load(args.config, args.overrides)
+    if args.allow_mismatch:
+        recipe.data.allow_mismatch = True
+    config = train_config(recipe)
     if profile and profile[1] > config.num_steps:
         raise UsageError(f"--profile_steps {args.profile_steps}: the run ends with step {config.num_steps}")
     trainable_of(config)

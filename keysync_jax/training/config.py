@@ -120,6 +120,7 @@ class DataConfig:
       crop: VAE only: side of random crops, 0 for whole frames.
       frames_per_clip: VAE only: frames taken from one decoded video.
       threads, workers, prefetch: reading.
+      allow_mismatch: mix datasets that were prepared with other weights of VAE or speech encoder.
     """
 
     datasets: tuple[str, ...] = ()
@@ -143,6 +144,7 @@ class DataConfig:
     threads: int = 4
     workers: int = 0
     prefetch: int = 4
+    allow_mismatch: bool = False
 
     def __post_init__(self):
         _require(self.emotion in ("continuous", "labels"), f"data.emotion is {self.emotion!r}; choose continuous or labels")

@@ -45,6 +45,7 @@ def window_reader(config: TrainConfig, split: str | None = None) -> WindowReader
             config.stage, datasets, windows, seed=config.seed, sampling=data.sampling, flip=not validate and data.flip,
             box_jitter=0.0 if validate else data.box_jitter, use_occluder=data.use_occluder,
             pixel_frames=config.pixel_frames if config.uses_pixels else 0, emotion=data.emotion if config.stage.emotion_dim else "",
+            allow_mismatch=data.allow_mismatch,
         )
     )  # fmt: skip
     check_stage(reader, config.stage)

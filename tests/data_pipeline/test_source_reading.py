@@ -393,3 +393,21 @@ def test_unfinished_or_damaged_metadata(root, tmp_path, file, text, message):
 def test_no_dataset(tmp_path):
     with pytest.raises(KeySyncError, match="holds no dataset"):
         reader(tmp_path / "nothing", InterpolationWindows())
+
+
+def test_datasets_made_with_other_weights_are_not_mixed_unless_told(tmp_path):
+    """The same sizes, another VAE or another speech encoder: nothing but the record of how they were made shows it."""
+
+    def dataset(name, vae, encoder):
+        info = {"latent": {"vae": vae}, "audio_hubert": {"weights": encoder}}
+        write_group(tmp_path / name, tiny.group(info=info), tiny.load, tiny.clips((175,)))
+        return DatasetChoice(str(tmp_path / name))
+
+    base, same, vae, speech = dataset("a", "1", "2"), dataset("b", "1", "2"), dataset("c", "9", "2"), dataset("d", "1", "8")
+    unknown = dataset("e", "", "2")
+    for other in (same, unknown):
+        WindowReader(SourceConfig((base, other), KeyframeWindows()))
+    for other, what in ((vae, r"c was prepared with other weights of the VAE .*than .*a "), (speech, "d was .* speech encoder")):
+        with pytest.raises(KeySyncError, match=what):
+            WindowReader(SourceConfig((base, other), KeyframeWindows()))
+        WindowReader(SourceConfig((base, other), KeyframeWindows(), allow_mismatch=True))

@@ -63,7 +63,7 @@ def test_check_says_what_would_happen_and_does_nothing(keysync, recipe_file, tmp
 @pytest.mark.parametrize(
     ("overrides", "status", "words"),
     [
-        (["data.batchsize=3"], 2, "config has no key 'data.batchsize'; there are batch_size, box_jitter"),
+        (["data.batchsize=3"], 2, "config has no key 'data.batchsize'; there are allow_mismatch, batch_size, box_jitter"),
         (["num_steps=many"], 2, "config key 'num_steps' is 2; 'many' is no int"),
         (["optimizer=3"], 2, "'optimizer' is a section; set one of optimizer.accumulate"),
         (["num_steps"], 2, "write --config.num_steps=VALUE"),
