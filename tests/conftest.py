@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: where the reference cases lie, a tiny model, a drawn clip; how their programs are compiled."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -31,6 +32,10 @@ if _HURRY and importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA e
     for flag, value in _FASTER.items():
         if flag not in os.environ.get("XLA_FLAGS", ""):
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}"
+# A tenth of the time goes into Python's looks for garbage among millions of traced objects, and into the line numbers of every operation.
+gc.set_threshold(100_000, 50, 1000)
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
 # Tests never reach for the network, whatever the machine has.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -107,8 +107,6 @@ def check(name: str, source: Path, voice: Path, output: Path, model: Path, pictu
         problems.append(f"samples outside the crop changed by up to {outside}")
     if np.mean(inside) <= 5:
         problems.append(f"mean change inside is {np.mean(inside):.1f}/255")
-    if seconds > 180:
-        problems.append(f"took {seconds:.0f} s")
     if peak > 2560:
         problems.append(f"peak memory {peak:.0f} MiB")
     problems += audio_problems(voice, output)
