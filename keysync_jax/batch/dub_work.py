@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import logging
 import os
+import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +33,7 @@ from keysync_jax.inference.animate import AnimateJob
 from keysync_jax.inference.animate_options import AnimateOptions
 from keysync_jax.inference.clip_io import VideoFile, VideoSource
 from keysync_jax.inference.dub import DubJob, mask_of
+from keysync_jax.inference.known_latents import KnownLatents
 from keysync_jax.inference.options import DubOptions
 from keysync_jax.inference.phases import PhaseProgress
 from keysync_jax.inference.pipeline import KeySyncPipeline
@@ -42,9 +45,10 @@ log = logging.getLogger(__name__)
 # How long an item may take, seconds: before anything is known, an hour and an hour a second of video (a CPU at full size); after that ten
 # times as long as the slowest item so far, second for second.
 _START_S, _UNKNOWN_PER_S, _SLACK = 3600.0, 3600.0, 10.0
-# Options that the search for faces does not read; items that differ in nothing else share what was found in a video.
-_NOT_LOOKED_AT = ("seed", "steps", "audio_scale", "identity_scale", "guidance", "mask", "reference_windows", "crf", "lossless", "range")
+# Options that decide what is found in a video; items that differ in others share it.
+_LOOKED_AT = ("face", "faces", "face_weights", "no_face", "video_stream", "allow_damaged", "mismatch")
 _LOOKS_KEPT = 4  # of videos, a few hundred bytes a frame
+_KNOWN_KEPT = 1  # of videos on the disk, 64 kB a frame at full size
 _MOST_TOGETHER = 8  # clips whose latents lie on the disk at once
 
 
@@ -90,6 +94,9 @@ class DubWork:
         self.check()
         self._slowest: float | None = None  # seconds for a second of video
         self._looks: OrderedDict[str, Analysis] = OrderedDict()
+        # Beside the scratch of the items, which goes with the worker.
+        self._known: OrderedDict[str, KnownLatents] = OrderedDict()
+        self._folder: tempfile.TemporaryDirectory | None = None
 
     def limit_s(self, job: Job) -> float:
         """See `worker.Work`; a clip that cannot be probed fails soon by itself."""
@@ -163,6 +170,7 @@ class DubWork:
                     results[place] = self._finish(tasks[place], each, microbatch, generated.seconds)
                 except Exception as error:
                     results[place] = error
+        self._forget()
         return [result or RuntimeError("the item was not worked on") for result in results]
 
     @contextlib.contextmanager
@@ -176,7 +184,7 @@ class DubWork:
                 yield _Begun(animation, None)
             return
         with pipeline.open_job(job.video, job.audio, str(task.target), options=DubOptions(**job.options)) as dub:
-            read = {name: value for name, value in job.options.items() if name not in _NOT_LOOKED_AT}
+            read = {name: value for name, value in job.options.items() if name in _LOOKED_AT}
             # Of a film that is made as long as the voice, its length is among what was looked at.
             made = None if isinstance(dub.source, VideoFile) else dub.source.info.frames
             key = digest(content_digest(job.video), os.path.abspath(job.video), read, made)
@@ -186,8 +194,26 @@ class DubWork:
             while len(self._looks) > _LOOKS_KEPT:
                 self._looks.popitem(last=False)
             dub.listen()
-            dub.encode()
+            same = (key, dub.options.seed, dub.options.mask)
+            dub.encode(self._known_of(digest(same), dub.latent_shape, task.target))
             yield _Begun(dub, analysis)
+
+    def _known_of(self, key: str, shape: tuple[int, int, int], target: Path) -> KnownLatents:
+        """Latents that items with the same video, faces, seed and mask share."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="known-", dir=target.parent.parent)
+        if key not in self._known:
+            self._known[key] = KnownLatents(Path(self._folder.name) / key, shape)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+    def _forget(self) -> None:
+        """Of the latents, those of the last videos are kept; not while items are in hand, which read them."""
+        while len(self._known) > _KNOWN_KEPT:
+            key, oldest = self._known.popitem(last=False)
+            oldest.close()
+            if self._folder is not None:
+                (Path(self._folder.name) / key).unlink(missing_ok=True)
 
     def _finish(self, task: Task, begun: _Begun, microbatch: int, generated: Mapping[str, float]) -> Outcome:
         result = begun.job.compose()

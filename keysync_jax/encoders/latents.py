@@ -44,6 +44,11 @@ class LatentCoder:
         self._encoder = Microbatcher(self._encode, once, mesh, microbatch)
         self._decoder = Microbatcher(self._decode, once, mesh, microbatch)
 
+    @property
+    def together(self) -> int:
+        """Frames that all devices take at once."""
+        return self._encoder.group
+
     def _encode(self, params: Params, seed: jax.Array, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         index, images = batch
         mean, logvar = cast(tuple[jax.Array, jax.Array], self._model.apply({"params": params}, images, method="encode_moments"))

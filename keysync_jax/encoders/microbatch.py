@@ -35,6 +35,7 @@ class Microbatcher:
       size: rows a device sees per call.
 
     Attributes:
+      group: items that all devices take at once.
       calls: how often the devices were called so far, all of them together.
     """
 
@@ -45,7 +46,7 @@ class Microbatcher:
         self._rows = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._given = params
-        self._group = size * mesh.devices.size
+        self.group = size * mesh.devices.size
         # The per-device program is the same whatever the mesh, which is what makes results equal bit for bit.
         self._call = jax.jit(
             jax.shard_map(
@@ -73,9 +74,9 @@ class Microbatcher:
         settings = jax.device_put(settings, self._everywhere)
         pending: deque[tuple[Pytree, int]] = deque()
         for _, alike in itertools.groupby(items, jax.tree.structure):
-            while group := list(itertools.islice(alike, self._group)):
+            while group := list(itertools.islice(alike, self.group)):
                 count = len(group)
-                group += [group[-1]] * (self._group - count)
+                group += [group[-1]] * (self.group - count)
                 batch = jax.tree.map(lambda *rows: np.stack(rows), *group)
                 # Dispatch is asynchronous: the device works on this group while the host takes the previous one apart.
                 pending.append((self._call(self._params, settings, jax.device_put(batch, self._rows)), count))

@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -37,6 +37,7 @@ from keysync_jax.inference import dub_report, lengths, two_stage
 from keysync_jax.inference.analysis import Analysis, look
 from keysync_jax.inference.clip_io import FrameCollector, VideoSink, VideoSource, Voice, marks_of
 from keysync_jax.inference.engine import StageSampler
+from keysync_jax.inference.known_latents import KnownLatents
 from keysync_jax.inference.latent_store import LatentStore
 from keysync_jax.inference.options import DubOptions, mark_of, require_system
 from keysync_jax.inference.phases import PhaseProgress
@@ -143,7 +144,7 @@ class DubJob:
         self._analysis: Analysis | None = None
         self._features: dict[str, np.ndarray] | None = None
         self._work: _Work | None = None
-        self._text = burned_text.TextWatch()
+        self._text: list[burned_text.TextRange] = []
         self._sound_note = ""
         self._scratch = contextlib.ExitStack()
 
@@ -156,6 +157,17 @@ class DubJob:
     def close(self) -> None:
         """Removes the scratch files."""
         self._scratch.close()
+
+    @property
+    def options(self) -> DubOptions:
+        """The settings."""
+        return self._options
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Of one frame, `[h, w, C]`."""
+        stage = self._stages["keyframe"]
+        return (stage.latent_size, stage.latent_size, stage.unet.out_channels)
 
     @property
     def source(self) -> VideoSource:
@@ -198,8 +210,11 @@ class DubJob:
         with self._progress.phase("listen", len(encoders_of(stages))) as advance:
             self._features = hear(stages, self._model.encoders, samples, advance)
 
-    def encode(self) -> None:
+    def encode(self, known: KnownLatents | None = None) -> None:
         """Plans the windows, draws the masks and encodes the crops: the second pass over the source.
+
+        Args:
+          known: what jobs with the same source, faces, seed and mask have encoded, and will; it stays the caller's. None: nothing.
 
         Raises:
           KeySyncError: non-finite latents, or no space for the scratch files.
@@ -213,24 +228,26 @@ class DubJob:
         sources = sorted({source for piece in pieces for source in piece.run.sources})
         regions = {source: analysis.shot_of(source).mask(source, keyframe, self._mask) for source in sources}
         scratch = self._new_scratch()
-        shape = (keyframe.latent_size, keyframe.latent_size, keyframe.unet.out_channels)
-        known, generated = (LatentStore(scratch / name, shape) for name in ("known", "generated"))
-        for store in (known, generated):
-            self._scratch.callback(store.close)
-        row = {source: i for i, source in enumerate(sources)}
-        with self._progress.phase("encode", len(sources)) as advance:
-            crops = self._crops(analysis, regions, keyframe.resolution)
-            latents = self._model.vae.encode(crops, self._options.seed) if sources else ()
-            for source, latent in zip(sources, latents, strict=True):
-                known[row[source]] = latent
-                advance()
+        shape = self.latent_shape
+        generated = LatentStore(scratch / "generated", shape)
+        self._scratch.callback(generated.close)
+        if known is None or not known.fits(sources):
+            known = KnownLatents(scratch / "known", shape)
+            self._scratch.callback(known.close)
+        missing = known.missing(sources, self._model.vae.together)
+        with self._progress.phase("encode", len(missing)) as advance:
+            if missing:
+                crops = self._crops(analysis, regions, keyframe.resolution, known, set(missing))
+                for _ in known.fill(missing, self._model.vae.encode(crops, self._options.seed)):
+                    advance()
+        self._text = known.text_until(sources[-1]) if sources else []
 
         def stretch(piece: _Piece) -> two_stage.Stretch:
             shown = piece.run.sources
             return two_stage.Stretch(
                 plan=piece.plan,
                 audio={name: values[piece.run.first - part.first :] for name, values in features.items()},
-                known=lambda frames: known.take([row[shown[frame]] for frame in frames]),
+                known=lambda frames: known.take([shown[frame] for frame in frames]),
                 masks=[regions[source] for source in shown],
                 write=lambda frame, latent: generated.__setitem__(piece.offset + frame, latent),
             )
@@ -269,12 +286,14 @@ class DubJob:
         parent = None if self._output is None else Path(self._output).resolve().parent
         return Path(self._scratch.enter_context(tempfile.TemporaryDirectory(prefix=".keysync-", dir=parent)))
 
-    def _crops(self, analysis: Analysis, regions: Mapping[int, np.ndarray], size: int) -> Iterator[tuple[int, np.ndarray]]:
-        self._text = burned_text.TextWatch()
+    def _crops(
+        self, analysis: Analysis, regions: Mapping[int, np.ndarray], size: int, known: KnownLatents, wanted: Collection[int]
+    ) -> Iterator[tuple[int, np.ndarray]]:
         for frame in self._source.read():
-            if frame.index in regions:
+            if frame.index in wanted:
                 rgb, view = frame.rgb(), analysis.shot_of(frame.index).view(frame.index)
-                self._text.update(frame.index, rgb, burned_text.around(regions[frame.index], view))
+                if not known.holds(frame.index):  # one that is encoded again was watched before
+                    known.text.update(frame.index, rgb, burned_text.around(regions[frame.index], view))
                 yield frame.index, cropping.extract(rgb, view, size).astype(np.float32) / 127.5 - 1
 
     def _open_sink(self, analysis: Analysis) -> VideoSink:
@@ -320,7 +339,7 @@ class DubJob:
             voice=self._voice.sound,
             covered=work.covered,
             audio_note=f"{self._sound_note}, {sink.audio_note}" if self._sound_note else sink.audio_note,
-            output_notes=[*sink.notes, *_text_notes(self._text.ranges, analysis)],
+            output_notes=[*sink.notes, *_text_notes(self._text, analysis)],
             options=self._options,
             steps=self._steps,
             stages=self._stages,

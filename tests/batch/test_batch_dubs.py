@@ -17,6 +17,7 @@ from keysync_jax.batch.job_list import Job
 from keysync_jax.batch.worker import Task
 from keysync_jax.cli.main import main
 from keysync_jax.data_pipeline.synthetic import make_clip, write_clip
+from keysync_jax.encoders import latents
 from keysync_jax.media import video
 from keysync_jax.media.audio import save_wav
 
@@ -106,6 +107,55 @@ def test_a_video_that_is_made_as_long_as_each_voice_is_looked_at_at_each_length(
     found = list(DubWork(DubSettings(str(model))).run(tasks))
     assert [each.values["frames_dubbed"] for each in found] == [FRAMES, 2 * FRAMES]
     assert found[1].values["figures"]["painted"] == 1  # compared with the pictures that were dubbed, not with the file's
+
+
+def test_one_video_in_several_languages_is_encoded_once_with_the_same_latents(clips, model, tmp_path, monkeypatch):
+    """A longer voice continues what a shorter one began; a part of the video lies elsewhere in the encoder and is encoded by itself."""
+    save_wav(tmp_path / "short.wav", make_clip(10, frames=5, size=48).samples, 16000)
+    rows = [
+        ("short", tmp_path / "short.wav", {}),
+        ("a", clips / "a.wav", {}),
+        ("b", clips / "b.wav", {}),
+        ("part", clips / "b.wav", {"range": "0.2:"}),
+    ]
+    read, encoded = {}, []
+    encode = latents.LatentCoder.encode
+
+    def counted(self, frames, seed=0):
+        encoded.append(0)
+        for latent in encode(self, frames, seed):
+            encoded[-1] += 1
+            yield latent
+
+    monkeypatch.setattr(latents.LatentCoder, "encode", counted)
+
+    def generate(samplers, given, progress):
+        for clip, name in zip(given, names, strict=True):
+            read[name] = [stretch.known(list(range(stretch.plan.num_frames_out))) for stretch in clip.stretches]
+        paint_gray(samplers, given, progress)
+
+    monkeypatch.setattr(dub_work.two_stage, "generate", generate)
+    works = {"together": [rows], "alone": [[row] for row in rows[2:]]}
+    found = {}
+    for how, groups in works.items():
+        work = DubWork(DubSettings(str(model), gated=False))
+        encoded.clear()
+        for group in groups:
+            names = [name for name, *_ in group]
+            tasks = []
+            for name, voice, options in group:
+                (tmp_path / how / name).mkdir(parents=True)
+                tasks.append(
+                    Task(Job(name, str(clips / "0.mp4"), str(voice), f"{name}.mkv", options), tmp_path / how / name / "output.mkv")
+                )
+            assert not [each for each in work.run(tasks) if isinstance(each, Exception)]
+            if how == "alone":
+                work = DubWork(DubSettings(str(model), gated=False))
+        found[how] = dict(read)
+        assert sum(encoded) == {"together": 5 + 6 + FRAMES - 5, "alone": FRAMES + FRAMES - 5}[how]  # two at once: one again
+    for name, *_ in rows[2:]:
+        for one, other in zip(found["together"][name], found["alone"][name], strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_out_of_device_memory_begins_again_at_half_the_microbatch(clips, model, tmp_path, monkeypatch):
