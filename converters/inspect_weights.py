@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
 from rich.console import Console, Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from keysync_jax import config as configs
 from keysync_jax.config import StageConfig, UNetConfig
-from keysync_jax.converters import assemble_audio, assemble_stage, diffusers, hub, model_directory, sgm, shapes
+from keysync_jax.converters import assemble_audio, assemble_stage, diffusers, hub, model_directory, sgm, shapes, weight_folders
 from keysync_jax.converters.containers import Source, open_sources, title
 from keysync_jax.converters.lazy import Tensors
 from keysync_jax.converters.parts import DECODER, STAGES, PartConfig, part_table
@@ -46,7 +47,7 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _resolved(path: str | os.PathLike) -> str:
-    return hub.resolve(os.fspath(path))
+    return os.fspath(weight_folders.snapshot(epath.Path(hub.resolve(os.fspath(path)))))
 
 
 def _inspect_directory(path: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Analysis(NamedTuple):
 
 def item_key(item: Item, curation: Curation) -> str:
     """Hash of everything that the analysis depends on: the content of the files, not where they lie or when they were written."""
-    files = [file_digest(path) if path else "" for path in (item.path, item.landmarks)]
+    files = [file_digest(path) if path else "" for path in (item.path, item.landmarks, *([item.audio] if item.audio else []))]
     weights = [file_digest(path) for _, _, path in curation.scorers]
     described = {k: v for k, v in item.to_json().items() if k in ("name", "source", "start", "stop", "box")}
     settings = {k: v for k, v in dataclasses.asdict(curation).items() if k not in ("scorers", "face_weights")}
@@ -85,7 +85,7 @@ def _stages(item: Item, curation: Curation, tools: Tools, result: Analysis) -> N
     with clock("probe"):
         probed = probe(item, curation.min_rate, tools.tables, FacesInFrame(item, backend))
     info = probed.info
-    content = file_digest(item.path)
+    content = digest(file_digest(item.path), file_digest(item.audio)) if item.audio else file_digest(item.path)
     result.facts.update(
         seconds=round(probed.seconds, 3), frames=sum(b - a for a, b in probed.shots), width=info.display_width, height=info.display_height,
         rate=round(float(info.average_rate), 3), rotation=info.rotation, codec=info.codec, pixel_format=info.source_pix_fmt,

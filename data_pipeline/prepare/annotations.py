@@ -5,11 +5,12 @@ HDTF (a folder of text files, one line per video):
     RD_crop_wh.txt          Radio11_0.mp4 412 599 0 599              x, width, y, height in a video of the height below
     RD_resolution.txt       Radio11.mp4 720
   and the same for WDA and WRA.
-CelebV-HQ and CelebV-Text (one JSON file): `clips` maps a clip's name to `ytb_id`, `duration` {start_sec, end_sec} and `bbox` {top, bottom,
-left, right} as fractions of the picture.
+CelebV-HQ and CelebV-Text (one JSON file): a clip's name, with or without `.mp4`, maps to `ytb_id`, `duration` {start_sec, end_sec} and
+`bbox` {top, bottom, left, right}, as fractions of the picture or in its pixels; all of it under `clips`, or not.
 
 Each clip is taken from a file of its own (`Radio11_0.mp4`, `NAME.mp4`) where there is one, else from its time range of the whole video
-(`Radio11.mp4`, `YTB_ID.mp4`). Clips whose video is missing become items all the same and end in the dead letter.
+(`Radio11.mp4`, `YTB_ID.mp4`). Clips whose video is missing and entries that cannot be understood become items all the same and end in the
+dead letter.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from keysync_jax.core.errors import KeySyncError, UsageError
+from keysync_jax.data_pipeline.prepare.boxes import as_fractions
+from keysync_jax.data_pipeline.prepare.input_files import find_sound, find_videos
 from keysync_jax.data_pipeline.prepare.item import Item
 from keysync_jax.data_pipeline.prepare.manifest_fields import VIDEO_SUFFIXES, find_sidecar, finite_number
 
@@ -32,7 +35,7 @@ def read_annotations(annotations: Path, videos: Path) -> Iterator[Item]:
     """Items of a public data set, recognised by its files' names.
 
     Raises:
-      UsageError: neither of the three. KeySyncError: a line or entry that cannot be understood.
+      UsageError: neither of the three. KeySyncError: a file that cannot be understood as a whole.
     """
     if not annotations.exists():
         raise UsageError(f"{annotations} does not exist; give HDTF's folder of text files or CelebV's .json")
@@ -53,7 +56,6 @@ def read_hdtf(folder: Path, files: _Files) -> Iterator[Item]:
         heights = _table(folder / f"{subset}_resolution.txt")
         for video, ranges in times.items():
             for number, text in enumerate(ranges):
-                start, stop = _range(text, folder / f"{subset}_annotion_time.txt", video)
                 clip = f"{video}_{number}"
                 speaker = f"{subset}_{re.sub(r'[0-9]+$', '', video)}" if subset != "RD" else f"RD_{video}"
                 common = {"speaker": speaker, "source": "hdtf", "extra": {"annotation": f"{subset} {clip}"}}
@@ -61,36 +63,57 @@ def read_hdtf(folder: Path, files: _Files) -> Iterator[Item]:
                     yield _whole(own, files, **common)
                     continue
                 whole = files.find(video, f"{subset}_{video}")
-                box = None
-                if whole and clip in crops and video in heights:
-                    box = _hdtf_box(whole, crops[clip], heights[video], folder, clip)
                 path = whole or files.root / f"{video}.mp4"
+                box = None
+                try:
+                    start, stop = _range(text, folder / f"{subset}_annotion_time.txt", video)
+                    if whole and clip in crops and video in heights:
+                        box = _hdtf_box(whole, crops[clip], heights[video], folder, clip)
+                except KeySyncError as error:
+                    yield Item(str(path), clip, problem=str(error), reason="bad_row", **common)
+                    continue
                 yield Item(str(path), files.name(path), start=start, stop=stop, box=box, **_beside(path), **common)
 
 
 def read_celebv(path: Path, files: _Files) -> Iterator[Item]:
     """Items of CelebV-HQ or CelebV-Text; clips of one YouTube video count as one speaker."""
     try:
-        clips = json.loads(path.read_text(encoding="utf-8"))["clips"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise KeySyncError(f"{path} holds no object with 'clips' ({error!r}); give celebvhq_info.json or celebvtext_info.json") from None
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise KeySyncError(f"{path} is not JSON ({error}); give celebvhq_info.json or celebvtext_info.json") from None
+    clips = values.get("clips", values) if isinstance(values, dict) else None
+    entries = {k: v for k, v in clips.items() if k != "meta_info"} if isinstance(clips, dict) else {}
+    if not any(isinstance(entry, dict) and "ytb_id" in entry for entry in entries.values()):
+        raise KeySyncError(f"{path} holds no entry with ytb_id and duration; give celebvhq_info.json or celebvtext_info.json")
     source = next((name for key, name in _CELEBV.items() if key in path.stem.lower().replace("-", "").replace("_", "")), "celebv")
-    for name, clip in clips.items():
-        try:
-            video = str(clip["ytb_id"])
-            start, stop = finite_number(clip["duration"]["start_sec"]), finite_number(clip["duration"]["end_sec"])
-            box = None
-            if edges := clip.get("bbox"):
-                left, top, right, bottom = (finite_number(edges[side]) for side in ("left", "top", "right", "bottom"))
-                box = left, top, right, bottom
-        except (KeyError, TypeError, ValueError) as error:
-            raise KeySyncError(f"{path}: clip {name!r} lacks ytb_id, duration or bbox ({error!r})") from None
-        common = {"speaker": video, "source": source, "extra": {"annotation": name}}
-        if own := files.find(name):
-            yield _whole(own, files, **common)
-            continue
-        whole = files.find(video) or files.root / f"{video}.mp4"
-        yield Item(str(whole), files.name(whole), start=start, stop=stop, box=box, **_beside(whole), **common)
+    for name, clip in entries.items():
+        yield _celebv_item(name, clip, path, files, source)
+
+
+def _celebv_item(name: str, clip: Any, path: Path, files: _Files, source: str) -> Item:
+    common: dict[str, Any] = {"source": source, "extra": {"annotation": name}}
+    try:
+        video = str(clip["ytb_id"])
+        common["speaker"] = video
+        start, stop = finite_number(clip["duration"]["start_sec"]), finite_number(clip["duration"]["end_sec"])
+        edges = clip.get("bbox")
+        sides = [finite_number(edges[side]) for side in ("left", "top", "right", "bottom")] if edges else None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return _bad_entry(name, path, f"{path}: clip {name!r} lacks ytb_id, duration or bbox ({error!r})", common)
+    if own := files.find(name, *(name[: -len(suffix)] for suffix in VIDEO_SUFFIXES if name.lower().endswith(suffix))):
+        return _whole(own, files, **common)
+    whole = files.find(video) or files.root / f"{video}.mp4"
+    if not 0 <= start < stop:
+        return _bad_entry(name, path, f"{path}: clip {name!r} lasts from {start:g} to {stop:g} s, which is no time range", common)
+    try:
+        box = as_fractions(sides, whole) if sides else None
+    except ValueError as error:
+        return _bad_entry(name, path, f"{path}: the bbox of clip {name!r}: {error}", common)
+    return Item(str(whole), files.name(whole), start=start, stop=stop, box=box, **_beside(whole), **common)
+
+
+def _bad_entry(name: str, path: Path, problem: str, common: dict[str, Any]) -> Item:
+    return Item(str(path), name, problem=problem, reason="bad_row", **common)
 
 
 class _Files:
@@ -99,9 +122,8 @@ class _Files:
     def __init__(self, root: Path):
         self.root = root
         self._by_stem: dict[str, Path] = {}
-        for path in sorted(root.rglob("*")):
-            if path.suffix.lower() in VIDEO_SUFFIXES:
-                self._by_stem.setdefault(path.stem, path)
+        for name in find_videos(root).videos:
+            self._by_stem.setdefault(Path(name).stem, root / name)
 
     def find(self, *stems: str) -> Path | None:
         return next((self._by_stem[s] for s in stems if s in self._by_stem), None)
@@ -115,7 +137,7 @@ def _whole(path: Path, files: _Files, **fields: Any) -> Item:
 
 
 def _beside(path: Path) -> Mapping[str, str]:
-    return {kind: find_sidecar(path, kind) for kind in ("landmarks", "emotion", "occluder")}
+    return {"audio": find_sound(path)} | {kind: find_sidecar(path, kind) for kind in ("landmarks", "emotion", "occluder")}
 
 
 def _table(path: Path) -> dict[str, list[str]]:

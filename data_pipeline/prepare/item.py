@@ -27,6 +27,9 @@ class Item:
       box: (x0, y0, x1, y1) as fractions of the upright picture in which the annotated face lies; None for any face.
       landmarks, emotion, occluder: sidecar files; empty for none.
       extra: further fields worth keeping in the clip index.
+      audio: file with the sound, where it is not that of the video.
+      problem, reason: why it cannot be used, in words and for counting, where that is known before the video is opened: a row that cannot
+        be understood, a copy of another file.
     """
 
     path: str
@@ -43,11 +46,14 @@ class Item:
     emotion: str = ""
     occluder: str = ""
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    audio: str = ""
+    problem: str = ""
+    reason: str = ""
 
     @property
     def id(self) -> str:
         """Readable and unique: the file's stem and a hash of source, name, times and box."""
-        key = repr((self.source, self.name, self.start, self.stop, self.box))
+        key = repr((self.source, self.name, self.start, self.stop, self.box, *([self.problem] if self.problem else [])))
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", self.name.rsplit("/", 1)[-1].rsplit(".", 1)[0])[:48]
         return f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
 
@@ -79,7 +85,7 @@ class Drop(NamedTuple):
     Attributes:
       path, item: of the input.
       clip: id of the dropped stretch, empty when the whole input went.
-      stage: where it was decided ("probe", "quality", "shots", "faces", "checks", "active_speaker", "sync", "features").
+      stage: where it was decided ("input", "probe", "quality", "shots", "faces", "checks", "active_speaker", "sync", "features").
       reason: short word for counting.
       detail: one sentence.
       seconds: how much material it was, 0 when unknown.

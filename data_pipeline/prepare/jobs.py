@@ -75,6 +75,9 @@ class Analyse(beam.DoFn):
         yield item
 
     def _analyse(self, item: Item) -> None:
+        if item.problem:
+            self._save(item, _FAILED, Analysis([], [Drop(item.path, item.id, "", "input", item.reason, item.problem)], {}, {}))
+            return
         try:
             key = curation_stages.item_key(item, self._curation)
         except (OSError, ValueError) as error:  # the latter: a name that no file can have
@@ -144,7 +147,7 @@ def check_tools(items: Sequence[Item], curation: Curation) -> None:
     """
     check_package()
     open_scorers(curation)
-    if not all(item.landmarks for item in items):
+    if not all(item.landmarks or item.problem for item in items):
         open_faces(curation)
 
 

@@ -6,23 +6,37 @@ import csv
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from keysync_jax.core.errors import KeySyncError, UsageError
 from keysync_jax.data_pipeline.clip_index import check_split
 from keysync_jax.data_pipeline.prepare.annotations import read_annotations
+from keysync_jax.data_pipeline.prepare.boxes import as_fractions
+from keysync_jax.data_pipeline.prepare.input_files import find_sound, find_videos
 from keysync_jax.data_pipeline.prepare.item import Item
-from keysync_jax.data_pipeline.prepare.manifest_fields import SIDECARS, VIDEO_SUFFIXES, find_sidecar, finite_number
+from keysync_jax.data_pipeline.prepare.manifest_fields import SIDECARS, find_sidecar, finite_number
 
 LIST_SUFFIXES = (".txt", ".lst", ".list")
-FIELDS = ("path", "speaker", "split", "source", "consent", "licence", "start", "stop", "box", "landmarks", "emotion", "occluder")
+FIELDS = ("path", "speaker", "split", "source", "consent", "licence", "start", "stop", "box", "audio", "landmarks", "emotion", "occluder")
 _OTHER_TABLES = (".jsonl", ".ndjson", ".tsv", ".yaml", ".yml", ".parquet", ".xlsx")  # would else be taken for a video
-_ALIASES = {"license": "licence", "video": "path", "file": "path", "start_time": "start", "end_time": "stop", "end": "stop"}
+_ALIASES = {
+    "license": "licence",
+    "video": "path",
+    "file": "path",
+    "start_time": "start",
+    "end_time": "stop",
+    "end": "stop",
+    "sound": "audio",
+    "wav": "audio",
+}
 
 
-def read_inputs(path: str | os.PathLike, annotations: str | None = None, source: str = "") -> list[Item]:
+def read_inputs(
+    path: str | os.PathLike, annotations: str | None = None, source: str = "", tell: Callable[[str], None] = print
+) -> list[Item]:
     """Items of an input.
 
     Args:
@@ -30,16 +44,17 @@ def read_inputs(path: str | os.PathLike, annotations: str | None = None, source:
         with `annotations`, the folder that holds a public data set's videos.
       annotations: annotation file or folder of HDTF, CelebV-HQ or CelebV-Text, see `annotations`.
       source: name of the collection for items that do not state one.
+      tell: is told in a line what of a folder was left out.
 
     Returns:
-      Items sorted by id. Files that do not exist are items too: they end in the dead letter.
+      Items sorted by id. Files that do not exist and rows that cannot be understood are items too: they end in the dead letter.
 
     Raises:
-      UsageError: nothing there. KeySyncError: a manifest that cannot be understood (names the line), or two equal items.
+      UsageError: nothing there. KeySyncError: a manifest that cannot be understood as a whole.
     """
     path = Path(path)
     try:
-        items = _read(path, annotations)
+        items = _read(path, annotations, tell)
     except UnicodeDecodeError as error:
         raise KeySyncError(f"{path} is not a text file in UTF-8 ({error}); save it as one") from None
     except csv.Error as error:
@@ -47,19 +62,23 @@ def read_inputs(path: str | os.PathLike, annotations: str | None = None, source:
     if not items:
         raise UsageError(f"{path} names no video")
     items = sorted((dataclasses.replace(i, source=i.source or source) for i in items), key=lambda i: i.id)
-    for a, b in zip(items, items[1:], strict=False):
-        if a.id == b.id:
-            raise KeySyncError(f"{path}: {a.name} is listed twice with the same times; list it once")
-    return items
+    twice = "is listed twice with the same times; it was taken once"
+    return [
+        dataclasses.replace(b, problem=f"{b.name} {twice}", reason="listed_twice") if a and a.id == b.id else b
+        for a, b in zip([None, *items], items, strict=False)
+    ]
 
 
-def _read(path: Path, annotations: str | None) -> list[Item]:
+def _read(path: Path, annotations: str | None, tell: Callable[[str], object]) -> list[Item]:
     if not path.exists():
         raise UsageError(f"{path} does not exist; give a folder, a video, a list, or a .csv or .json manifest")
     if annotations is not None:
         return list(read_annotations(Path(annotations), path))
     if path.is_dir():
-        return [_item({"path": name}, path, str(path)) for name in _videos(path)]
+        found = find_videos(path)
+        if found.left_out:
+            tell(f"{path}: {found.in_words()}")
+        return [_item({"path": name}, path, str(path)) for name in found.videos]
     if path.suffix.lower() == ".csv":
         return list(_from_csv(path))
     if path.suffix.lower() == ".json":
@@ -72,15 +91,6 @@ def _read(path: Path, annotations: str | None) -> list[Item]:
     return [_item({"path": path.name}, path.parent, str(path))]
 
 
-def _videos(folder: Path) -> Iterator[str]:
-    """Relative paths of the video files under a folder, sorted. Hidden files and folders are passed over."""
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith("."):
-                yield (Path(root) / name).relative_to(folder).as_posix()
-
-
 def _from_csv(path: Path) -> Iterator[Item]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         table = csv.DictReader(file)
@@ -89,7 +99,9 @@ def _from_csv(path: Path) -> Iterator[Item]:
         for row in table:
             where = f"{path} line {table.line_num}"
             if None in row:
-                raise KeySyncError(f"{where} has more fields than the first line names columns")
+                name = next((v for k, v in row.items() if k and _ALIASES.get(_plain(k), _plain(k)) == "path" and v), "")
+                yield _bad_row(name, path.parent, where, f"{where} has more fields than the first line names columns")
+                continue
             yield _item({k: v for k, v in row.items() if v not in (None, "")}, path.parent, where)
 
 
@@ -107,7 +119,20 @@ def _from_json(path: Path) -> Iterator[Item]:
 
 
 def _item(values: Any, folder: Path, where: str) -> Item:
-    """An item from a manifest's row; fields that are not ours are kept as `extra`."""
+    """An item from a manifest's row, also from one that cannot be understood: it costs that row and no other."""
+    try:
+        return _understood(values, folder, where)
+    except KeySyncError as error:
+        name = values.get("path") if isinstance(values, Mapping) else None
+        return _bad_row(name if isinstance(name, str) else "", folder, where, str(error))
+
+
+def _bad_row(name: str, folder: Path, where: str, problem: str) -> Item:
+    return Item(str(folder / name), name or Path(where).name, problem=problem, reason="bad_row")
+
+
+def _understood(values: Any, folder: Path, where: str) -> Item:
+    """Fields that are not ours are kept as `extra`. Raises KeySyncError for a row that cannot be understood."""
     if not isinstance(values, Mapping):
         raise KeySyncError(f"{where} must be a path or an object, not {values!r}")
     row = {_ALIASES.get(_plain(str(k)), _plain(str(k))): v for k, v in values.items()}
@@ -124,12 +149,21 @@ def _item(values: Any, folder: Path, where: str) -> Item:
         fields["start"] = finite_number(row.pop("start", 0) or 0)
         stop = row.pop("stop", None)
         fields["stop"] = None if stop in (None, "") else finite_number(stop)
-        box = row.pop("box", None)
-        fields["box"] = None if box in (None, "") else _box(box)
     except (TypeError, ValueError):
-        raise KeySyncError(f"{where}: start and stop are seconds, box is x0 y0 x1 y1 as fractions of the picture") from None
+        raise KeySyncError(f"{where}: start and stop are seconds") from None
+    try:
+        box = row.pop("box", None)
+        fields["box"] = None if box in (None, "") else as_fractions(box, folder / name)
+    except (TypeError, ValueError) as error:
+        raise KeySyncError(f"{where}: box is x0 y0 x1 y1 as fractions of the picture or in its pixels ({error})") from None
     if fields["start"] < 0 or (fields["stop"] is not None and fields["stop"] <= fields["start"]):
         raise KeySyncError(f"{where}: start {fields['start']:g} and stop {fields['stop']} are no time range")
+    sound = row.pop("audio", None)
+    if sound and not isinstance(sound, str):
+        raise KeySyncError(f"{where}: audio is {sound!r}; it must be the path of a file")
+    fields["audio"] = str(folder / sound) if sound else find_sound(Path(fields["path"]))
+    if not fields["speaker"]:
+        fields["speaker"] = next((part for part in Path(name).parts[:-1] if re.fullmatch(r"id\d{5}", part)), "")  # VoxCeleb's
     for key in SIDECARS:
         given = row.pop(key, None)
         if given and not isinstance(given, str):
@@ -141,14 +175,6 @@ def _item(values: Any, folder: Path, where: str) -> Item:
     except ValueError:
         raise KeySyncError(f"{where} holds NaN or an infinite number, which no JSON has; leave the field out") from None
     return Item(**fields)
-
-
-def _box(value: str | Sequence[float]) -> tuple[float, float, float, float]:
-    x0, y0, x1, y1 = (finite_number(v) for v in (value.replace(",", " ").split() if isinstance(value, str) else value))
-    # A face may stick out of the picture; numbers far outside are pixels.
-    if not (-1 <= x0 < x1 <= 2 and -1 <= y0 < y1 <= 2):
-        raise ValueError(value)
-    return x0, y0, x1, y1
 
 
 def _plain(name: str) -> str:

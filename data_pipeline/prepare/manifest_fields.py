@@ -6,7 +6,31 @@ import math
 from pathlib import Path
 from typing import Any
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".3gp")
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".mkv",
+    ".mov",
+    ".avi",
+    ".webm",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".mts",
+    ".wmv",
+    ".flv",
+    ".3gp",
+    ".m2ts",
+    ".m2t",
+    ".mxf",
+    ".ogv",
+    ".vob",
+    ".asf",
+    ".3g2",
+    ".divx",
+    ".mpe",
+    ".m2v",
+)
 # Sidecars found beside a video when the manifest names none, in this order.
 SIDECARS = {
     "landmarks": (".landmarks.npy", ".landmarks.npz"),

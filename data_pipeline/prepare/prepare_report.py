@@ -31,7 +31,7 @@ from keysync_jax.data_pipeline.prepare.work_state import Folders
 _CONTACT_CLIPS = 60  # of each kind on the contact sheet
 _BINS = 20
 
-STAGES = ("probe", "quality", "shots", "faces", "checks", "active_speaker", "sync", "features")
+STAGES = ("input", "probe", "quality", "shots", "faces", "checks", "active_speaker", "sync", "features")
 
 
 @dataclasses.dataclass(frozen=True)

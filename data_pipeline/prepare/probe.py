@@ -7,13 +7,14 @@ first picture cannot make sound and mouth drift apart.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
-from keysync_jax.core.clock import FRAME_RATE, SAMPLES_PER_FRAME
+from keysync_jax.core.clock import FRAME_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME
 from keysync_jax.core.errors import KeySyncError
 from keysync_jax.data_pipeline.prepare.frame_table import FrameTables, damage_in
 from keysync_jax.data_pipeline.prepare.item import DropError, Item
@@ -22,7 +23,10 @@ from keysync_jax.data_pipeline.prepare.sound import load_sound
 from keysync_jax.media import video
 from keysync_jax.media.faces import Face
 
+log = logging.getLogger(__name__)
+
 STAGE = "probe"
+_TOLD_S = 0.2  # by how much sound in a file of its own may differ in length without being told: encoders pad by less
 # A file may state a few frames more than it has (edit lists, priming); more than this share missing means that it breaks off.
 _MISSING_SHARE = 0.05
 _MISSING_FRAMES = 3
@@ -72,8 +76,9 @@ def probe(item: Item, min_rate: float, tables: FrameTables, faces_in: Callable[[
         info = video.probe(item.path)
     except KeySyncError as error:
         raise DropError(STAGE, "unreadable", _without_path(error, item)) from error
-    if not info.has_audio:
-        raise DropError(STAGE, "no_audio", "the file has no sound", info.duration_s or 0.0)
+    if not info.has_audio and not item.audio:
+        words = "the file has no sound, and there is no file of its name with sound beside it"
+        raise DropError(STAGE, "no_audio", words, info.duration_s or 0.0)
     if info.average_rate < min_rate:
         rate = f"{float(info.average_rate):.2f} frames a second, fewer than {min_rate:g}"
         raise DropError(STAGE, "frame_rate", rate, info.duration_s or 0.0)
@@ -92,6 +97,10 @@ def _sound(item: Item, info: video.VideoInfo) -> np.ndarray:
         raise DropError(STAGE, "bad_audio", _without_path(error, item), info.duration_s or 0.0) from error
     if damage := damage_in(clip.notes):
         raise DropError(STAGE, "damaged", f"sound: {damage}", info.duration_s or 0.0)
+    if item.audio and info.duration_s is not None:
+        longer = len(clip.samples) / SAMPLE_RATE - info.duration_s
+        if abs(longer) > _TOLD_S:
+            log.warning("%s: its sound %s is %.2f s %s", item.path, item.audio, abs(longer), "longer" if longer > 0 else "shorter")
     return clip.samples
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -25,7 +26,7 @@ from keysync_jax.data_pipeline.prepare.item import Drop, Item
 from keysync_jax.data_pipeline.prepare.prepare_report import build_report
 from keysync_jax.data_pipeline.prepare.result_bars import ResultBars
 from keysync_jax.data_pipeline.prepare.settings import Curation, Output
-from keysync_jax.data_pipeline.prepare.work import Entry, write_text
+from keysync_jax.data_pipeline.prepare.work import Entry, file_digest, write_text
 from keysync_jax.data_pipeline.prepare.work_state import Folders
 
 log = logging.getLogger(__name__)
@@ -43,10 +44,12 @@ class Summary(NamedTuple):
     report: str
     seconds: float
     warning: str = ""
+    copies: int = 0
 
     def __str__(self) -> str:
         length = f"{self.hours:.2f} h" if self.hours >= 1 else f"{60 * self.hours:.1f} min"
-        told = f"{self.clips} clips, {length}; {self.dropped} dropped; report: {self.report} ({self.seconds:.0f} s)"
+        copies = f" ({self.copies} of them copies of other files)" if self.copies else ""
+        told = f"{self.clips} clips, {length}; {self.dropped} dropped{copies}; report: {self.report} ({self.seconds:.0f} s)"
         return f"{told}\n{self.warning}" if self.warning else told
 
 
@@ -90,6 +93,7 @@ def prepare(
     jobs.worker_environment()
     with only_process(folders.work, f"another keysync prepare is at work in {folders.work}; wait for it or give another --work"):
         folders.remove_leftovers()
+        items = without_copies(items, set(folders.analyses.names()))
         _look_and_encode(jobs, items, curation, plan, folders, flags, quiet)
         analyses = {item.id: folders.analyses.load(item.id) for item in items}
         clips, dropped = gather(items, analyses, folders, curation.faces)
@@ -110,7 +114,36 @@ def prepare(
     index = layout.read_clips(output)
     frames = sum(clip.num_frames for clip in index)
     where = os.fspath(epath.Path(output) / "report.html")
-    return Summary(len(index), frames / FRAME_RATE / 3600, len(dropped), where, time.monotonic() - began, mixed(index))
+    return Summary(
+        len(index),
+        frames / FRAME_RATE / 3600,
+        len(dropped),
+        where,
+        time.monotonic() - began,
+        mixed(index),
+        sum(drop.reason == "copy" for drop in dropped),
+    )
+
+
+def without_copies(items: Sequence[Item], known: Collection[str] = ()) -> list[Item]:
+    """The items, of which those with the same bytes as another one's (pictures, sound, sidecars and stretch) carry that as their problem.
+
+    Copies would else be speakers of their own and lie in several splits. Of equal ones the first stays that an earlier run knows (`known`).
+    """
+    by_size: dict[Any, list[Item]] = {}
+    for item in items:
+        if not item.problem and os.path.isfile(item.path):
+            sidecars = (item.landmarks, item.audio, item.emotion, item.occluder)
+            beside = [os.path.isfile(path) and file_digest(path) for path in sidecars]
+            by_size.setdefault((os.path.getsize(item.path), item.start, item.stop, item.box, *beside), []).append(item)
+    copies: dict[str, Item] = {}
+    for group in by_size.values():
+        first: dict[str, Item] = {}
+        for item in sorted(group, key=lambda i: (i.id not in known, i.id)) if len(group) > 1 else ():
+            one = first.setdefault(file_digest(item.path), item)
+            if one is not item:
+                copies[item.id] = dataclasses.replace(item, problem=f"a copy: the same bytes as {one.name}", reason="copy")
+    return [copies.get(item.id, item) for item in items]
 
 
 def mixed(index: Sequence[Clip]) -> str:

@@ -10,16 +10,17 @@ _last: dict[tuple[str, int, int], audio.AudioClip] = {}
 
 
 def load_sound(item: Item) -> audio.AudioClip:
-    """What `audio.load_audio` says about the item's file; its samples must not be written to.
+    """What `audio.load_audio` says about the item's file, or the file of its sound; its samples must not be written to.
 
     Raises:
       KeySyncError: see there.
     """
-    key = identity(item.path) if item.is_part else None
+    path = item.audio or item.path
+    key = identity(path) if item.is_part else None
     held = None if key is None else _last.get(key)
     if held is None:
         _last.clear()  # before loading: never two in memory
-        held = audio.load_audio(item.path)
+        held = audio.load_audio(path)
         if key is not None:
             held.samples.flags.writeable = False
             _last[key] = held

@@ -80,7 +80,7 @@ def _prepare(args) -> int:
     if not args.output or ("://" not in args.output and Path(args.output).is_file()):
         raise UsageError(f"--output {args.output!r} is no folder; name a dataset directory")
     check_remote(args.output)
-    items = read_inputs(args.input, args.annotations, args.source)
+    items = read_inputs(args.input, args.annotations, args.source, (lambda _: None) if args.quiet else print)
     chosen = {
         "columns": _columns(args.columns), "shard_megabytes": args.shard_mb, "split_fractions": _shares(args.splits),
         "weights": dict(_pair(text, "--column-weights") for text in args.column_weights), "seed": args.seed,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
 from keysync_jax.cli.verbs import add_verb
 from keysync_jax.config import AUDIO_ENCODERS, CONTAINERS, EXPORT_FORMATS, MASK_KINDS, MODEL_SIZES, STAGES, STORED_DTYPES, SYSTEMS
@@ -73,7 +75,7 @@ def add_inspect(verbs) -> None:
         verbs, "inspect", _inspect, "say what a weights file, model directory or recipe holds",
         "  keysync inspect keyframe_dub.pt\n  keysync inspect DIR --tensors\n  keysync inspect --config keyframe",
     )  # fmt: skip
-    p.add_argument("path", nargs="?", metavar="PATH", help="any file or folder that convert reads, or a model directory")
+    p.add_argument("path", nargs="?", metavar="PATH", help="any file or folder that convert reads, a model directory, a dataset or a run")
     p.add_argument("--tensors", action="store_true", help="list every tensor with shape and type")
     p.add_argument("--json", action="store_true", help="machine-readable")
     p.add_argument("--config", metavar="NAME", help="show a recipe instead: a shipped name or a .py file; --config.KEY=VALUE overrides")
@@ -87,10 +89,46 @@ def _inspect(args) -> int:
         return 0
     if not args.path:
         raise UsageError("inspect needs a PATH or --config NAME")
+    if _inspect_other(args.path, args.json):
+        return 0
     from keysync_jax.converters.inspect_weights import show
 
     show(args.path, tensors=args.tensors, as_json=args.json)
     return 0
+
+
+def _inspect_other(path: str, as_json: bool) -> bool:
+    """Says what a dataset, a training run or one of its checkpoints is; False for anything else."""
+    if "://" in path or path.startswith("hub:"):
+        return False
+    place = Path(path)
+    if (place / "clips.jsonl").is_file() and (place / "keysync.json").is_file():
+        from keysync_jax.data_pipeline.prepare.inspect_dataset import print_summary
+
+        if not as_json:
+            print(f"{path}: a dataset that keysync prepare wrote")
+        print_summary(path, as_json=as_json)
+        return True
+    folders = (place, place.parent, place.parent.parent)
+    if not place.is_dir() or not any((folder / "config.json").is_file() for folder in folders):
+        return False
+    from keysync_jax.training.start import runs  # after the cheap questions: this imports JAX
+
+    workdir = next((folder for folder in folders if runs.is_run(folder)), None)
+    if workdir is None:
+        return False
+    from keysync_jax.training.trainables import trainable_of
+
+    config, last = runs.read_config(workdir), runs.last_step(workdir)
+    found = {"path": path, "run": str(workdir), "part": trainable_of(config).part, "last_step": last, "num_steps": config.num_steps}
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return True
+    what = "a training run" if workdir == place else f"a checkpoint in the training run {workdir}"
+    steps = f"its last checkpoint is of step {last}" if last is not None else "it has no checkpoint yet"
+    print(f"{path}: {what}: {found['part']}, {config.num_steps} steps; {steps}")
+    print(f"recipe: keysync inspect --config {workdir / 'config.json'}; as a model directory: keysync export {workdir} -o DIR")
+    return True
 
 
 def add_init(verbs) -> None:

@@ -1,6 +1,7 @@
 """What a manifest or a public annotation file says, and what becomes of mistakes in it."""
 
 import json
+import re
 
 import pytest
 from bounds import approx
@@ -68,22 +69,9 @@ def test_csv_list_and_json_say_the_same(tmp_path):
     ("name", "text", "words"),
     [
         ("m.csv", "file name,speaker\nx.mp4,ann\n", "no column 'path'"),
-        ("m.csv", "path,start\nx.mp4,soon\n", "line 2"),
-        ("m.csv", "path,start,stop\nx.mp4,5,4\n", "no time range"),
-        ("m.csv", "path\nx.mp4,ann\n", "line 2 has more fields"),
-        ("m.csv", "path,box\nx.mp4,0.5 0 0.1 1\n", "line 2"),
-        ("m.csv", "path\nx.mp4\nx.mp4\n", "x.mp4 is listed twice"),
         ("m.json", "{", "is not JSON"),
         ("m.json", '{"a": 1}', "must hold a list"),
-        ("m.json", "[3]", "entry 0"),
-        ("m.csv", "path,start,stop\nx.mp4,nan,4\n", "line 2: start and stop are seconds"),
-        ("m.csv", "path,start,stop\nx.mp4,0,inf\n", "line 2: start and stop are seconds"),
-        ("m.csv", "path,box\nx.mp4,100 50 400 300\n", "line 2: .* box is x0 y0 x1 y1 as fractions"),
-        ("m.csv", "path,split\nx.mp4,tr/ain\n", "line 2: split 'tr/ain' must be letters"),
-        ("m.csv", 'path,note\n\n"x.mp4","two\nlines"\n\ny.mp4,a,b\n', "line 6 has more fields"),
         ("m.csv", "path,note\nx.mp4," + "z" * 200_000, "is not a CSV file .*field limit"),
-        ("m.json", '[{"path": "x.mp4", "rating": NaN}]', "entry 0 holds NaN"),
-        ("m.json", '[{"path": "x.mp4", "landmarks": 3}]', "entry 0: landmarks is 3"),
         ("m.jsonl", '{"path": "x.mp4"}\n', "is no manifest that is read here"),
     ],
 )
@@ -91,6 +79,36 @@ def test_mistakes_are_named(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(KeySyncError, match=words):
         read_inputs(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("m.csv", "path,start\nx.mp4,soon\n", "line 2"),
+        ("m.csv", "path,start,stop\nx.mp4,5,4\n", "no time range"),
+        ("m.csv", "path\nx.mp4,ann\n", "line 2 has more fields"),
+        ("m.csv", "path,box\nx.mp4,0.5 0 0.1 1\n", "line 2"),
+        ("m.csv", "path\nx.mp4\nx.mp4\n", "x.mp4 is listed twice"),
+        ("m.json", "[3]", "entry 0"),
+        ("m.csv", "path,start,stop\nx.mp4,nan,4\n", "line 2: start and stop are seconds"),
+        ("m.csv", "path,start,stop\nx.mp4,0,inf\n", "line 2: start and stop are seconds"),
+        ("m.csv", "path,split\nx.mp4,tr/ain\n", "line 2: split 'tr/ain' must be letters"),
+        ("m.csv", 'path,note\n\n"x.mp4","two\nlines"\n\ny.mp4,a,b\n', "line 6 has more fields"),
+        ("m.json", '[{"path": "x.mp4", "rating": NaN}]', "entry 0 holds NaN"),
+        ("m.json", '[{"path": "x.mp4", "landmarks": 3}]', "entry 0: landmarks is 3"),
+    ],
+)
+def test_a_bad_row_costs_that_row(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    (problem,) = [i for i in read_inputs(tmp_path / name) if i.problem]
+    assert re.search(words, problem.problem) and problem.reason in ("bad_row", "listed_twice")
+
+
+def test_good_rows_stand_beside_a_bad_one(tmp_path):
+    (tmp_path / "m.csv").write_text("path,start,stop\na.mp4,0,2\nb.mp4,5,4\nc.mp4,1,3\n")
+    items = read_inputs(tmp_path / "m.csv")
+    assert sorted((i.name, bool(i.problem)) for i in items) == [("a.mp4", False), ("b.mp4", True), ("c.mp4", False)]
+    assert len({i.id for i in items}) == 3
 
 
 @pytest.mark.parametrize(("name", "text"), [("m.csv", "path\r\né.mp4\r\n"), ("m.txt", "é.mp4\r\n"), ("m.json", '["é.mp4"]')])
@@ -134,8 +152,9 @@ def test_hdtf(tmp_path):
     assert items["WDA Gone_0"].name == "Gone.mp4"  # missing: goes to the dead letter later
     assert {i.source for i in items.values()} == {"hdtf"}
     (notes / "WDA_annotion_time.txt").write_text("CarolynMaloney2.mp4 00:20-00:10\n")
-    with pytest.raises(KeySyncError, match="ends before it begins"):
-        read_inputs(folder, str(notes))
+    items = {i.extra["annotation"]: i for i in read_inputs(folder, str(notes))}
+    assert "ends before it begins" in items["WDA CarolynMaloney2_0"].problem and items["WDA CarolynMaloney2_0"].name == "CarolynMaloney2_0"
+    assert not items["RD Radio11_0"].problem
 
 
 @pytest.mark.parametrize(("file", "source"), [("celebvhq_info.json", "celebv-hq"), ("celebvtext_info.json", "celebv-text")])
@@ -156,11 +175,10 @@ def test_celebv(tmp_path, file, source):
     assert {(i.speaker, i.source) for i in items.values()} == {("abc", source)}
     clips["abc_0"]["duration"]["start_sec"] = float("nan")
     (tmp_path / file).write_text(json.dumps({"clips": clips}))
-    with pytest.raises(KeySyncError, match="abc_0"):
-        read_inputs(folder, str(tmp_path / file))
+    problems = {i.extra["annotation"]: i.problem for i in read_inputs(folder, str(tmp_path / file))}
+    assert "'abc_0' lacks" in problems["abc_0"] and not problems["abc_1"]
     (tmp_path / file).write_text(json.dumps({"clips": {"abc_0": {"ytb_id": "abc"}}}))
-    with pytest.raises(KeySyncError, match="abc_0"):
-        read_inputs(folder, str(tmp_path / file))
+    assert "abc_0" in read_inputs(folder, str(tmp_path / file))[0].problem
 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.txt", "m.json"])
