@@ -44,10 +44,8 @@ def _train(args) -> int:
 
     # Whatever can be wrong in the command is found before devices are touched.
     profile = None if args.profile_steps is None else parse_profile_steps(args.profile_steps)
-    recipe = recipes.load(args.config, args.overrides)
-    if args.allow_mismatch:
-        recipe.data.allow_mismatch = True
-    config = train_config(recipe)
+    allowed = ["--config.data.allow_mismatch=True"] if args.allow_mismatch else []
+    config = train_config(recipes.load(args.config, [*args.overrides, *allowed]))
     if profile and profile[1] > config.num_steps:
         raise UsageError(f"--profile_steps {args.profile_steps}: the run ends with step {config.num_steps}")
     trainable_of(config)

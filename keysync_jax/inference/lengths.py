@@ -120,10 +120,12 @@ class Retimed:
     def __init__(self, source: VideoSource, seconds: Fraction, how: str):
         self._source, self._seconds, self._how = source, seconds, how
         self._keyframes: Sequence[Keyframe] = ()
-        pictures = source.read(note_keyframes=True) if isinstance(source, VideoFile) else source.read()
-        self._shown = _times(pictures, source.info)
         if isinstance(source, VideoFile):
-            self._keyframes = list(pictures.keyframes)
+            reader = source.read(note_keyframes=True)
+            self._shown = _times(reader, source.info)
+            self._keyframes = list(reader.keyframes)
+        else:
+            self._shown = _times(source.read(), source.info)
         self._length = self._shown[-1].start + self._shown[-1].length
         self._pace = seconds / self._length if how == "remap" else Fraction(1)
         tick = source.info.time_base
