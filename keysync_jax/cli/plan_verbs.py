@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 from keysync_jax.cli.batch_verbs import dub_columns
 from keysync_jax.cli.verbs import add_verb, number
@@ -63,9 +64,13 @@ def _plan(args) -> int:
     config = train_config(recipes.load(args.config, args.overrides), args.config)
     if args.compile:
         compile_targets.check(topology)  # said before anything else
+    # Tracing takes up to a minute and compiling many: what is being done is said first.
+    print(f"tracing a step of {args.config} for {topology.name} …", file=sys.stderr, flush=True)
     plan = plans.make_plan(config, topology)
     if not args.json:
         _print(plan, config)
+    if args.compile:
+        print(f"compiling it for {topology.name} …", file=sys.stderr, flush=True)
     compiled = ahead_of_time.compile_step(config, topology, whole=args.compile == "whole") if args.compile else None
     if args.json:
         more = {} if compiled is None else {"compiled": compiled._asdict() | {"total": compiled.total}}

@@ -8,6 +8,7 @@ import functools
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -156,20 +157,22 @@ def train(
                         meter.waited(time.perf_counter() - waiting)
                         batch = global_batch(mesh, data.step_arrays(host_batch))
                     # Metrics are read one step late, so that the device always has the next step to do.
-                    pending = _report(config, log, meter, pending, (done, metrics))
+                    pending = _report(config, log, meter, pending, (done, metrics), saved.latest)
                     window.after(done, state)
                     stopping = saved.reached_preemption(done)
                     with jax.transfer_guard("allow"):  # Orbax has its own ways
                         if done % config.checkpoint.every == 0 or done in (last, config.checkpoint.weak_at) or stopping:
                             samples = seen + (done - first) * config.data.batch_size
                             counters = {"step": done, "skipped": int(state.skipped), "data": reader.fingerprint, "samples": samples}
-                            saved.save(state, counters, resume.describe(trainable))
+                            # What is kept of updates that were left out would push the last good checkpoints off the end of the list.
+                            if not counters["skipped"] or done == last or stopping:
+                                saved.save(state, counters, resume.describe(trainable))
                         saved.check()
                     if stopping:
                         break
                     watch(done, state, meter)
             window.close()
-            _report(config, log, meter, pending, None)
+            _report(config, log, meter, pending, None, saved.latest)
             watch.curve()
         saved.wait()
         sync("end of training")  # a process that ends early would be taken for dead
@@ -188,7 +191,7 @@ def _alone(workdir: str) -> AbstractContextManager[None]:
     return only_process(workdir, refusal, wait_s=_SECONDS_TO_LEAVE, say=functools.partial(print, file=sys.stderr, flush=True))
 
 
-def _report(config: TrainConfig, log: MetricLog, meter: Meter, pending: Any, current: Any) -> Any:
+def _report(config: TrainConfig, log: MetricLog, meter: Meter, pending: Any, current: Any, last_good: Callable[[], int | None]) -> Any:
     """Look at the metrics of the step before; returns the current ones, None after the last step."""
     if pending is None:
         return current
@@ -198,8 +201,13 @@ def _report(config: TrainConfig, log: MetricLog, meter: Meter, pending: Any, cur
     if not values["finite"]:
         log.say(f"[red]step {step}: loss or gradient is not finite; the update was left out ({values['skipped']:.0f} in a row)[/red]")
         if values["skipped"] >= config.optimizer.max_skipped:
+            kept = last_good()
+            goes_on = (
+                "there is no checkpoint yet" if kept is None else f"the same command goes on from the last good checkpoint, step {kept}"
+            )
             raise KeySyncError(
-                f"step {step}: {values['skipped']:.0f} updates in a row were not finite; look at the data and lower optimizer.learning_rate"
+                f"step {step}: {values['skipped']:.0f} updates in a row were not finite; look at the data and lower "
+                f"optimizer.learning_rate; {goes_on}"
             )
     if due(step, config.log.every) or current is None:
         values = meter.take(step)

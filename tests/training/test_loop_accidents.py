@@ -123,12 +123,15 @@ def test_nan_in_a_record_stops_the_run_and_names_the_record(tmp_path, dataset, k
     assert "column 'latent' is not finite" in lines[-1] and tiny.saved_steps(tmp_path / "run") == [1, 2]
 
 
-def test_updates_that_overflow_are_left_out_and_then_stop_the_run(tmp_path, dataset, keysync):
+def test_updates_that_overflow_are_left_out_stop_the_run_and_push_nothing_good_out(tmp_path, dataset, keysync):
     workdir = tmp_path / "run"
+    assert keysync(workdir, dataset, "num_steps=2")[0] == 0
+    before = tiny.arrays(workdir, 2)
     status, lines = keysync(workdir, dataset, "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "optimizer.max_skipped=3")
-    assert status == 1 and lines[-1].startswith("keysync: error: step 3: 3 updates in a row were not finite")
+    assert status == 1 and lines[-1].startswith("keysync: error: step 5: 3 updates in a row were not finite")
+    assert lines[-1].endswith("the same command goes on from the last good checkpoint, step 2")
     skipped = said(lines, "is not finite; the update was left out")
-    assert [line.split(":")[0].split()[-1] for line in skipped] == ["1", "2", "3"]
-    first, last = tiny.saved_steps(workdir)
-    a, b = tiny.arrays(workdir, first), tiny.arrays(workdir, last)
-    assert all(np.isfinite(x).all() for x in b.values()) and all(np.array_equal(a[n], b[n]) for n in a)
+    assert [line.split(":")[0].split()[-1] for line in skipped] == ["3", "4", "5"]
+    assert tiny.saved_steps(workdir)[-1] == 2
+    after = tiny.arrays(workdir, 2)
+    assert all(np.isfinite(x).all() and np.array_equal(before[n], x) for n, x in after.items())
