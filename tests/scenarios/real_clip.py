@@ -90,7 +90,7 @@ def check(name: str, source: Path, voice: Path, output: Path, model: Path, pictu
     inside, outside, times, moments = [], 0, 0, []
     frames = 0
     for a, b in zip(video.read(source), video.read(output), strict=True):
-        times += a.time != b.time
+        times += a.time - before.start_time != b.time - after.start_time  # the output begins with the programme
         frames += 1
         rgb_a, rgb_b = a.rgb(), b.rgb()
         difference = np.abs(rgb_a.astype(np.int16) - rgb_b)
