@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     cpu.prepare()
     try:
+        _refuse_twice(overrides)
         return args.run(args) or 0
     except UsageError as error:
         return _fail(error, 2)
@@ -75,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{paths[0] if paths else 'a gs:// path'} needs gcsfs, which is not installed; pip install gcsfs", 1)
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "stopped", 1)
+
+
+def _refuse_twice(overrides: Sequence[str]) -> None:
+    """Raises UsageError where a key is given twice with different values, of which one would be lost without a word."""
+    given: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0]
+        if given.setdefault(key, override) != override:
+            raise UsageError(f"{key} is given twice ({given[key]} and {override}); give it once, a list as {key}=a,b")
 
 
 def _with_joined_overrides(argv: list[str]) -> list[str]:

@@ -216,7 +216,9 @@ def is_trained(name: str, folder: Path, data: str, overrides: Sequence[str]) -> 
 def _asked(name: str, data: str, overrides: Sequence[str]) -> list[str]:
     """Recipe and settings of a run; what comes later prevails."""
     run = RUNS[name]
-    return [run.recipe, *(f"--config.{s}" for s in (f"data.datasets={data}", f"num_steps={QUARTER}", *run.settings)), *overrides]
+    own = (f"data.datasets={data}", f"num_steps={QUARTER}", *run.settings)
+    by_key = {each.partition("=")[0]: each for each in (*(f"--config.{setting}" for setting in own), *overrides)}
+    return [run.recipe, *by_key.values()]
 
 
 def _record(name: str, folder: Path) -> Path:

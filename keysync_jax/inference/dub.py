@@ -234,7 +234,8 @@ class DubJob:
         if known is None or not known.fits(sources):
             known = KnownLatents(scratch / "known", shape)
             self._scratch.callback(known.close)
-        missing = known.missing(sources, self._model.vae.together)
+        # What a person put in the coder's place may take frames as it likes: then each stands alone.
+        missing = known.missing(sources, getattr(self._model.vae, "together", 1))
         with self._progress.phase("encode", len(missing)) as advance:
             if missing:
                 crops = self._crops(analysis, regions, keyframe.resolution, known, set(missing))

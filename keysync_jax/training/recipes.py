@@ -41,7 +41,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Args:
       name: a shipped recipe, a .py file that defines `get_config()`, or the `config.json` that a run left in its workdir. A recipe that
         lists `PRESETS` is also called `name:preset`, which hands the preset to its `get_config`.
-      overrides: `--config.KEY=VALUE`. A list is written `a,b` (one value is a list of one), true and false in either case; each key once.
+      overrides: `--config.KEY=VALUE`. A list is written `a,b` (one value is a list of one), true and false in either case; what comes later
+        prevails.
 
     Raises:
       UsageError: no such recipe or preset; an override that names no existing key or has the wrong type.
@@ -56,7 +57,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
         config = _from_python(Path(base), preset)
     else:
         raise UsageError(f"no recipe {name!r}; shipped ones are {', '.join(names())}, or give the path of a .py or config.json file")
-    for override in _together(overrides):
+    for override in overrides:
         _apply(config, override)
     config.lock()
     return config
@@ -123,20 +124,6 @@ def _known_by_former_names() -> dict[str, ModuleType]:
 def _from_json(path: Path) -> ConfigDict:
     values = read_object(path, "name a recipe, or the config.json of a run")
     return ConfigDict(with_defaults(values))  # keys that an older version did not write can be set too
-
-
-def _together(overrides: Sequence[str]) -> list[str]:
-    """One override per key.
-
-    Raises:
-      UsageError: a key is given twice with different values, of which one would be lost without a word.
-    """
-    given: dict[str, str] = {}
-    for override in overrides:
-        key = override.partition("=")[0]
-        if given.setdefault(key, override) != override:
-            raise UsageError(f"{key} is given twice ({given[key]} and {override}); give it once, a list as {key}=a,b")
-    return list(given.values())
 
 
 def _apply(config: ConfigDict, override: str) -> None:

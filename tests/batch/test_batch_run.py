@@ -155,14 +155,19 @@ def test_killed_and_interrupted_drivers_leave_what_goes_on(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT.format(helpers=str(Path(__file__).parents[1] / "helpers"), folder=str(tmp_path), log=str(log), items=items))
 
-    def begin(after: int) -> subprocess.Popen:
+    def begun() -> int:
+        return log.read_text().count("\n") if log.exists() else 0
+
+    def begin() -> subprocess.Popen:
+        """A batch that has begun three items itself: a signal that comes before a process is itself is lost."""
+        before = begun()
         process = subprocess.Popen([sys.executable, str(script)])
-        while not log.exists() or log.read_text().count("\n") < after:
+        while begun() < before + 3:
             assert process.poll() is None
             time.sleep(0.02)
         return process
 
-    process = begin(3)
+    process = begin()
     pids = {int(line.split()[1]) for line in log.read_text().splitlines()}
     process.kill()
     process.wait()
@@ -170,7 +175,7 @@ def test_killed_and_interrupted_drivers_leave_what_goes_on(tmp_path):
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids), "a killed driver's workers end by themselves"
-    process = begin(5)
+    process = begin()
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 9
     assert status(BatchFolder(out)).status.counts["claimed"] == 0

@@ -145,7 +145,8 @@ def test_what_is_wrong_is_said_before_anything_starts(world, monkeypatch, capsys
     if not (world / "stageless").exists():
         model = model_directory.load("model")
         model_directory.save("stageless", [part for part in parts_of(model) if part.name != "interpolation"])
-    command = ["--data", "data", "-o", "refused", "--only", "box", "--config.init.vae=model", *words]
+    vae = [] if any(word.startswith("--config.init.vae") for word in words) else ["--config.init.vae=model"]
+    command = ["--data", "data", "-o", "refused", "--only", "box", *vae, *words]
     assert main(["ablate", *command]) == status
     error = capsys.readouterr().err
     assert error.startswith("keysync: error: ") and message in error and len(error.splitlines()) == 1
