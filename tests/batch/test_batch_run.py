@@ -131,7 +131,8 @@ def test_several_items_at_once_and_a_killer_among_them(tmp_path):
 
 
 _SCRIPT = """
-import functools, sys
+import functools, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where a shell ignores it
 sys.path.insert(0, {helpers!r})
 from pathlib import Path
 from copy_work import open_copy
